@@ -1,0 +1,50 @@
+# Each target works alone on a fresh machine with Python 3.11 or newer and make.
+#   make test PYTEST="-k cli"     arguments for pytest
+#   make demo DEMO="--seed 7"     arguments for cdetr-fast demo
+#   make test PYTHON=python3.12   the interpreter that makes the environment
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST ?=
+DEMO ?=
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo     draw scenes, detect, print AP, write pictures to output/demo"
+	@echo "make test     run the tests"
+	@echo "make lint     check style and formatting"
+	@echo "make format   put style and formatting right"
+	@echo "make clean    remove the environment and what was built"
+
+demo: $(VENV)/.installed-eval
+	$(VENV)/bin/cdetr-fast demo $(DEMO)
+
+# Two workers with one thread each: more threads than cores slow all of them down.
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(PYTEST)
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist output *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so that an interrupted installation is taken up again.
+$(VENV)/.installed-%: pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	@echo "installing into $(VENV); the first time that takes some minutes and about 6 GB"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --progress-bar off --constraint constraints.txt --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,65 @@
+"""Fast Conditional DETR behind the API of transformers' `ConditionalDetr*` classes.
+
+Public names load on first use, so that importing the package is cheap and touches no device.
+"""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "ConditionalDetrConfig": "configuration",
+    "ConditionalDetrFeatureExtractor": "image_processing",
+    "ConditionalDetrForObjectDetection": "models.modeling",
+    "ConditionalDetrForSegmentation": "models.modeling",
+    "ConditionalDetrImageProcessor": "image_processing",
+    "ConditionalDetrImageProcessorFast": "image_processing",
+    "ConditionalDetrModel": "models.modeling",
+    "ConditionalDetrPreTrainedModel": "models.modeling",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+if TYPE_CHECKING:
+    from cdetr_fast.configuration import ConditionalDetrConfig
+    from cdetr_fast.image_processing import (
+        ConditionalDetrFeatureExtractor,
+        ConditionalDetrImageProcessor,
+        ConditionalDetrImageProcessorFast,
+    )
+    from cdetr_fast.models.modeling import (
+        ConditionalDetrForObjectDetection,
+        ConditionalDetrForSegmentation,
+        ConditionalDetrModel,
+        ConditionalDetrPreTrainedModel,
+    )
+
+
+def _find_kernels_in_checkout() -> None:
+    """Makes `cdetr_kernels` importable in a checkout that is not installed, leaving sys.path alone."""
+    source = Path(__file__).parent.parent / "kernels" / "cdetr_kernels" / "__init__.py"
+    if importlib.util.find_spec("cdetr_kernels") is not None or not source.exists():
+        return
+    spec = importlib.util.spec_from_file_location(
+        "cdetr_kernels", source, submodule_search_locations=[str(source.parent)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["cdetr_kernels"] = module
+    spec.loader.exec_module(module)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _find_kernels_in_checkout()
+    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,501 @@
+"""The command line: `cdetr-fast detect | demo | info`.
+
+Heavy imports are inside the commands, so that `--help` and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from cdetr_fast.files import write_atomically
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help and one-line usage errors
+    help="Conditional DETR: detect objects, see a demonstration, ask what runs on this machine.",
+)
+
+DEMO_CHECKPOINT = Path(__file__).parent / "assets" / "demo"
+"""The checkpoint that comes with the package, trained on `cdetr_fast.scenes`."""
+IMAGE_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+"""What counts as an image in a folder; a file named on the command line may be called anything."""
+
+_SCENES_PER_SEED = 10_000  # `--seed` 0 to 99,999 stay below the seeds of the training scenes
+_SHEET_COLUMNS, _SHEET_ROWS = 4, 3
+_SINGLE_PICTURES = 6
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Folder or hub name. Default: the checkpoint in the package.",
+        show_default=False,
+    ),
+]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub name.", show_default=False)
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1 ... Default: cuda if there.", show_default=False),
+]
+ThresholdOption = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Lowest score that counts as a detection.")
+]
+
+
+class UserError(Exception):
+    """Something that the user can put right; `main` prints it as one line."""
+
+
+def main() -> None:
+    """Run the command line; exit code 1 for an error or a skipped image, 2 for wrong usage."""
+    try:
+        app(prog_name="cdetr-fast")
+    except UserError as error:
+        print(f"cdetr-fast: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def detect(
+    images: Annotated[
+        list[Path], typer.Argument(help="Image files, and folders whose images are taken.")
+    ],
+    model: ModelOption = None,
+    threshold: ThresholdOption = 0.5,
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("output/detect"),
+    device: DeviceOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 1,
+    revision: RevisionOption = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Most detections per image.")] = 100,
+) -> None:
+    """Detect objects in images.
+
+    Writes detections.json (COCO results), images.json (the COCO images and categories that its
+    ids mean) and an annotated picture of each image. An image that cannot be read is reported
+    and skipped, and the exit code is then 1.
+    """
+    paths = _list_images(images)
+    _make_folder(output)
+    detector = _Detector(model, revision, device)
+    console = Console(stderr=True)
+    records: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    skipped = 0
+    names = _PictureNames(output, paths)
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("detecting", total=len(paths))
+        for start in range(0, len(paths), batch_size):
+            batch = []
+            for image_id, path in enumerate(paths[start : start + batch_size], start):
+                try:
+                    batch.append((image_id, path, _read_image(path)))
+                except UserError as error:
+                    skipped += 1
+                    _report(console, f"skipped: {error}")
+            found = detector([image for _, _, image in batch], threshold, top_k) if batch else []
+            for (image_id, path, image), detections in zip(batch, found, strict=True):
+                picture = names.take(path)
+                detector.draw(image, detections).save(picture, quality=92)
+                records.append(
+                    {
+                        "id": image_id,
+                        "file_name": str(path),
+                        "width": image.width,
+                        "height": image.height,
+                        "picture": picture.name,
+                    }
+                )
+                results.extend(coco_results(image_id, detections))
+            progress.advance(task, min(batch_size, len(paths) - start))
+
+    if not records:
+        raise UserError(f"none of {len(paths)} images could be read")
+    categories = [{"id": i, "name": name} for i, name in sorted(detector.id2label.items())]
+    write_json(
+        output / "images.json",
+        {"info": {}, "images": records, "annotations": [], "categories": categories},
+    )
+    write_json(output / "detections.json", results)
+    note = f", {skipped} skipped" if skipped else ""
+    print(f"{len(records)} images, {len(results)} detections{note}: {output}")
+    if skipped:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    seed: Annotated[
+        int, typer.Option(min=0, max=99_999, help="Other seeds draw other scenes.")
+    ] = 0,
+    count: Annotated[
+        int, typer.Option(min=1, max=_SCENES_PER_SEED, help="Scenes to draw and score.")
+    ] = 200,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("output/demo"),
+    image: Annotated[
+        Path | None, typer.Option(help="A photograph, in place of the scenes.", show_default=False)
+    ] = None,
+    model: ModelOption = None,
+    threshold: ThresholdOption = 0.5,
+    device: DeviceOption = None,
+) -> None:
+    """Draw scenes that no training has seen, detect their objects, and score the result."""
+    if image is not None:
+        _demo_photograph(image, output, model, threshold, device)
+        return
+
+    from cdetr_fast import scenes
+    from cdetr_fast.visualization import contact_sheet
+
+    _require_pycocotools()
+    _make_folder(output)
+    detector = _Detector(model, None, device)
+    names = [detector.id2label.get(i) for i in range(len(detector.id2label))]
+    if names != list(scenes.CLASSES):
+        raise UserError(
+            f"--model {model}: expected the scenes' classes {', '.join(scenes.CLASSES)}; "
+            "give --image to run another model on a photograph"
+        )
+
+    annotations, results, seconds, sheet = [], [], [], []
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True) as progress:
+        for i in progress.track(range(count), description="scenes"):
+            scene, annotation = scenes.draw_scene(seed * _SCENES_PER_SEED + i)
+            start = time.perf_counter()
+            (detections,) = detector([scene], threshold=0.0)
+            seconds.append(time.perf_counter() - start)
+            annotations.append(annotation)
+            results.extend(coco_results(i, detections))
+            if len(sheet) < _SHEET_COLUMNS * _SHEET_ROWS:
+                sheet.append(detector.draw(scene, detections, threshold, zoom=2))
+
+    for i, picture in enumerate(sheet[:_SINGLE_PICTURES]):
+        picture.save(output / f"scene_{i}.png")
+    contact_sheet(sheet, _SHEET_COLUMNS).save(output / "contact_sheet.png")
+    ap, ap50 = average_precision(scenes.coco_ground_truth(annotations), results)
+    objects = sum(len(annotation["labels"]) for annotation in annotations)
+    print(f"model      {detector.describe()}")
+    print(f"scenes     {count} unseen, {objects} objects, seed {seed}")
+    print(f"AP         {ap:.3f}")
+    print(f"AP50       {ap50:.3f}")
+    print(
+        f"time       {statistics.median(seconds) * 1e3:.1f} ms per image "
+        f"(median; one image at a time, from picture to boxes, on {detector.describe_device()})"
+    )
+    print(f"pictures   {output / 'contact_sheet.png'}")
+
+
+@app.command()
+def info() -> None:
+    """Show versions, devices, threads, and which path each operator takes and why."""
+    import platform
+    from importlib import metadata
+
+    import torch
+
+    import cdetr_fast
+    from cdetr_kernels import dispatch
+
+    table = Table("what", "value", box=None, show_header=False, pad_edge=False)
+    table.add_row("cdetr_fast", cdetr_fast.__version__)
+    table.add_row("python", f"{platform.python_version()}, {platform.platform()}")
+    for name in ("torch", "torchvision", "triton", "timm", "transformers"):
+        try:
+            table.add_row(name, metadata.version(name))
+        except metadata.PackageNotFoundError:
+            table.add_row(name, "not installed")
+    table.add_row(
+        "cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads per operation"
+    )
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            table.add_row(
+                f"cuda:{i}",
+                f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
+                f"compute capability {properties.major}.{properties.minor}",
+            )
+    else:
+        table.add_row("cuda", f"no device (torch is built for CUDA {torch.version.cuda})")
+    operators = Table("operator", "path", "reason", box=None, pad_edge=False)
+    for entry in dispatch.report():
+        operators.add_row(entry.op, entry.path, entry.reason)
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    console.print()
+    console.print(operators)
+
+
+def coco_results(image_id: int, detections: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Write one image's detections in COCO results form.
+
+    Args:
+        image_id: The image's id.
+        detections: "scores" `[k]`, "labels" `[k]` and "boxes" `[k, 4]` xyxy pixels, as
+            `post_process_object_detection` returns them.
+
+    Returns:
+        One dictionary a detection; `bbox` is left, top, width and height in pixels.
+    """
+    rows = zip(
+        detections["boxes"].tolist(),
+        detections["labels"].tolist(),
+        detections["scores"].tolist(),
+        strict=True,
+    )
+    return [
+        {
+            "image_id": image_id,
+            "category_id": label,
+            "bbox": [round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0)],
+            "score": round(score, 6),
+        }
+        for (x0, y0, x1, y1), label, score in rows
+    ]
+
+
+def average_precision(
+    ground_truth: dict[str, Any], results: list[dict[str, Any]]
+) -> tuple[float, float]:
+    """Score detections by COCO's box evaluation, silently.
+
+    Args:
+        ground_truth: A COCO detection dictionary with at least one annotation.
+        results: COCO results, as `coco_results` gives them.
+
+    Returns:
+        AP (mean over IoU 0.50 to 0.95) and AP50, both in [0, 1].
+    """
+    if not results:  # pycocotools fails on an empty list
+        return 0.0, 0.0
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = ground_truth
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return float(evaluation.stats[0]), float(evaluation.stats[1])
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file so that an interruption leaves the old file or the new one, never half.
+
+    Args:
+        path: The file; its folder exists.
+        content: What `json` can write.
+    """
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+class _Detector:
+    """A model with its image processor, from images to detections."""
+
+    def __init__(self, name: str | None, revision: str | None, device: str | None) -> None:
+        import torch
+
+        from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
+
+        self.name = "embedded" if name is None else name
+        self.device = _pick_device(device)
+        source = str(DEMO_CHECKPOINT) if name is None else name
+        options = {} if revision is None else {"revision": revision}
+        try:
+            model = ConditionalDetrForObjectDetection.from_pretrained(
+                source, dtype=torch.float32, **options
+            )
+            self.processor = ConditionalDetrImageProcessor.from_pretrained(source, **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"--model {self.name}: {_first_line(error)}") from error
+        self.model = model.to(self.device).eval()
+        self.id2label: dict[int, str] = self.model.config.id2label
+
+    def __call__(
+        self, images: list[Image.Image], threshold: float, top_k: int = 100
+    ) -> list[dict[str, torch.Tensor]]:
+        import torch
+
+        inputs = self.processor(images=images, return_tensors="pt")
+        with torch.inference_mode():
+            outputs = self.model(
+                pixel_values=inputs["pixel_values"].to(self.device),
+                pixel_mask=inputs["pixel_mask"].to(self.device),
+            )
+            results = self.processor.post_process_object_detection(
+                outputs,
+                threshold=threshold,
+                target_sizes=[(image.height, image.width) for image in images],
+                top_k=top_k,
+            )
+            return [{key: value.cpu() for key, value in result.items()} for result in results]
+
+    def draw(
+        self,
+        image: Image.Image,
+        detections: dict[str, torch.Tensor],
+        threshold: float = 0.0,
+        zoom: int = 1,
+    ) -> Image.Image:
+        from cdetr_fast.visualization import draw_detections
+
+        kept = detections["scores"] >= threshold
+        return draw_detections(
+            image.resize((image.width * zoom, image.height * zoom)) if zoom != 1 else image,
+            detections["boxes"][kept] * zoom,
+            detections["labels"][kept],
+            detections["scores"][kept],
+            self.id2label,
+        )
+
+    def describe(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return f"{self.name}, {parameters / 1e6:.2f} million parameters"
+
+    def describe_device(self) -> str:
+        import torch
+
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{self.device.type}, {torch.get_num_threads()} threads"
+
+
+class _PictureNames:
+    """Names for annotated pictures: no two alike, and none that would overwrite an input."""
+
+    def __init__(self, folder: Path, inputs: Iterable[Path]) -> None:
+        self.folder = folder
+        self.taken = {self._key(path) for path in inputs}
+
+    def take(self, source: Path) -> Path:
+        number = 1
+        while True:
+            suffix = "" if number == 1 else f"_{number}"
+            path = self.folder / f"{source.stem}{suffix}.jpg"
+            if self._key(path) not in self.taken:
+                self.taken.add(self._key(path))
+                return path
+            number += 1
+
+    @staticmethod
+    def _key(path: Path) -> str:
+        return str(path.resolve()).lower()  # some file systems do not tell A.jpg from a.jpg
+
+
+def _demo_photograph(
+    path: Path, output: Path, model: str | None, threshold: float, device: str | None
+) -> None:
+    image = _read_image(path)
+    _make_folder(output)
+    detector = _Detector(model, None, device)
+    start = time.perf_counter()
+    (detections,) = detector([image], threshold)
+    seconds = time.perf_counter() - start
+    picture = _PictureNames(output, [path]).take(path)
+    detector.draw(image, detections).save(picture, quality=92)
+    print(f"model      {detector.describe()}")
+    for result in coco_results(0, detections):
+        left, top, width, height = result["bbox"]
+        label = result["category_id"]
+        print(
+            f"{result['score']:.2f}       {detector.id2label.get(label, label)} "
+            f"at {left:.0f}, {top:.0f}, {width:.0f} x {height:.0f} pixels"
+        )
+    if len(detections["scores"]) == 0:
+        print(f"nothing    scores {threshold} or more")
+    print(f"time       {seconds * 1e3:.1f} ms (first call, on {detector.describe_device()})")
+    print(f"picture    {picture}")
+
+
+def _list_images(arguments: Iterable[Path]) -> list[Path]:
+    """Files as they are named, folders as their images in order of name; each file once."""
+    paths: dict[Path, Path] = {}
+    for argument in arguments:
+        found = [argument]
+        if argument.is_dir():
+            found = sorted(p for p in argument.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise UserError(f"{argument}: no images in this folder")
+        for path in found:
+            paths.setdefault(path.resolve(), path)
+    return list(paths.values())
+
+
+def _read_image(path: Path) -> Image.Image:
+    """Read a file as an RGB image that stands upright."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path}: not an image that can be read") from error
+    # PIL raises the last three for damaged or absurdly large files.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UserError(f"{path}: {reason or _first_line(error)}") from error
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {path}: {error.strerror}") from error
+
+
+def _pick_device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA raises the second
+        raise UserError(f"--device {name}: {_first_line(error)}") from error
+    return device
+
+
+def _require_pycocotools() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("pycocotools") is None:
+        raise UserError("demo scores with pycocotools: pip install 'cdetr-fast[eval]'")
+
+
+def _report(console: Console, message: str) -> None:
+    console.print(f"cdetr-fast: {message}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

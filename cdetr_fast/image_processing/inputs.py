@@ -1,0 +1,185 @@
+"""Everything that a user may call an image, turned into `[C, H, W]` tensors.
+
+PIL images of any 8-bit mode are turned upright by their EXIF orientation and converted to RGB.
+Arrays and tensors may be `[H, W]`, `[C, H, W]` or `[H, W, C]` with 1, 3 or 4 channels.
+"""
+
+import base64
+import os
+import urllib.request
+import warnings
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tvF
+
+# One image, or any nesting of lists of images; a 4-d array or tensor is a batch.
+ImageInput = Image.Image | np.ndarray | Tensor | str | os.PathLike | Sequence
+
+_CHANNELS = (1, 3, 4)
+_EXIF_ORIENTATION = 0x0112
+_URL_TIMEOUT_SECONDS = 30
+# PIL stores more than 8 bits per channel in these modes, and clips them when it converts to RGB.
+_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+def load_images(
+    images: ImageInput,
+    do_convert_rgb: bool | None = None,
+    input_data_format: str | None = None,
+    device: torch.device | str | None = None,
+) -> list[Tensor]:
+    """Returns the images as a flat list of contiguous `[C, H, W]` tensors.
+
+    Args:
+        images: PIL images, arrays, tensors, paths, URLs or `data:image/` strings, single or nested.
+        do_convert_rgb: None: convert to RGB as PIL does, which drops transparency. True: lay
+            transparent pixels over white first. False: leave the channels as they are.
+        input_data_format: "channels_first" or "channels_last" for arrays and tensors; None infers it.
+        device: Where the tensors go; None leaves them where they are.
+
+    Raises:
+        TypeError: An entry is not an image, or has a dtype that is none.
+        ValueError: There is no image, or a shape has no channel axis.
+    """
+    if input_data_format not in (None, "channels_first", "channels_last"):
+        raise ValueError(
+            "input_data_format: expected 'channels_first', 'channels_last' or None, "
+            f"got {input_data_format!r}"
+        )
+    flat = _flatten(images)
+    if not flat:
+        raise ValueError("images: expected at least one image, got an empty list")
+    tensors = []
+    for position, image in enumerate(flat):
+        name = f"images[{position}]"
+        if isinstance(image, str | os.PathLike):
+            tensor = _from_pil(_open(image), name, do_convert_rgb, warn_if_turned=False)
+        elif isinstance(image, Image.Image):
+            tensor = _from_pil(image, name, do_convert_rgb, warn_if_turned=True)
+        else:
+            tensor = _from_array(image, name, do_convert_rgb, input_data_format)
+        tensors.append(tensor.contiguous().to(device=device))
+    return tensors
+
+
+def _flatten(images: Any) -> list[Any]:
+    """Returns the single images of any nesting of lists and batches."""
+    if isinstance(images, list | tuple):
+        return [image for item in images for image in _flatten(item)]
+    if isinstance(images, np.ndarray | Tensor):
+        return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, Image.Image | str | os.PathLike):
+        return [images]
+    raise TypeError(
+        "images: expected PIL images, numpy arrays, tensors, paths or lists of them, "
+        f"got {type(images).__name__}"
+    )
+
+
+def _open(source: str | os.PathLike) -> Image.Image:
+    """Opens an image file, an http(s) URL, or a `data:image/` string."""
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        with urllib.request.urlopen(source, timeout=_URL_TIMEOUT_SECONDS) as response:
+            return Image.open(BytesIO(response.read()))
+    if isinstance(source, str) and source.startswith("data:image/"):
+        return Image.open(BytesIO(base64.b64decode(source.partition(",")[2])))
+    return Image.open(Path(source))
+
+
+def _from_pil(
+    image: Image.Image, name: str, do_convert_rgb: bool | None, warn_if_turned: bool
+) -> Tensor:
+    """Returns a PIL image, upright and RGB, as a tensor `[C, H, W]`.
+
+    transformers reads the pixels of a PIL image without turning it, and fails on all modes but RGB.
+    """
+    orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    if orientation != 1:
+        size_before = image.size
+        image = ImageOps.exif_transpose(image)
+        if warn_if_turned and image.size != size_before:
+            warnings.warn(
+                f"{name}: turned upright by its EXIF orientation {orientation}: its size is now "
+                f"{image.height} x {image.width} (height x width); take target sizes from there",
+                stacklevel=4,
+            )
+    if do_convert_rgb is not False and image.mode != "RGB":
+        if image.mode in _DEEP_MODES:
+            raise ValueError(
+                f"{name}: expected 8 bits per channel, got PIL mode {image.mode!r}; "
+                "scale it to 8 bits, or pass an array with a fitting rescale_factor"
+            )
+        has_alpha = "A" in image.getbands() or "transparency" in image.info
+        if do_convert_rgb and has_alpha:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image)
+        image = image.convert("RGB")
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+
+def _from_array(
+    image: np.ndarray | Tensor,
+    name: str,
+    do_convert_rgb: bool | None,
+    input_data_format: str | None,
+) -> Tensor:
+    """Returns an array or tensor as an RGB tensor `[C, H, W]`."""
+    if isinstance(image, np.ndarray):
+        if image.dtype.kind not in "uif":
+            raise TypeError(f"{name}: expected integers or floats, got {image.dtype}")
+        # Flipped views and read-only arrays cannot share memory with a tensor.
+        image = torch.from_numpy(np.require(image, requirements=("C", "W")))
+    elif image.is_complex() or image.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers or floats, got {image.dtype}")
+    if image.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        image = image.to(torch.float32)  # torch resizes no other unsigned type than uint8
+
+    if image.dim() == 2:
+        image = image[None]
+    elif image.dim() != 3:
+        raise ValueError(
+            f"{name}: expected [H, W], [C, H, W] or [H, W, C], got {list(image.shape)}"
+        )
+    elif _is_channels_last(image, name, input_data_format):
+        image = image.permute(2, 0, 1)
+    if min(image.shape) == 0:
+        raise ValueError(f"{name}: expected at least one pixel, got {list(image.shape)}")
+
+    if do_convert_rgb is False or image.shape[0] == 3:
+        return image
+    if image.shape[0] == 1:
+        return image.expand(3, -1, -1)
+    return _over_white(image, name) if do_convert_rgb else image[:3]
+
+
+def _is_channels_last(image: Tensor, name: str, input_data_format: str | None) -> bool:
+    """Tells whether the last axis holds the channels; the first one is taken if both could."""
+    if input_data_format is not None:
+        last = input_data_format == "channels_last"
+    else:
+        last = image.shape[0] not in _CHANNELS
+    channels = image.shape[2 if last else 0]
+    if channels not in _CHANNELS:
+        raise ValueError(f"{name}: expected 1, 3 or 4 channels, got shape {list(image.shape)}")
+    return last
+
+
+def _over_white(image: Tensor, name: str) -> Tensor:
+    """Lays an RGBA image over a white ground; uint8, or floats in [0, 1]."""
+    if image.is_floating_point() and (image.amin() < 0 or image.amax() > 1):
+        raise ValueError(
+            f"{name}: expected RGBA floats in [0, 1], "
+            f"got [{image.amin().item()}, {image.amax().item()}]"
+        )
+    rgba = tvF.to_dtype(image, torch.float32, scale=True)
+    color, alpha = rgba[:3], rgba[3:]
+    return tvF.to_dtype(color * alpha + (1 - alpha), image.dtype, scale=True)

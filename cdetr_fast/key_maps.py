@@ -1,0 +1,253 @@
+"""Names of the weights in the checkpoints there are, as tables that are read in both directions.
+
+- "v5": the state_dict of transformers 5, in memory; ours is the same.
+- "v4": what transformers 4 and 5 both write to disk.
+- "authors": the .pth files of the authors.
+- "HF ResNet": the ResNet of transformers itself as the backbone; ours is timm's.
+
+Source: transformers/conversion_mapping.py and models/conditional_detr/convert_*.py; the authors'
+models/transformer.py, models/conditional_detr.py and models/backbone.py.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+StateDict = dict[str, Tensor]
+# (name there, name here): whole parts of a dotted key; {n} is the number of a layer
+Table = list[tuple[str, str]]
+
+V4_TABLE: Table = [
+    ("backbone.conv_encoder.", "backbone."),
+    ("encoder.layers.{n}.self_attn.out_proj.", "encoder.layers.{n}.self_attn.o_proj."),
+    ("encoder.layers.{n}.fc1.", "encoder.layers.{n}.mlp.fc1."),
+    ("encoder.layers.{n}.fc2.", "encoder.layers.{n}.mlp.fc2."),
+    ("decoder.layers.{n}.self_attn.out_proj.", "decoder.layers.{n}.self_attn.o_proj."),
+    ("decoder.layers.{n}.encoder_attn.out_proj.", "decoder.layers.{n}.encoder_attn.o_proj."),
+    ("decoder.layers.{n}.fc1.", "decoder.layers.{n}.mlp.fc1."),
+    ("decoder.layers.{n}.fc2.", "decoder.layers.{n}.mlp.fc2."),
+    *(
+        (f"decoder.layers.{{n}}.{there}_proj.", f"decoder.layers.{{n}}.{here}_proj.")
+        for there, here in [
+            ("sa_qcontent", "self_attn.q_content"),
+            ("sa_qpos", "self_attn.q_pos"),
+            ("sa_kcontent", "self_attn.k_content"),
+            ("sa_kpos", "self_attn.k_pos"),
+            ("sa_v", "self_attn.v"),
+            ("ca_qcontent", "encoder_attn.q_content"),
+            ("ca_qpos", "encoder_attn.q_pos"),
+            ("ca_kcontent", "encoder_attn.k_content"),
+            ("ca_kpos", "encoder_attn.k_pos"),
+            ("ca_v", "encoder_attn.v"),
+            ("ca_qpos_sine", "encoder_attn.q_pos_sine"),
+        ]
+    ),
+    ("bbox_attention.q_linear.", "bbox_attention.q_proj."),
+    ("bbox_attention.k_linear.", "bbox_attention.k_proj."),
+    ("mask_head.lay1.", "mask_head.conv1.conv."),
+    ("mask_head.gn1.", "mask_head.conv1.norm."),
+    ("mask_head.lay2.", "mask_head.conv2.conv."),
+    ("mask_head.gn2.", "mask_head.conv2.norm."),
+    ("mask_head.adapter1.", "mask_head.fpn_stages.0.fpn_adapter."),
+    ("mask_head.lay3.", "mask_head.fpn_stages.0.refine.conv."),
+    ("mask_head.gn3.", "mask_head.fpn_stages.0.refine.norm."),
+    ("mask_head.adapter2.", "mask_head.fpn_stages.1.fpn_adapter."),
+    ("mask_head.lay4.", "mask_head.fpn_stages.1.refine.conv."),
+    ("mask_head.gn4.", "mask_head.fpn_stages.1.refine.norm."),
+    ("mask_head.adapter3.", "mask_head.fpn_stages.2.fpn_adapter."),
+    ("mask_head.lay5.", "mask_head.fpn_stages.2.refine.conv."),
+    ("mask_head.gn5.", "mask_head.fpn_stages.2.refine.norm."),
+    ("mask_head.out_lay.", "mask_head.output_conv."),
+]
+
+# transformers 4 kept learned positions inside the backbone; transformers 5 neither reads nor writes
+# that name, so this is for reading only.
+_V4_READ_ONLY: Table = [("backbone.position_embedding.", "position_embedding.")]
+
+# Authors' detection model -> v4, from the start of the key; `in_proj` of the encoder is split apart.
+AUTHORS_TABLE: Table = [
+    ("backbone.0.body.", "model.backbone.conv_encoder.model."),
+    ("backbone.1.row_embed.", "model.position_embedding.row_embeddings."),
+    ("backbone.1.col_embed.", "model.position_embedding.column_embeddings."),
+    ("input_proj.", "model.input_projection."),
+    ("query_embed.", "model.query_position_embeddings."),
+    ("class_embed.", "class_labels_classifier."),
+    ("bbox_embed.", "bbox_predictor."),
+    ("transformer.decoder.norm.", "model.decoder.layernorm."),
+    ("transformer.decoder.query_scale.", "model.decoder.query_scale."),
+    ("transformer.decoder.ref_point_head.", "model.decoder.ref_point_head."),
+    *(
+        (f"transformer.{stack}.layers.{{n}}.{there}.", f"model.{stack}.layers.{{n}}.{here}.")
+        for stack, there, here in [
+            ("encoder", "self_attn.q_proj", "self_attn.q_proj"),
+            ("encoder", "self_attn.k_proj", "self_attn.k_proj"),
+            ("encoder", "self_attn.v_proj", "self_attn.v_proj"),
+            ("encoder", "self_attn.out_proj", "self_attn.out_proj"),
+            ("encoder", "linear1", "fc1"),
+            ("encoder", "linear2", "fc2"),
+            ("encoder", "norm1", "self_attn_layer_norm"),
+            ("encoder", "norm2", "final_layer_norm"),
+            ("decoder", "self_attn.out_proj", "self_attn.out_proj"),
+            ("decoder", "cross_attn.out_proj", "encoder_attn.out_proj"),
+            ("decoder", "linear1", "fc1"),
+            ("decoder", "linear2", "fc2"),
+            ("decoder", "norm1", "self_attn_layer_norm"),
+            ("decoder", "norm2", "encoder_attn_layer_norm"),
+            ("decoder", "norm3", "final_layer_norm"),
+            *(
+                ("decoder", f"{name}_proj", f"{name}_proj")
+                for name in [
+                    "sa_qcontent",
+                    "sa_qpos",
+                    "sa_kcontent",
+                    "sa_kpos",
+                    "sa_v",
+                    "ca_qcontent",
+                    "ca_qpos",
+                    "ca_kcontent",
+                    "ca_kpos",
+                    "ca_v",
+                    "ca_qpos_sine",
+                ]
+            ),
+        ]
+    ),
+]
+
+# HF ResNet -> timm; {n} is the block. Counts there start at 0, here at 1.
+HF_RESNET_TABLE: Table = [
+    ("backbone.model.embedder.embedder.convolution.", "backbone.model.conv1."),
+    ("backbone.model.embedder.embedder.normalization.", "backbone.model.bn1."),
+    *(
+        (
+            f"backbone.model.encoder.stages.{stage}.layers.{{n}}.{there}.",
+            f"backbone.model.layer{stage + 1}.{{n}}.{here}.",
+        )
+        for stage in range(4)
+        for there, here in [
+            ("layer.0.convolution", "conv1"),
+            ("layer.0.normalization", "bn1"),
+            ("layer.1.convolution", "conv2"),
+            ("layer.1.normalization", "bn2"),
+            ("layer.2.convolution", "conv3"),
+            ("layer.2.normalization", "bn3"),
+            ("shortcut.convolution", "downsample.0"),
+            ("shortcut.normalization", "downsample.1"),
+        ]
+    ),
+]
+
+# Where the base model's weights lie: in itself, in the detection and in the segmentation model.
+_LEVELS = ("", "model.", "conditional_detr.model.")
+
+
+def to_v5(state_dict: Mapping[str, Tensor]) -> StateDict:
+    """Renames the keys of v4 (any model class) and of an HF ResNet; those of v5 stay as they are."""
+    return _renamed(state_dict, V4_TABLE + _V4_READ_ONLY, HF_RESNET_TABLE)
+
+
+def to_v4(state_dict: Mapping[str, Tensor], hf_resnet: bool = False) -> StateDict:
+    """Renames the keys of v5 to those on disk.
+
+    Args:
+        state_dict: Of any of the models.
+        hf_resnet: The configuration names the backbone "resnet": write the keys of HF ResNet.
+    """
+    tables = [_inverse(HF_RESNET_TABLE)] if hf_resnet else []
+    return _renamed(state_dict, *tables, _inverse(V4_TABLE))
+
+
+def is_authors(keys: Iterable[str]) -> bool:
+    """Whether these are the authors' names."""
+    return any(re.match(r"(detr\.|conditional_detr\.)?transformer\.", key) for key in keys)
+
+
+def from_authors(state_dict: Mapping[str, Tensor]) -> StateDict:
+    """Renames the authors' keys to v5, detection or segmentation; splits in_proj in q, k, v."""
+    renamed = {}
+    for key, tensor in state_dict.items():
+        # the segmentation model has the detection model in `detr`; a fork calls it conditional_detr
+        prefix, key = re.fullmatch(r"((?:detr\.|conditional_detr\.)?)(.*)", key).groups()
+        prefix = "conditional_detr." if prefix else ""
+        packed = re.fullmatch(r"(transformer\.encoder\..*\.)in_proj_(weight|bias)", key)
+        if packed:
+            stem, kind = packed.groups()
+            parts = {
+                f"{stem}{name}_proj.{kind}": part
+                for name, part in zip("qkv", tensor.chunk(3), strict=True)
+            }
+        else:
+            parts = {key: tensor}
+        for name, part in _renamed(parts, AUTHORS_TABLE).items():
+            renamed[prefix + name] = part
+    return to_v5(renamed)
+
+
+def to_authors(state_dict: Mapping[str, Tensor]) -> StateDict:
+    """Renames v5 keys of a detection or segmentation model to the authors', and packs q, k, v."""
+    renamed: StateDict = {}
+    for key, tensor in to_v4(state_dict).items():
+        prefix, key = re.fullmatch(r"((?:conditional_detr\.)?)(.*)", key).groups()
+        name = next(iter(_renamed({key: tensor}, _inverse(AUTHORS_TABLE))))
+        renamed[("detr." if prefix else "") + name] = tensor
+    for key in [key for key in renamed if re.search(r"encoder\..*\.q_proj\.(weight|bias)$", key)]:
+        stem, kind = key.split("q_proj.")
+        parts = [renamed.pop(f"{stem}{name}_proj.{kind}") for name in "qkv"]
+        renamed[f"{stem}in_proj_{kind}"] = torch.cat(parts)
+    return renamed
+
+
+def level_of(keys: Iterable[str]) -> str:
+    """Returns the prefix of the base model's weights: "", "model." or "conditional_detr.model."."""
+    found = [level for key in keys for level in _LEVELS[1:] if key.startswith(level)]
+    return found[0] if found else ""
+
+
+def to_level(state_dict: Mapping[str, Tensor], target: str) -> StateDict:
+    """Moves weights between the base, detection and segmentation model; v5 keys.
+
+    Args:
+        state_dict: Of any of the models.
+        target: Prefix as `level_of` gives it. Weights that have no place there keep their names.
+    """
+    source = level_of(state_dict)
+    if source == target:
+        return dict(state_dict)
+    moved = {}
+    for key, tensor in state_dict.items():
+        # by way of the names of the detection model
+        key = f"model.{key}" if source == "" else key.removeprefix("conditional_detr.")
+        if target == "":
+            key = key.removeprefix("model.")
+        elif target == _LEVELS[2] and not key.startswith(("bbox_attention.", "mask_head.")):
+            key = f"conditional_detr.{key}"
+        moved[key] = tensor
+    return moved
+
+
+def _inverse(table: Table) -> Table:
+    return [(here, there) for there, here in table]
+
+
+def _renamed(state_dict: Mapping[str, Tensor], *tables: Table) -> StateDict:
+    """Applies tables one after the other; of each, the first row that fits a key counts."""
+    rules = [[_rule(there, here) for there, here in table] for table in tables]
+    renamed = {}
+    for key, tensor in state_dict.items():
+        for table in rules:
+            key = next((new for rule in table if (new := _apply(rule, key)) is not None), key)
+        renamed[key] = tensor
+    return renamed
+
+
+def _rule(there: str, here: str) -> tuple[re.Pattern[str], str]:
+    pattern = re.escape(there).replace(r"\{n\}", r"(\d+)")
+    return re.compile(r"(^|.*?\.)" + pattern + "(.+)"), here.replace("{n}", r"\2")
+
+
+def _apply(rule: tuple[re.Pattern[str], str], key: str) -> str | None:
+    pattern, replacement = rule
+    match = pattern.fullmatch(key)
+    return match and match[1] + match.expand(replacement) + match[match.re.groups]

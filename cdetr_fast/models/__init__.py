@@ -1,0 +1,1 @@
+"""The model, in the order in which data flows: backbone, position, encoder, decoder, heads."""

@@ -1,0 +1,207 @@
+"""The three attention modules: encoder self-, decoder self- and conditional cross-attention.
+
+Their parameters have the names of transformers' modules; the arithmetic is in
+`cdetr_kernels.conditional_attention`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdetr_kernels import conditional_attention
+
+
+def joint_linear(x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
+    """Applies several linear layers to the same input in one matrix product.
+
+    Layers that are more than a plain `nn.Linear` (an adapter, a quantised weight, a hook) are called
+    one by one, so that nothing attached to them is passed over.
+    """
+    if not all(_is_plain(projection) for projection in projections):
+        return tuple(projection(x) for projection in projections)
+    weight = torch.cat([projection.weight for projection in projections])
+    bias = torch.cat([projection.bias for projection in projections])
+    return F.linear(x, weight, bias).split([p.out_features for p in projections], dim=-1)
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    return (
+        type(projection) is nn.Linear
+        and type(projection.weight) is nn.Parameter
+        and not projection._forward_hooks
+        and not projection._forward_pre_hooks
+        and not projection._backward_hooks
+        and not projection._backward_pre_hooks
+    )
+
+
+class _Attention(nn.Module):
+    """What the three have in common: heads, dropout, and the call of the operator."""
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_dropout = dropout
+        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.o_proj = nn.Linear(hidden_size, hidden_size)
+
+    def _attend(
+        self,
+        q_content: Tensor,
+        q_spatial: Tensor | None,
+        k_content: Tensor,
+        k_spatial: Tensor | None,
+        value: Tensor,
+        key_mask: Tensor | None,
+        return_attention: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        heads = [
+            None if x is None else x.unflatten(-1, (self.num_heads, -1))
+            for x in (q_content, q_spatial, k_content, k_spatial, value)
+        ]
+        dropout_p = self.attention_dropout if self.training else 0.0
+        result = conditional_attention(
+            *heads, key_mask, dropout_p=dropout_p, return_attention=return_attention
+        )
+        output, attention = result if return_attention else (result, None)
+        return self.o_proj(output.flatten(2)), attention
+
+
+class ConditionalDetrSelfAttention(_Attention):
+    """Encoder self-attention; the position code is added to queries and keys, not to values."""
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
+        super().__init__(hidden_size, num_heads, dropout)
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position: Tensor,
+        key_mask: Tensor | None,
+        return_attention: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends from each map position to all unpadded ones.
+
+        Args:
+            hidden_states: `[B, S, C]`.
+            position: Position code `[B|1, S, C]`.
+            key_mask: bool `[B, S]`, True = attend, or None.
+            return_attention: Also return the map `[B, N, S, S]`.
+        """
+        query, key = joint_linear(hidden_states + position, self.q_proj, self.k_proj)
+        value = self.v_proj(hidden_states)
+        return self._attend(query, None, key, None, value, key_mask, return_attention)
+
+
+class ConditionalDetrDecoderSelfAttention(_Attention):
+    """Decoder self-attention, with projections of its own for the object-query embedding."""
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
+        super().__init__(hidden_size, num_heads, dropout)
+        self.q_content_proj = nn.Linear(hidden_size, hidden_size)
+        self.q_pos_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_content_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_pos_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        query_position: Tensor,
+        key_mask: Tensor | None,
+        return_attention: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends from each object query to all others.
+
+        Args:
+            hidden_states: `[B, Q, C]`.
+            query_position: Object-query embedding `[1, Q, C]`.
+            key_mask: bool `[B, Q]`, True = attend, or None.
+            return_attention: Also return the map `[B, N, Q, Q]`.
+        """
+        query, key, value = joint_linear(
+            hidden_states, self.q_content_proj, self.k_content_proj, self.v_proj
+        )
+        query_shift, key_shift = joint_linear(query_position, self.q_pos_proj, self.k_pos_proj)
+        return self._attend(
+            query + query_shift, None, key + key_shift, None, value, key_mask, return_attention
+        )
+
+
+class MemoryKeys(NamedTuple):
+    """What one decoder layer reads of the encoder's memory.
+
+    Attributes:
+        content: `[B, S, C]`.
+        spatial: `[B|1, S, C]`.
+        value: `[B, S, C]`.
+    """
+
+    content: Tensor
+    spatial: Tensor
+    value: Tensor
+
+
+class ConditionalDetrDecoderCrossAttention(_Attention):
+    """Conditional cross-attention: content and spatial scores add up, no concatenation.
+
+    Args:
+        hidden_size: C.
+        num_heads: N.
+        dropout: Probability of dropping an attention weight in training.
+        is_first: The first layer also adds the object-query embedding to the content queries, and
+            the position keys to the content keys.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float, is_first: bool) -> None:
+        super().__init__(hidden_size, num_heads, dropout)
+        self.q_content_proj = nn.Linear(hidden_size, hidden_size)
+        self.q_pos_proj = nn.Linear(hidden_size, hidden_size) if is_first else None
+        self.k_content_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_pos_proj = nn.Linear(hidden_size, hidden_size)
+        self.q_pos_sine_proj = nn.Linear(hidden_size, hidden_size)
+
+    def project_memory(self, memory: Tensor, position: Tensor) -> MemoryKeys:
+        """Projects the memory `[B, S, C]` and its position code `[B|1, S, C]` for this layer."""
+        content, value = joint_linear(memory, self.k_content_proj, self.v_proj)
+        return MemoryKeys(content, self.k_pos_proj(position), value)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        query_sine: Tensor,
+        query_position: Tensor,
+        keys: MemoryKeys,
+        key_mask: Tensor | None,
+        return_attention: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends from each object query to the unpadded map positions.
+
+        Args:
+            hidden_states: `[B|1, Q, C]`.
+            query_sine: Scaled sine code of the reference points `[B|1, Q, C]`.
+            query_position: Object-query embedding `[1, Q, C]`; only the first layer reads it.
+            keys: The projected memory.
+            key_mask: bool `[B, S]`, True = attend, or None.
+            return_attention: Also return the map `[B, N, Q, S]`.
+        """
+        batch = keys.content.shape[0]
+        q_content = self.q_content_proj(hidden_states)
+        q_spatial = self.q_pos_sine_proj(query_sine)
+        if self.q_pos_proj is not None:
+            q_content = q_content + self.q_pos_proj(query_position)
+            # q_c . (k_c + k_s) + q_s . k_s = q_c . k_c + (q_c + q_s) . k_s: the position keys are
+            # added on the side of the queries, of which there are fewer.
+            q_spatial = q_content + q_spatial
+        return self._attend(
+            q_content.expand(batch, -1, -1),
+            q_spatial.expand(batch, -1, -1),
+            keys.content,
+            keys.spatial,
+            keys.value,
+            key_mask,
+            return_attention,
+        )

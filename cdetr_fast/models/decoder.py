@@ -1,0 +1,222 @@
+"""The conditional decoder."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cdetr_fast.configuration import ConditionalDetrConfig
+from cdetr_fast.models.attention import (
+    ConditionalDetrDecoderCrossAttention,
+    ConditionalDetrDecoderSelfAttention,
+    MemoryKeys,
+    joint_linear,
+)
+from cdetr_fast.models.encoder import ConditionalDetrMLP, skip_layer
+from cdetr_fast.models.heads import ConditionalDetrMLPPredictionHead
+from cdetr_fast.models.outputs import DecoderOutput
+from cdetr_kernels import sine_query
+
+
+class ConditionalDetrDecoderLayer(nn.Module):
+    """Self-attention, conditional cross-attention and feed-forward, each with residual and norm."""
+
+    def __init__(self, config: ConditionalDetrConfig, is_first: bool) -> None:
+        super().__init__()
+        heads = config.decoder_attention_heads
+        self.self_attn = ConditionalDetrDecoderSelfAttention(
+            config.d_model, heads, config.attention_dropout
+        )
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.encoder_attn = ConditionalDetrDecoderCrossAttention(
+            config.d_model, heads, config.attention_dropout, is_first
+        )
+        self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.mlp = ConditionalDetrMLP(config, config.decoder_ffn_dim)
+        self.final_layer_norm = nn.LayerNorm(config.d_model)
+        self.dropout = config.dropout
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        query_position: Tensor,
+        query_sine: Tensor,
+        memory: Tensor,
+        memory_position: Tensor,
+        memory_mask: Tensor | None,
+        keys: MemoryKeys | None = None,
+        query_mask: Tensor | None = None,
+        return_attention: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Runs the layer.
+
+        Args:
+            hidden_states: `[B|1, Q, C]`; a batch of 1 stands for equal states in all images.
+            query_position: Object-query embedding `[1, Q, C]`.
+            query_sine: Scaled sine code of the reference points `[B|1, Q, C]`.
+            memory: `[B, S, C]`.
+            memory_position: Position code `[B|1, S, C]`.
+            memory_mask: bool `[B, S]`, True = unpadded, or None.
+            keys: The memory as this layer projects it, if that has been done before.
+            query_mask: bool `[B, Q]`, True = attend to this query, or None.
+            return_attention: Also return both attention maps.
+
+        Returns:
+            The new state `[B, Q, C]`, the self- and the cross-attention map (or None).
+        """
+        update, self_attention = self.self_attn(
+            hidden_states, query_position, query_mask, return_attention
+        )
+        update = F.dropout(update, self.dropout, self.training)
+        hidden_states = self.self_attn_layer_norm(hidden_states + update)
+
+        if keys is None:
+            keys = self.encoder_attn.project_memory(memory, memory_position)
+        update, cross_attention = self.encoder_attn(
+            hidden_states, query_sine, query_position, keys, memory_mask, return_attention
+        )
+        update = F.dropout(update, self.dropout, self.training)
+        hidden_states = self.encoder_attn_layer_norm(hidden_states + update)
+
+        hidden_states = self.final_layer_norm(hidden_states + self.mlp(hidden_states))
+        return hidden_states, self_attention, cross_attention
+
+
+class ConditionalDetrDecoder(nn.Module):
+    """Stack of decoder layers with a shared layer norm on what is read out of them.
+
+    With `config.auxiliary_loss` the layer-normed state of every layer is read out. Under
+    `compat="transformers"` that normed state is also what the next layer receives, which is not the
+    model of the paper.
+    """
+
+    def __init__(self, config: ConditionalDetrConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            ConditionalDetrDecoderLayer(config, is_first=index == 0)
+            for index in range(config.decoder_layers)
+        )
+        self.layernorm = nn.LayerNorm(config.d_model)
+        self.query_scale = ConditionalDetrMLPPredictionHead(
+            config.d_model, config.d_model, config.d_model, 2
+        )
+        self.ref_point_head = ConditionalDetrMLPPredictionHead(
+            config.d_model, config.d_model, 2, 2
+        )
+        self.d_model = config.d_model
+        self.dropout = max(config.dropout, config.attention_dropout, config.activation_dropout)
+        self.layerdrop = config.decoder_layerdrop
+        self.auxiliary_loss = config.auxiliary_loss
+        self.feeds_normed_state = config.auxiliary_loss and config.compat == "transformers"
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        query_position: Tensor,
+        memory: Tensor,
+        memory_position: Tensor,
+        memory_mask: Tensor | None,
+        queries: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> DecoderOutput:
+        """Decodes the object queries.
+
+        Args:
+            query_position: Object-query embedding `[1, Q, C]`.
+            memory: `[B, S, C]`.
+            memory_position: Position code of the memory `[B|1, S, C]`.
+            memory_mask: bool `[B, S]`, True = unpadded, or None.
+            queries: Initial state `[B, Q, C]`; zeros if None.
+            query_mask: bool `[B, Q]`, True = attend to this query, or None.
+            output_attentions: Return the attention maps.
+            output_hidden_states: Return the initial state and the output of every layer.
+        """
+        batch = memory.shape[0]
+        if queries is None:
+            # The initial state is the same for all images, and so is everything up to the first
+            # cross-attention; only dropout tells the images apart.
+            per_image = (self.training and self.dropout > 0.0) or query_mask is not None
+            queries = torch.zeros_like(query_position, dtype=memory.dtype)
+            queries = queries.expand(batch if per_image else 1, -1, -1)
+        hidden_states = queries
+        reference_points = self.ref_point_head.forward_fp32(query_position).sigmoid()  # [1, Q, 2]
+
+        all_states, self_attentions, cross_attentions, normed_states = [queries], [], [], []
+        projected = self._project_memory(memory, memory_position)
+        for index, (layer, keys) in enumerate(zip(self.layers, projected, strict=True)):
+            if skip_layer(self.training, self.layerdrop):
+                continue
+            query_sine = sine_query(
+                reference_points,
+                self.d_model,
+                query_scale=self.query_scale(hidden_states) if index > 0 else None,
+                dtype=hidden_states.dtype,
+            )
+            arguments = (
+                hidden_states,
+                query_position,
+                query_sine,
+                memory,
+                memory_position,
+                memory_mask,
+                keys,
+                query_mask,
+                output_attentions,
+            )
+            if self.gradient_checkpointing and self.training:
+                result = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                result = layer(*arguments)
+            hidden_states, self_attention, cross_attention = result
+            all_states.append(hidden_states)
+            self_attentions.append(self_attention)
+            cross_attentions.append(cross_attention)
+            if self.auxiliary_loss:
+                normed_states.append(self.layernorm(hidden_states))
+                if self.feeds_normed_state:
+                    hidden_states = normed_states[-1]
+
+        if self.auxiliary_loss and normed_states and not self.feeds_normed_state:
+            last_hidden_state = normed_states[-1]
+        else:
+            last_hidden_state = self.layernorm(hidden_states)
+        last_hidden_state = last_hidden_state.expand(batch, -1, -1)
+        all_states[-1] = last_hidden_state
+        return DecoderOutput(
+            last_hidden_state=last_hidden_state,
+            hidden_states=_expanded(all_states, batch) if output_hidden_states else None,
+            attentions=_expanded(self_attentions, batch) if output_attentions else None,
+            cross_attentions=tuple(cross_attentions) if output_attentions else None,
+            intermediate_hidden_states=torch.stack(normed_states) if normed_states else None,
+            reference_points=reference_points.transpose(0, 1).expand(-1, batch, -1),
+        )
+
+    def _project_memory(self, memory: Tensor, position: Tensor) -> list[MemoryKeys | None]:
+        """Projects the memory for all layers at once: one matrix product, and one for its position.
+
+        Layers that are wrapped (FSDP, an adapter) or recomputed (gradient checkpointing) project it
+        on their own: None stands for that.
+        """
+        deferred = self.gradient_checkpointing and self.training
+        if deferred or any(type(x) is not ConditionalDetrDecoderLayer for x in self.layers):
+            return [None] * len(self.layers)
+        attentions = [layer.encoder_attn for layer in self.layers]
+        content_and_value = joint_linear(
+            memory,
+            *(attention.k_content_proj for attention in attentions),
+            *(attention.v_proj for attention in attentions),
+        )
+        spatial = joint_linear(position, *(attention.k_pos_proj for attention in attentions))
+        layers = len(attentions)
+        return [
+            MemoryKeys(content, spatial_keys, value)
+            for content, spatial_keys, value in zip(
+                content_and_value[:layers], spatial, content_and_value[layers:], strict=True
+            )
+        ]
+
+
+def _expanded(tensors: list[Tensor], batch: int) -> tuple[Tensor, ...]:
+    return tuple(x.expand(batch, *x.shape[1:]) for x in tensors)

@@ -1,0 +1,578 @@
+"""The models: backbone, encoder, decoder and heads composed, behind the API of transformers."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from cdetr_fast.configuration import ConditionalDetrConfig
+from cdetr_fast.losses import Labels, detection_loss, segmentation_loss
+from cdetr_fast.models.backbone import ConditionalDetrConvEncoder
+from cdetr_fast.models.decoder import ConditionalDetrDecoder
+from cdetr_fast.models.encoder import ConditionalDetrEncoder
+from cdetr_fast.models.heads import ConditionalDetrMLPPredictionHead, predict_boxes
+from cdetr_fast.models.initialization import (
+    initialize_detection_heads,
+    initialize_mask_head,
+    initialize_model,
+)
+from cdetr_fast.models.outputs import (
+    ConditionalDetrModelOutput,
+    ConditionalDetrObjectDetectionOutput,
+    ConditionalDetrSegmentationOutput,
+    EncoderOutput,
+)
+from cdetr_fast.models.position import (
+    ConditionalDetrLearnedPositionEmbedding,
+    ConditionalDetrSinePositionEmbedding,
+)
+from cdetr_fast.models.segmentation import (
+    ConditionalDetrMaskHeadSmallConv,
+    ConditionalDetrMHAttentionMap,
+)
+
+
+class ConditionalDetrPreTrainedModel(nn.Module):
+    """Base of the models: configuration, loading and saving, gradient checkpointing.
+
+    Args:
+        config: The model's configuration.
+
+    Raises:
+        TypeError: `config` is not a `ConditionalDetrConfig`.
+    """
+
+    config_class = ConditionalDetrConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _no_split_modules = (
+        "ConditionalDetrConvEncoder",
+        "ConditionalDetrEncoderLayer",
+        "ConditionalDetrDecoderLayer",
+    )
+
+    def __init__(self, config: ConditionalDetrConfig) -> None:
+        super().__init__()
+        if not isinstance(config, ConditionalDetrConfig):
+            got = f"{type(config).__module__}.{type(config).__name__}"
+            raise TypeError(f"config: expected cdetr_fast.ConditionalDetrConfig, got {got}")
+        self.config = config
+        self.name_or_path = config.name_or_path
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Self:
+        """Loads a model in eval mode; see `cdetr_fast.checkpoints.load_pretrained`."""
+        from cdetr_fast.checkpoints import load_pretrained
+
+        return load_pretrained(cls, pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Saves weights and configuration; see `cdetr_fast.checkpoints.save_pretrained`."""
+        from cdetr_fast.checkpoints import save_pretrained
+
+        save_pretrained(self, save_directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Uploads weights and configuration; see `cdetr_fast.checkpoints.push_to_hub`."""
+        from cdetr_fast.checkpoints import push_to_hub
+
+        return push_to_hub(self, repo_id, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the first floating-point parameter."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Returns the number of (trainable) parameters."""
+        parameters = (p for p in self.parameters() if p.requires_grad or not only_trainable)
+        return sum(p.numel() for p in parameters)
+
+    def can_generate(self) -> bool:
+        """Returns False: there is no text to generate (transformers' pipelines ask)."""
+        return False
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Recomputes each encoder and decoder layer in the backward pass, to save memory.
+
+        Args:
+            gradient_checkpointing_kwargs: For transformers' Trainer; `use_reentrant` may only be False.
+
+        Raises:
+            ValueError: Another setting is asked for.
+        """
+        kwargs = gradient_checkpointing_kwargs or {}
+        if kwargs.get("use_reentrant") or kwargs.keys() - {"use_reentrant"}:
+            raise ValueError(
+                "gradient_checkpointing_kwargs: expected {'use_reentrant': False} or None, "
+                f"got {gradient_checkpointing_kwargs!r}"
+            )
+        self._set_gradient_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps all activations again."""
+        self._set_gradient_checkpointing(False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether gradient checkpointing is on."""
+        return any(getattr(m, "gradient_checkpointing", False) for m in self.modules())
+
+    def _set_gradient_checkpointing(self, value: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, (ConditionalDetrEncoder, ConditionalDetrDecoder)):
+                module.gradient_checkpointing = value
+
+    def _output(self, output: Any, return_dict: bool | None) -> Any:
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+
+class _WithLoss(ConditionalDetrPreTrainedModel):
+    """A model with a criterion, which users may replace by assigning `loss_function`."""
+
+    _default_loss: Callable
+
+    def __init__(self, config: ConditionalDetrConfig) -> None:
+        super().__init__(config)
+        self._loss_function = None
+
+    @property
+    def loss_function(self) -> Callable:
+        """The criterion; called as `(logits, labels, device, pred_boxes, [pred_masks], config, ...)`."""
+        return self._loss_function or type(self)._default_loss
+
+    @loss_function.setter
+    def loss_function(self, value: Callable) -> None:
+        self._loss_function = value
+
+
+class ImageFeatures(NamedTuple):
+    """What the backbone makes of a batch of images.
+
+    Attributes:
+        maps: Feature maps from fine to coarse, `[B, C_i, h_i, w_i]`.
+        projected: The coarsest map with d_model channels, `[B, C, h, w]`.
+        mask: bool `[B, h*w]`, True = unpadded; None if nothing is padded.
+        position: Position code `[B|1, h*w, C]`.
+    """
+
+    maps: list[Tensor]
+    projected: Tensor
+    mask: Tensor | None
+    position: Tensor
+
+
+class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
+    """Backbone, encoder and decoder without heads.
+
+    Args:
+        config: The model's configuration.
+    """
+
+    def __init__(self, config: ConditionalDetrConfig) -> None:
+        super().__init__(config)
+        self.backbone = ConditionalDetrConvEncoder(config)
+        positions = {
+            "sine": ConditionalDetrSinePositionEmbedding,
+            "learned": ConditionalDetrLearnedPositionEmbedding,
+        }
+        self.position_embedding = positions[config.position_embedding_type](config.d_model)
+        self.query_position_embeddings = nn.Embedding(config.num_queries, config.d_model)
+        self.input_projection = nn.Conv2d(
+            self.backbone.intermediate_channel_sizes[-1], config.d_model, kernel_size=1
+        )
+        self.encoder = ConditionalDetrEncoder(config)
+        self.decoder = ConditionalDetrDecoder(config)
+        initialize_model(self, config)
+
+    def freeze_backbone(self) -> None:
+        """Stops training of the backbone."""
+        self.backbone.model.requires_grad_(False)
+
+    def unfreeze_backbone(self) -> None:
+        """Trains the whole backbone, the stages that the authors freeze included."""
+        self.backbone.model.requires_grad_(True)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: tuple[Tensor, ...] | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ConditionalDetrModelOutput | tuple:
+        """Runs the model.
+
+        Args:
+            pixel_values: Normalised images `[B, num_channels, H, W]`.
+            pixel_mask: `[B, H, W]`, 1 = image and 0 = padding; None if nothing is padded.
+            decoder_attention_mask: `[B, Q]`, 1 = object query takes part, 0 = the others do not
+                attend to it in self-attention. transformers ignores it.
+            encoder_outputs: Memory `[B, S, C]` in the first place, then (optionally) hidden states and
+                attentions; the encoder is not run.
+            inputs_embeds: Refused: the size of the map is not known without the backbone.
+                transformers ignores it. Use `encoder_outputs`.
+            decoder_inputs_embeds: Initial decoder state `[B, Q, C]` in place of zeros. transformers
+                ignores it in this class.
+            output_attentions: Return attention maps (default: `config.output_attentions`).
+            output_hidden_states: Return the layers' states (default: `config.output_hidden_states`).
+            return_dict: Return a `ConditionalDetrModelOutput` (default: `config.return_dict`), else a
+                tuple.
+
+        Raises:
+            TypeError: A dtype does not fit.
+            ValueError: A shape does not fit, or `inputs_embeds` is given.
+        """
+        if inputs_embeds is not None:
+            raise ValueError(
+                "inputs_embeds: expected None, as the map's height and width are not known from it, "
+                f"got {list(inputs_embeds.shape)}; pass encoder_outputs or pixel_values instead"
+            )
+        output = self.transform(
+            self.embed_images(pixel_values, pixel_mask),
+            decoder_attention_mask,
+            encoder_outputs,
+            decoder_inputs_embeds,
+            output_attentions,
+            output_hidden_states,
+        )
+        return self._output(output, return_dict)
+
+    def embed_images(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> ImageFeatures:
+        """Runs the backbone and codes the positions of its coarsest map; arguments as `forward`."""
+        self._check_images(pixel_values, pixel_mask)
+        if pixel_mask is not None and _is_trivial(pixel_mask):
+            pixel_mask = None
+        maps, mask = self.backbone(pixel_values, pixel_mask)
+        position = self.position_embedding(maps[-1], mask, pixel_values.dtype)
+        projected = self.input_projection(maps[-1])
+        return ImageFeatures(maps, projected, None if mask is None else mask.flatten(1), position)
+
+    def transform(
+        self,
+        features: ImageFeatures,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: tuple[Tensor, ...] | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> ConditionalDetrModelOutput:
+        """Runs encoder and decoder on the features of `embed_images`; arguments as `forward`."""
+        config = self.config
+        attentions = config.output_attentions if output_attentions is None else output_attentions
+        states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        batch = features.projected.shape[0]
+        query_shape = (batch, config.num_queries)
+        if decoder_attention_mask is not None:
+            _check_shape("decoder_attention_mask", decoder_attention_mask, query_shape)
+            decoder_attention_mask = decoder_attention_mask.bool()
+        if decoder_inputs_embeds is not None:
+            _check_shape(
+                "decoder_inputs_embeds", decoder_inputs_embeds, (*query_shape, config.d_model)
+            )
+        flat = features.projected.flatten(2).transpose(1, 2)  # [B, S, C]
+        if encoder_outputs is None:
+            encoded = self.encoder(flat, features.position, features.mask, attentions, states)
+        else:
+            encoded = EncoderOutput(*tuple(encoder_outputs[:3]))
+            _check_shape("encoder_outputs[0]", encoded.last_hidden_state, tuple(flat.shape))
+        decoded = self.decoder(
+            self.query_position_embeddings.weight[None],
+            encoded.last_hidden_state,
+            features.position,
+            features.mask,
+            decoder_inputs_embeds,
+            decoder_attention_mask,
+            attentions,
+            states,
+        )
+        return ConditionalDetrModelOutput(
+            last_hidden_state=decoded.last_hidden_state,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+            encoder_last_hidden_state=encoded.last_hidden_state,
+            encoder_hidden_states=encoded.hidden_states,
+            encoder_attentions=encoded.attentions,
+            intermediate_hidden_states=decoded.intermediate_hidden_states,
+            reference_points=decoded.reference_points,
+        )
+
+    def _check_images(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> None:
+        if not isinstance(pixel_values, Tensor):
+            got = type(pixel_values).__name__
+            raise TypeError(f"pixel_values: expected a tensor [B, C, H, W], got {got}")
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.backbone.num_channels:
+            raise ValueError(
+                f"pixel_values: expected [B, {self.backbone.num_channels}, H, W], "
+                f"got {list(pixel_values.shape)}"
+            )
+        if pixel_values.shape[0] == 0:
+            raise ValueError("pixel_values: expected at least one image, got a batch of 0")
+        dtype = self.input_projection.weight.dtype
+        autocast = torch.is_autocast_enabled(pixel_values.device.type)
+        if pixel_values.dtype != dtype and not (autocast and pixel_values.is_floating_point()):
+            raise TypeError(
+                f"pixel_values: expected {dtype} as the model, got {pixel_values.dtype}"
+            )
+        if pixel_mask is not None:
+            batch, _, height, width = pixel_values.shape
+            _check_shape("pixel_mask", pixel_mask, (batch, height, width))
+
+
+def _is_trivial(pixel_mask: Tensor) -> bool:
+    """Whether nothing is padded, where that can be seen without a device synchronisation."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or pixel_mask.device.type != "cpu":
+        return False
+    return bool(pixel_mask.all())
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
+
+
+class ConditionalDetrForObjectDetection(_WithLoss):
+    """Conditional DETR with class and box heads.
+
+    Args:
+        config: The model's configuration.
+    """
+
+    _default_loss = staticmethod(detection_loss)
+
+    def __init__(self, config: ConditionalDetrConfig) -> None:
+        super().__init__(config)
+        self.model = ConditionalDetrModel(config)
+        self.class_labels_classifier = nn.Linear(config.d_model, config.num_labels)
+        self.bbox_predictor = ConditionalDetrMLPPredictionHead(config.d_model, config.d_model, 4, 3)
+        initialize_detection_heads(self, config)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: tuple[Tensor, ...] | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Labels | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ConditionalDetrObjectDetectionOutput | tuple:
+        """Detects objects; with labels, also computes the loss.
+
+        Args:
+            pixel_values: As in `ConditionalDetrModel.forward`; so are the arguments not listed here.
+            pixel_mask: `[B, H, W]` or None.
+            decoder_attention_mask: `[B, Q]` or None.
+            encoder_outputs: Memory `[B, S, C]` first, or None.
+            inputs_embeds: Refused.
+            decoder_inputs_embeds: `[B, Q, C]` or None.
+            labels: One dictionary an image, with `class_labels` int64 `[T]` and `boxes` `[T, 4]` as
+                centre and size relative to the image.
+            output_attentions: Return attention maps.
+            output_hidden_states: Return the layers' states.
+            return_dict: Return a `ConditionalDetrObjectDetectionOutput`, else a tuple.
+
+        Raises:
+            TypeError: A dtype does not fit.
+            ValueError: A shape or label does not fit.
+        """
+        outputs = self.model(
+            pixel_values,
+            pixel_mask,
+            decoder_attention_mask,
+            encoder_outputs,
+            inputs_embeds,
+            decoder_inputs_embeds,
+            output_attentions,
+            output_hidden_states,
+            return_dict=True,
+        )
+        logits, pred_boxes = self.predict_from(outputs.last_hidden_state, outputs.reference_points)
+        loss, loss_dict, auxiliary_outputs = None, None, None
+        if labels is not None:
+            loss, loss_dict, auxiliary_outputs = self.loss_function(
+                logits,
+                labels,
+                pixel_values.device,
+                pred_boxes,
+                self.config,
+                *self.predict_auxiliary(outputs),
+            )
+        output = ConditionalDetrObjectDetectionOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=logits,
+            pred_boxes=pred_boxes,
+            auxiliary_outputs=auxiliary_outputs,
+            **_states(outputs),
+        )
+        return self._output(output, return_dict)
+
+    def predict_from(
+        self, hidden_states: Tensor, reference_points: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Applies the heads.
+
+        Args:
+            hidden_states: Layer-normed decoder states `[..., B, Q, C]`.
+            reference_points: `[Q, B, 2]`; None predicts boxes without them.
+
+        Returns:
+            Class logits `[..., B, Q, K]`, and boxes `[..., B, Q, 4]` in fp32.
+        """
+        if reference_points is not None:
+            reference_points = reference_points.transpose(0, 1)
+        logits = self.class_labels_classifier(hidden_states)
+        return logits, predict_boxes(self.bbox_predictor, hidden_states, reference_points)
+
+    def predict_auxiliary(
+        self, outputs: ConditionalDetrModelOutput, use_reference_points: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Applies the heads to every decoder layer, or returns (None, None) without auxiliary loss."""
+        if not self.config.auxiliary_loss:
+            return None, None
+        reference_points = outputs.reference_points if use_reference_points else None
+        return self.predict_from(outputs.intermediate_hidden_states, reference_points)
+
+
+class ConditionalDetrForSegmentation(_WithLoss):
+    """Conditional DETR with class, box and mask heads.
+
+    Under `compat="transformers"` boxes are predicted without their reference points and matched by
+    softmax, as transformers does here (its detection class does neither).
+
+    Args:
+        config: The model's configuration.
+    """
+
+    _default_loss = staticmethod(segmentation_loss)
+
+    def __init__(self, config: ConditionalDetrConfig) -> None:
+        super().__init__(config)
+        self.conditional_detr = ConditionalDetrForObjectDetection(config)
+        channels = self.conditional_detr.model.backbone.intermediate_channel_sizes
+        if len(channels) < 4:
+            raise ValueError(
+                "backbone_config.out_indices: expected four feature maps for segmentation, "
+                f"got {len(channels)}"
+            )
+        self.mask_head = ConditionalDetrMaskHeadSmallConv(
+            config.d_model,
+            config.encoder_attention_heads,
+            channels[2::-1],
+            config.activation_function,
+        )
+        self.bbox_attention = ConditionalDetrMHAttentionMap(
+            config.d_model, config.encoder_attention_heads
+        )
+        initialize_mask_head(self, config)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: tuple[Tensor, ...] | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Labels | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ConditionalDetrSegmentationOutput | tuple:
+        """Detects and segments; arguments as in `ConditionalDetrForObjectDetection.forward`.
+
+        Args:
+            pixel_values: `[B, num_channels, H, W]`.
+            pixel_mask: `[B, H, W]` or None.
+            decoder_attention_mask: `[B, Q]` or None.
+            encoder_outputs: Memory `[B, S, C]` first, or None.
+            inputs_embeds: Refused.
+            decoder_inputs_embeds: `[B, Q, C]` or None.
+            labels: As for detection, with `masks` `[T, H, W]` too.
+            output_attentions: Return attention maps.
+            output_hidden_states: Return the layers' states.
+            return_dict: Return a `ConditionalDetrSegmentationOutput`, else a tuple.
+        """
+        detector = self.conditional_detr
+        if inputs_embeds is not None:
+            raise ValueError(
+                "inputs_embeds: expected None, as masks need the backbone's maps, "
+                f"got {list(inputs_embeds.shape)}"
+            )
+        features = detector.model.embed_images(pixel_values, pixel_mask)
+        outputs = detector.model.transform(
+            features,
+            decoder_attention_mask,
+            encoder_outputs,
+            decoder_inputs_embeds,
+            output_attentions,
+            output_hidden_states,
+        )
+        use_reference_points = self.config.compat == "paper"
+        logits, pred_boxes = detector.predict_from(
+            outputs.last_hidden_state, outputs.reference_points if use_reference_points else None
+        )
+        attention_maps = self.bbox_attention(
+            outputs.last_hidden_state, outputs.encoder_last_hidden_state, features.mask
+        )
+        pred_masks = self.mask_head(
+            features.projected,
+            attention_maps.unflatten(-1, features.projected.shape[-2:]),
+            features.maps[2::-1],
+        )
+        loss, loss_dict, auxiliary_outputs = None, None, None
+        if labels is not None:
+            loss, loss_dict, auxiliary_outputs = self.loss_function(
+                logits,
+                labels,
+                pixel_values.device,
+                pred_boxes,
+                pred_masks,
+                self.config,
+                *detector.predict_auxiliary(outputs, use_reference_points),
+            )
+        output = ConditionalDetrSegmentationOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=logits,
+            pred_boxes=pred_boxes,
+            pred_masks=pred_masks,
+            auxiliary_outputs=auxiliary_outputs,
+            **_states(outputs),
+        )
+        return self._output(output, return_dict)
+
+
+def _states(outputs: ConditionalDetrModelOutput) -> dict[str, Any]:
+    """The fields that the heads hand on from the model's output."""
+    return {
+        name: getattr(outputs, name)
+        for name in (
+            "last_hidden_state",
+            "decoder_hidden_states",
+            "decoder_attentions",
+            "cross_attentions",
+            "encoder_last_hidden_state",
+            "encoder_hidden_states",
+            "encoder_attentions",
+        )
+    }

@@ -1,0 +1,183 @@
+"""Output containers: attribute, key and tuple access to the fields that are not None.
+
+They behave like transformers' `ModelOutput` (dictionaries whose positions are stable), because its
+clients read fields by name and by position.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class ModelOutput(OrderedDict):
+    """Base of the outputs: a dictionary of its dataclass fields that are not None, in their order.
+
+    `output.logits`, `output["logits"]`, `output[1]`, `output[:2]` and `output.to_tuple()` all work.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # torch.export, DDP and functorch look inside containers through this registry.
+        pytree.register_pytree_node(
+            cls,
+            lambda output: (list(output.values()), list(output.keys())),
+            lambda values, keys: cls(**dict(zip(keys, values, strict=True))),
+            serialized_type_name=f"{cls.__module__}.{cls.__name__}",
+            flatten_with_keys_fn=lambda output: (
+                [(pytree.MappingKey(key), value) for key, value in output.items()],
+                list(output.keys()),
+            ),
+        )
+
+    def __post_init__(self) -> None:
+        names = [field.name for field in fields(self)]
+        first = getattr(self, names[0])
+        rest_is_none = all(getattr(self, name) is None for name in names[1:])
+        if isinstance(first, dict) and rest_is_none:
+            # Accelerate rebuilds a container as `type(output)({key: value, ...})`.
+            setattr(self, names[0], None)
+            for name, value in first.items():
+                self[name] = value
+            return
+        for name in names:
+            value = getattr(self, name)
+            if value is not None:
+                super().__setitem__(name, value)
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        return self.to_tuple()[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in (names := [field.name for field in fields(self)]):
+            raise KeyError(f"{type(self).__name__} has no field {key!r}; its fields are {names}")
+        super().__setitem__(key, value)
+        object.__setattr__(self, key, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self and value is not None:
+            super().__setitem__(name, value)
+        object.__setattr__(self, name, value)
+
+    def __reduce__(self):
+        return _rebuild, (type(self), dict(self.items()))
+
+    def _refuse(self, *args, **kwargs):
+        raise TypeError(f"{type(self).__name__} keeps the fields it was made with")
+
+    __delitem__ = pop = setdefault = update = popitem = _refuse
+
+    def to_tuple(self) -> tuple:
+        """Returns the fields that are not None, in order."""
+        return tuple(self.values())
+
+
+def _rebuild(cls: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:
+    return cls(**values)
+
+
+@dataclass(repr=False)
+class EncoderOutput(ModelOutput):
+    """Output of the encoder.
+
+    Attributes:
+        last_hidden_state: Memory `[B, S, C]`.
+        hidden_states: Input of the first and output of each layer, `[B, S, C]` each.
+        attentions: Attention maps `[B, N, S, S]`, one a layer.
+    """
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(repr=False)
+class DecoderOutput(ModelOutput):
+    """Output of the decoder.
+
+    Attributes:
+        last_hidden_state: `[B, Q, C]`, layer-normed.
+        hidden_states: Input of the first and output of each layer, the last one layer-normed.
+        attentions: Self-attention maps `[B, N, Q, Q]`, one a layer.
+        cross_attentions: Cross-attention maps `[B, N, Q, S]`, one a layer.
+        intermediate_hidden_states: Layer-normed output of each layer `[L, B, Q, C]`, with
+            `config.auxiliary_loss`.
+        reference_points: `[Q, B, 2]`, x and y relative to the image, fp32.
+    """
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    intermediate_hidden_states: Tensor | None = None
+    reference_points: Tensor | None = None
+
+
+@dataclass(repr=False)
+class ConditionalDetrModelOutput(ModelOutput):
+    """Output of `ConditionalDetrModel`: the fields of `DecoderOutput` and `EncoderOutput`."""
+
+    last_hidden_state: Tensor | None = None
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
+    intermediate_hidden_states: Tensor | None = None
+    reference_points: Tensor | None = None
+
+
+@dataclass(repr=False)
+class ConditionalDetrObjectDetectionOutput(ModelOutput):
+    """Output of `ConditionalDetrForObjectDetection`.
+
+    Attributes:
+        loss: Weighted sum of the losses, no dimension; with labels.
+        loss_dict: Each loss by name, `_i` appended for decoder layer i < L-1; with labels.
+        logits: Class logits `[B, Q, K]`.
+        pred_boxes: Centre and size relative to the unpadded image, fp32 `[B, Q, 4]`.
+        auxiliary_outputs: `{"logits", "pred_boxes"}` of each decoder layer but the last; with labels
+            and `config.auxiliary_loss`.
+        last_hidden_state: `[B, Q, C]`; this and the rest as in `ConditionalDetrModelOutput`.
+    """
+
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    logits: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    auxiliary_outputs: list[dict[str, Tensor]] | None = None
+    last_hidden_state: Tensor | None = None
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(repr=False)
+class ConditionalDetrSegmentationOutput(ModelOutput):
+    """Output of `ConditionalDetrForSegmentation`: that of detection, and masks.
+
+    Attributes:
+        pred_masks: Mask logits `[B, Q, H/4, W/4]` (the size of the backbone's finest map).
+    """
+
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    logits: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    pred_masks: Tensor | None = None
+    auxiliary_outputs: list[dict[str, Tensor]] | None = None
+    last_hidden_state: Tensor | None = None
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+    decoder_attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_attentions: tuple[Tensor, ...] | None = None

@@ -1,0 +1,374 @@
+"""Train the embedded demo checkpoint from scratch on procedurally drawn scenes, on a CPU.
+
+    python examples/demo_checkpoint/train.py --minutes 55 --output cdetr_fast/assets/demo
+
+Everything is learnt here, the backbone included. Three things make this possible in an hour on a CPU:
+
+- scenes are drawn once and then seen under new flips, turns and colours, so that no time goes into drawing;
+- batch norm is live while training (the model itself always freezes it) and frozen again before saving;
+- a linear head on the encoder output predicts class and box at each map position (`DenseHead`). It teaches the
+  backbone and the encoder from the first step on, while the decoder still looks for its objects, fades out
+  over the first half of the run, and is thrown away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cdetr_fast import ConditionalDetrConfig, ConditionalDetrForObjectDetection
+from cdetr_fast.image_processing import ConditionalDetrImageProcessor
+from cdetr_fast.models.backbone import FrozenBatchNorm2d
+from cdetr_fast.scenes import CLASSES, SIZE, TRAIN_SEED, coco_ground_truth, draw_scene
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BACKBONE, STAGE, STRIDE = "resnet18", 2, 8
+NUM_QUERIES = 30
+HELD_OUT = range(200)  # seeds; training seeds start at TRAIN_SEED
+
+
+def build_model() -> ConditionalDetrForObjectDetection:
+    """A ResNet-18 cut at stride 8 below a two-layer encoder and a four-layer decoder."""
+    config = ConditionalDetrConfig(
+        backbone_config={
+            "model_type": "timm_backbone",
+            "backbone": BACKBONE,
+            "out_indices": [STAGE],
+            "use_pretrained_backbone": False,
+        },
+        num_queries=NUM_QUERIES,
+        d_model=128,
+        encoder_layers=2,
+        decoder_layers=4,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=512,
+        decoder_ffn_dim=512,
+        dropout=0.0,
+        auxiliary_loss=True,
+        id2label=dict(enumerate(CLASSES)),
+        label2id={name: label for label, name in enumerate(CLASSES)},
+    )
+    model = ConditionalDetrForObjectDetection(config)
+    model.model.unfreeze_backbone()
+    return model
+
+
+# --- batch norm, live while training --------------------------------------------------------------------------------
+
+
+def thaw_batch_norm(module: nn.Module) -> None:
+    """Replace each frozen batch norm below `module` by a live one with the same state."""
+    for name, child in module.named_children():
+        if isinstance(child, FrozenBatchNorm2d):
+            live = nn.BatchNorm2d(child.weight.numel())
+            live.load_state_dict(child.state_dict(), strict=False)
+            setattr(module, name, live)
+        else:
+            thaw_batch_norm(child)
+
+
+def frozen_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict that the model has with its batch norm frozen."""
+    return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def _draw(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    image, annotation = draw_scene(seed)
+    boxes_xyxy = annotation["boxes_xyxy"] / np.array([*SIZE[::-1], *SIZE[::-1]], dtype=np.float32)
+    return np.asarray(image), boxes_xyxy, annotation["labels"]
+
+
+class Scenes:
+    """Scenes drawn once, given out in shuffled batches under random symmetries."""
+
+    def __init__(self, count: int, seed: int, processes: int) -> None:
+        self.images = torch.empty((count, *SIZE, 3), dtype=torch.uint8)
+        self.boxes_xyxy, self.labels = [], []
+        seeds = range(TRAIN_SEED + seed * count, TRAIN_SEED + (seed + 1) * count)
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            for i, (image, boxes_xyxy, labels) in enumerate(pool.map(_draw, seeds, chunksize=64)):
+                self.images[i] = torch.from_numpy(image.copy())
+                self.boxes_xyxy.append(torch.from_numpy(boxes_xyxy))
+                self.labels.append(torch.from_numpy(labels))
+
+    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """The batch of a step, a pure function of the arguments (so a resumed run goes on alike)."""
+        per_epoch = len(self.labels) // size
+        epoch, position = divmod(step, per_epoch)
+        order = np.random.default_rng((seed, epoch)).permutation(len(self.labels))
+        rng = np.random.default_rng((seed, epoch, position))
+        images, labels = [], []
+        for i in order[position * size : (position + 1) * size]:
+            image, boxes = self.images[i], self.boxes_xyxy[i]
+            if rng.random() < 0.5:
+                image, boxes = image.flip(1), _mirrored(boxes, 0)
+            if rng.random() < 0.5:
+                image, boxes = image.flip(0), _mirrored(boxes, 1)
+            if SIZE[0] == SIZE[1] and rng.random() < 0.5:
+                image, boxes = image.transpose(0, 1), boxes[:, [1, 0, 3, 2]]
+            images.append(image[..., torch.from_numpy(rng.permutation(3))])
+            centre, extent = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+            labels.append(
+                {"class_labels": self.labels[i], "boxes": torch.cat([centre, extent], 1)}
+            )
+        return normalised(torch.stack(images)), labels
+
+
+def _mirrored(boxes_xyxy: Tensor, axis: int) -> Tensor:
+    boxes_xyxy = boxes_xyxy.clone()
+    boxes_xyxy[:, axis::2] = 1 - boxes_xyxy[:, axis::2].flip(1)
+    return boxes_xyxy
+
+
+def normalised(images: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] to float [B, 3, H, W], as the image processor does it."""
+    pixels = (images.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    return pixels.permute(0, 3, 1, 2)  # channels-last in memory
+
+
+# --- the dense head -------------------------------------------------------------------------------------------------
+
+
+class DenseHead(nn.Module):
+    """Class and box of the object at each position of the encoder output; only used to train."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.classes = nn.Linear(width, classes)
+        self.boxes = nn.Linear(width, 4)
+        nn.init.constant_(self.classes.bias, -math.log(99))
+
+    def forward(self, memory: Tensor, labels: list[dict[str, Tensor]], grid: tuple[int, int]):
+        """Focal and L1 loss of `memory` [B, h*w, C] against the objects, per object."""
+        h, w = grid
+        y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
+        points = torch.stack([x, y], -1).reshape(-1, 2)
+        target = torch.zeros(*memory.shape[:2], self.classes.out_features)
+        where, boxes_cxcywh = [], []
+        for b, label in enumerate(labels):
+            offset = (points[:, None] - label["boxes"][None, :, :2]).abs()
+            # The middle of the box, at least one cell; where objects overlap, the smallest.
+            near = torch.maximum(0.2 * label["boxes"][:, 2:], torch.tensor([0.5 / w, 0.5 / h]))
+            extent = label["boxes"][:, 2:].prod(-1)
+            cost = torch.where((offset <= near).all(-1), extent, torch.inf)
+            smallest, index = cost.min(1)
+            cells = smallest.isfinite().nonzero()[:, 0]
+            target[b, cells, label["class_labels"][index[cells]]] = 1
+            where.append(cells + b * memory.shape[1])
+            boxes_cxcywh.append(label["boxes"][index[cells]])
+        where, boxes_cxcywh = torch.cat(where), torch.cat(boxes_cxcywh)
+
+        logits = self.classes(memory)
+        p = logits.sigmoid()
+        wrong = torch.where(target > 0, 1 - p, p)
+        weight = torch.where(target > 0, 0.25, 0.75) * wrong**2
+        bce = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        start = points.repeat(len(labels), 1)[where]
+        guess = self.boxes(memory.flatten(0, 1)[where])
+        guess = torch.cat([start + guess[:, :2], guess[:, 2:].sigmoid()], 1)
+        l1 = nn.functional.l1_loss(guess, boxes_cxcywh, reduction="sum")
+        return (2 * (weight * bce).sum() + 5 * l1) / max(len(where), 1)
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, processor: ConditionalDetrImageProcessor) -> dict[str, Any]:
+    """AP of the frozen model on the held-out scenes, through the image processor, one at a time."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    annotations, detections, seconds = [], [], []
+    for image_id, seed in enumerate(HELD_OUT):
+        image, annotation = draw_scene(seed)
+        annotations.append(annotation)
+        start = time.perf_counter()
+        inputs = processor(image, return_tensors="pt")
+        outputs = model(**inputs)
+        result = processor.post_process_object_detection(
+            outputs, threshold=0.0, target_sizes=[annotation["size"]]
+        )[0]
+        seconds.append(time.perf_counter() - start)
+        for score, label, box in zip(*(result[k].tolist() for k in ("scores", "labels", "boxes"))):
+            x0, y0, x1, y1 = box
+            detections.append(
+                {
+                    "image_id": image_id,
+                    "category_id": label,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "score": score,
+                }
+            )
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = coco_ground_truth(annotations)
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    # precision: [IoU threshold, recall, class, area, detections per image]
+    ap50 = evaluation.eval["precision"][0, :, :, 0, -1].mean(0)
+    return {
+        "AP": float(evaluation.stats[0]),
+        "AP50": float(evaluation.stats[1]),
+        "AP75": float(evaluation.stats[2]),
+        "AP_small": float(evaluation.stats[3]),
+        "AP50_by_class": dict(zip(CLASSES, ap50.round(3).tolist())),
+        "ms_per_image": 1e3 * float(np.median(seconds)),
+    }
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def schedule(step: int, fraction: float) -> tuple[float, float]:
+    """Factor of the learning rate (warm-up, then cosine) and weight of the dense head."""
+    warm_up = min(1.0, (step + 1) / 300)
+    return warm_up * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fraction))), max(
+        0.0, 1 - 2 * fraction
+    )
+
+
+def train(args: argparse.Namespace) -> dict[str, Tensor]:
+    """Train until the step or time budget is spent; returns the averaged weights."""
+    torch.manual_seed(args.seed)
+    model = build_model()
+    thaw_batch_norm(model)
+    model.to(memory_format=torch.channels_last).train()
+    dense = DenseHead(model.config.d_model, len(CLASSES))
+    parameters = [p for m in (model, dense) for p in m.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=1e-4)
+    average = {k: v.clone() for k, v in model.state_dict().items()}
+    start, elapsed = 0, 0.0
+    if args.resume:
+        state = torch.load(args.state, weights_only=True)
+        model.load_state_dict(state["model"])
+        dense.load_state_dict(state["dense"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, start, elapsed = state["average"], state["step"], state["elapsed"]
+
+    clock = time.perf_counter()
+    scenes = Scenes(args.scenes, args.seed, args.threads)
+    print(f"{args.scenes} scenes drawn in {time.perf_counter() - clock:.0f} s", flush=True)
+
+    clock, recent = time.perf_counter() - elapsed, []
+    for step in range(start, args.steps):
+        elapsed = time.perf_counter() - clock
+        fraction = max(step / args.steps, elapsed / (60 * args.minutes))
+        if fraction >= 1:
+            break
+        factor, dense_weight = schedule(step, fraction)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * factor
+        pixels, labels = scenes.batch(step, args.batch_size, args.seed)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            outputs = model(pixels, labels=labels)
+        grid = tuple(-(-s // STRIDE) for s in SIZE)
+        dense_loss = dense(outputs.encoder_last_hidden_state.float(), labels, grid)
+        optimizer.zero_grad(set_to_none=True)
+        (outputs.loss + dense_weight * dense_loss).backward()
+        norm = nn.utils.clip_grad_norm_(parameters, args.clip)
+        if not norm.isfinite():
+            raise RuntimeError(f"gradient norm {norm} at step {step}: training has diverged")
+        optimizer.step()
+
+        decay = min(0.9985, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for key, value in model.state_dict().items():
+                if value.is_floating_point():
+                    average[key].lerp_(value, 1 - decay)
+        recent.append((outputs.loss.item(), dense_loss.item(), norm.item()))
+        if (step + 1) % 100 == 0:
+            loss, dense_mean, norm_mean = np.mean(recent, axis=0)
+            recent.clear()
+            print(
+                f"step {step + 1:6d}  {100 * fraction:5.1f} %  {elapsed / 60:5.1f} min  "
+                f"loss {loss:.3f}  dense {dense_mean:.3f}  gradient {norm_mean:.1f}",
+                flush=True,
+            )
+        if (step + 1) % 500 == 0:
+            save_state(args.state, model, dense, optimizer, average, step + 1, elapsed)
+    steps_done = step if fraction >= 1 else step + 1
+    save_state(args.state, model, dense, optimizer, average, steps_done, elapsed)
+    print(f"{steps_done} steps, {steps_done * args.batch_size} images, {elapsed / 60:.1f} min")
+    return average
+
+
+def save_state(
+    path: Path,
+    model: nn.Module,
+    dense: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    step: int,
+    elapsed: float,
+) -> None:
+    state = {
+        "model": model.state_dict(),
+        "dense": dense.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "average": average,
+        "step": step,
+        "elapsed": elapsed,
+    }
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)  # a stop while writing leaves the old state
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="budget of time")
+    parser.add_argument("--steps", type=int, default=12_000, help="budget of steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--scenes", type=int, default=20_000, help="different training scenes")
+    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--clip", type=float, default=0.1, help="largest norm of the gradient")
+    parser.add_argument("--bf16", action="store_true", help="autocast (twice as fast if native)")
+    parser.add_argument("--state", type=Path, default=Path("demo_checkpoint_state.pt"))
+    parser.add_argument("--resume", action="store_true", help="continue from --state")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    average = train(args)
+    model = build_model()
+    model.load_state_dict(frozen_state(average))
+    model.half().save_pretrained(args.output)
+    height, width = SIZE
+    ConditionalDetrImageProcessor(
+        size={"shortest_edge": min(SIZE), "longest_edge": max(SIZE)},
+        image_mean=list(MEAN),
+        image_std=list(STD),
+    ).save_pretrained(args.output)
+
+    # What is measured is what lies in the folder.
+    torch.set_num_threads(1)
+    model = ConditionalDetrForObjectDetection.from_pretrained(args.output, dtype=torch.float32)
+    processor = ConditionalDetrImageProcessor.from_pretrained(args.output)
+    print(json.dumps(evaluate(model.eval(), processor), indent=2))
+
+
+if __name__ == "__main__":
+    main()

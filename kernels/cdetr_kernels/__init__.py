@@ -1,0 +1,23 @@
+"""Operators of Conditional DETR: attention, position codes, post-processing, matching and loss.
+
+Every operator is a plain function of tensors and knows nothing of models. The definition of each
+one is its PyTorch reference in `cdetr_kernels.reference`; `cdetr_kernels.dispatch` chooses the path.
+"""
+
+from cdetr_kernels.ops import (
+    conditional_attention,
+    detection_topk,
+    matching_cost,
+    set_loss,
+    sine_position_2d,
+    sine_query,
+)
+
+__all__ = [
+    "conditional_attention",
+    "detection_topk",
+    "matching_cost",
+    "set_loss",
+    "sine_position_2d",
+    "sine_query",
+]

@@ -1,0 +1,65 @@
+"""Which implementation of an operator runs, and why.
+
+Each operator has a table of paths. `backend="auto"` takes the best one there is; a path that is asked
+for by name and cannot run raises `RuntimeError` with the reason, so a request is never answered by
+another path in silence.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+BACKENDS = ("auto", "torch", "triton", "native")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The path that `backend="auto"` takes for one operator, and the reason."""
+
+    op: str
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator and its implementations.
+
+    Args:
+        name: Public name of the operator.
+        paths: Implementations by backend name, best first.
+    """
+
+    name: str
+    paths: dict[str, Callable] = field(default_factory=dict)
+
+    def __call__(self, backend: str, *args, **kwargs):
+        """Runs the path that `backend` names.
+
+        Raises:
+            ValueError: `backend` is not one of `BACKENDS`.
+            RuntimeError: The path was asked for by name and this build does not have it.
+        """
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+        name = self.choice().path if backend == "auto" else backend
+        if name not in self.paths:
+            raise RuntimeError(f"{self.name}: backend {backend!r} cannot run: {self._absence(backend)}")
+        return self.paths[name](*args, **kwargs)
+
+    def choice(self) -> Choice:
+        """Returns the path that "auto" takes, with the reason for it."""
+        path = next(iter(self.paths))
+        absent = "; ".join(
+            self._absence(name) for name in ("triton", "native") if name not in self.paths
+        )
+        return Choice(self.name, path, absent)
+
+    def _absence(self, backend: str) -> str:
+        return f"this version of cdetr_kernels has no {backend} path for {self.name}"
+
+
+def report() -> list[Choice]:
+    """Returns, for every operator, the path that "auto" takes and why (`cdetr-fast info` prints it)."""
+    from cdetr_kernels.ops import OPERATORS
+
+    return [operator.choice() for operator in OPERATORS]

@@ -1,0 +1,382 @@
+"""The public operators: argument checks, then dispatch to an implementation."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from cdetr_kernels.dispatch import Operator
+from cdetr_kernels.reference import attention, loss, matching, position, topk
+
+_CONDITIONAL_ATTENTION = Operator(
+    "conditional_attention", {"torch": attention.conditional_attention}
+)
+_SINE_POSITION_2D = Operator("sine_position_2d", {"torch": position.sine_position_2d})
+_SINE_QUERY = Operator("sine_query", {"torch": position.sine_query})
+_DETECTION_TOPK = Operator("detection_topk", {"torch": topk.detection_topk})
+_MATCHING_COST = Operator("matching_cost", {"torch": matching.matching_cost})
+_SET_LOSS = Operator("set_loss", {"torch": loss.set_loss})
+
+OPERATORS = (
+    _CONDITIONAL_ATTENTION,
+    _SINE_POSITION_2D,
+    _SINE_QUERY,
+    _DETECTION_TOPK,
+    _MATCHING_COST,
+    _SET_LOSS,
+)
+
+
+def conditional_attention(
+    q_content: Tensor,
+    q_spatial: Tensor | None,
+    k_content: Tensor,
+    k_spatial: Tensor | None,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    backend: str = "auto",
+    *,
+    return_attention: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Multi-head attention whose score is the sum of a content and a spatial dot product.
+
+    Args:
+        q_content: Content queries `[B, Q, N, D]`.
+        q_spatial: Spatial queries `[B, Q, N, D]`; None makes this plain attention.
+        k_content: Content keys `[B, S, N, D]` (or `[1, S, N, D]`, shared by the batch).
+        k_spatial: Spatial keys `[B, S, N, D]` or `[1, S, N, D]`; None exactly if `q_spatial` is.
+        value: Values `[B, S, N, Dv]`.
+        key_mask: bool `[B, S]`, True = attend. A row without any such key gives 0.
+        scale: Factor of the score; `1 / sqrt(2 D)`, or `1 / sqrt(D)` without a spatial half.
+        dropout_p: Probability with which an attention weight is dropped.
+        seed: Makes dropout repeatable; None draws from torch's generator.
+        backend: "auto", "torch", "triton" or "native".
+        return_attention: Also return the attention map (after dropout).
+
+    Returns:
+        `[B, Q, N, Dv]` in the dtype of `value`, with `return_attention` also the map `[B, N, Q, S]`.
+
+    Raises:
+        TypeError: A dtype differs from that of `q_content`, or `key_mask` is not bool.
+        ValueError: A shape, `scale` or `dropout_p` is out of range.
+        RuntimeError: `backend` was named and cannot run.
+
+    Source: Meng et al., section 3.3.
+    """
+    _check_rank("q_content", q_content, 4)
+    _check_rank("value", value, 4)
+    batch, queries, heads, size = q_content.shape
+    keys = value.shape[1]
+    _check_shape("k_content", k_content, (batch, keys, heads, size), may_broadcast=True)
+    _check_shape("value", value, (batch, keys, heads, value.shape[3]))
+    if (q_spatial is None) != (k_spatial is None):
+        missing = "q_spatial" if q_spatial is None else "k_spatial"
+        raise ValueError(f"{missing}: expected a tensor, as its counterpart is given, got None")
+    tensors = {"k_content": k_content, "value": value}
+    if q_spatial is not None:
+        _check_shape("q_spatial", q_spatial, (batch, queries, heads, size))
+        _check_shape("k_spatial", k_spatial, (batch, keys, heads, size), may_broadcast=True)
+        tensors |= {"q_spatial": q_spatial, "k_spatial": k_spatial}
+    _check_alike("q_content", q_content, **tensors)
+    if key_mask is not None:
+        if key_mask.dtype != torch.bool:
+            raise TypeError(f"key_mask: expected bool [{batch}, {keys}], got {_describe(key_mask)}")
+        _check_shape("key_mask", key_mask, (batch, keys))
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    if scale is None:
+        scale = 1.0 / math.sqrt(size if q_spatial is None else 2 * size)
+    elif not scale > 0.0:
+        raise ValueError(f"scale: expected a positive number, got {scale}")
+    output, attention_map = _CONDITIONAL_ATTENTION(
+        backend,
+        q_content,
+        q_spatial,
+        k_content,
+        k_spatial,
+        value,
+        key_mask,
+        scale,
+        dropout_p,
+        seed,
+        return_attention,
+    )
+    return (output, attention_map) if return_attention else output
+
+
+def sine_position_2d(
+    mask: Tensor,
+    channels: int,
+    temperature: float = 10000.0,
+    normalize: bool = True,
+    scale: float = 2 * math.pi,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> Tensor:
+    """Sine code of the map positions, counted over the unpadded part of each image.
+
+    Args:
+        mask: bool `[B, h, w]`, True = unpadded.
+        channels: Width C of the code, a multiple of 4: C/2 for y, then C/2 for x.
+        temperature: Base of the geometric series of wavelengths.
+        normalize: Divide positions by the image's extent, so that they end at `scale`.
+        scale: Length of the unpadded image in the code, radians.
+        dtype: dtype of the result; angles are in fp32 at least.
+        backend: "auto", "torch", "triton" or "native".
+
+    Returns:
+        `[B, h*w, C]`.
+
+    Raises:
+        TypeError: `mask` is not bool.
+        ValueError: `mask` is not of rank 3, or `channels` not a positive multiple of 4.
+
+    Source: the authors' models/position_encoding.py (PositionEmbeddingSine). transformers computes
+    the angles in the dtype of the image.
+    """
+    _check_rank("mask", mask, 3)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected bool [B, h, w], got {_describe(mask)}")
+    if channels <= 0 or channels % 4:
+        raise ValueError(f"channels: expected a positive multiple of 4, got {channels}")
+    return _SINE_POSITION_2D(backend, mask, channels, temperature, normalize, scale, dtype)
+
+
+def sine_query(
+    reference_points: Tensor,
+    channels: int,
+    query_scale: Tensor | None = None,
+    temperature: float = 10000.0,
+    scale: float = 2 * math.pi,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Sine code of reference points, times the scale that the decoder state predicts.
+
+    Args:
+        reference_points: `[..., 2]` x, y or `[..., 4]` x, y, width, height, in [0, 1].
+        channels: Width C of the code; y first, then x (then width, height), C/2 or C/4 each.
+        query_scale: lambda of the paper, `[..., C]`, broadcast against the code.
+        temperature: Base of the geometric series of wavelengths.
+        scale: Radians per unit of the reference points.
+        dtype: dtype of the result; None takes that of `query_scale`, or of `reference_points`.
+        backend: "auto", "torch", "triton" or "native".
+
+    Returns:
+        `[..., C]`.
+
+    Raises:
+        ValueError: The last size of `reference_points` is not 2 or 4, or `channels` does not divide
+            into interleaved pairs for each coordinate.
+
+    Source: Meng et al., equations 1 and 4; the authors' gen_sineembed_for_position.
+    """
+    coordinates = reference_points.shape[-1] if reference_points.ndim else 0
+    if coordinates not in (2, 4):
+        shape = list(reference_points.shape)
+        raise ValueError(f"reference_points: expected [..., 2] or [..., 4], got {shape}")
+    if channels <= 0 or channels % (2 * coordinates):
+        raise ValueError(
+            f"channels: expected a positive multiple of {2 * coordinates}, got {channels}"
+        )
+    if query_scale is not None and query_scale.shape[-1] != channels:
+        raise ValueError(
+            f"query_scale: expected [..., {channels}], got {list(query_scale.shape)}"
+        )
+    if dtype is None:
+        dtype = (reference_points if query_scale is None else query_scale).dtype
+    return _SINE_QUERY(backend, reference_points, channels, query_scale, temperature, scale, dtype)
+
+
+def detection_topk(
+    logits: Tensor,
+    boxes_cxcywh: Tensor,
+    target_sizes: Tensor | list[tuple[int, int]] | None = None,
+    k: int = 100,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The k best (query, class) pairs of each image, NMS-free, with boxes in pixels.
+
+    The sigmoid is monotone, so the selection is made on logits (upcast to fp32 at least). Equal logits
+    come in the order of their flat index `query * K + class`. NaN comes last, with score 0.
+
+    Args:
+        logits: Class logits `[B, Q, K]`.
+        boxes_cxcywh: Boxes `[B, Q, 4]`, centre and size relative to the image.
+        target_sizes: Height and width of each image in pixels, `[B, 2]`; None keeps relative boxes.
+        k: Detections per image, at most Q*K.
+        backend: "auto", "torch", "triton" or "native".
+
+    Returns:
+        scores `[B, k]` descending, labels int64 `[B, k]`, boxes_xyxy `[B, k, 4]`, query index int64
+        `[B, k]`.
+
+    Raises:
+        TypeError: `logits` or `boxes_cxcywh` is not floating point.
+        ValueError: A shape does not fit, or `k` is out of range.
+
+    Source: the authors' PostProcess in models/conditional_detr.py.
+    """
+    return _DETECTION_TOPK(backend, logits, boxes_cxcywh, target_sizes, k)
+
+
+def matching_cost(
+    logits: Tensor,
+    boxes_cxcywh: Tensor,
+    target_labels: Tensor,
+    target_boxes_cxcywh: Tensor,
+    target_counts: Tensor,
+    class_weight: float = 2.0,
+    bbox_weight: float = 5.0,
+    giou_weight: float = 2.0,
+    classification: str = "focal",
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Cost of giving each prediction to each target of the same image, for all decoder layers.
+
+    Args:
+        logits: `[L, B, Q, K]`.
+        boxes_cxcywh: Predicted boxes `[L, B, Q, 4]`, relative.
+        target_labels: int64 `[B, T]`, padded with any label in [0, K).
+        target_boxes_cxcywh: `[B, T, 4]`, relative, padded with anything.
+        target_counts: int64 `[B]`, number of targets of each image.
+        class_weight: Weight of the classification cost.
+        bbox_weight: Weight of the L1 distance of boxes.
+        giou_weight: Weight of the negative generalized IoU.
+        classification: "focal", or "softmax" for minus the softmax probability.
+        alpha: Balance of the focal cost.
+        gamma: Exponent of the focal cost.
+        backend: "auto", "torch", "triton" or "native".
+
+    Returns:
+        `[L*B, Q, T]`, fp32 at least; 0 in padded columns.
+
+    Raises:
+        TypeError: `target_labels` is not int64.
+        ValueError: A shape does not fit, or `classification` is unknown.
+
+    Source: the authors' models/matcher.py.
+    """
+    _check_predictions(logits, boxes_cxcywh)
+    batch = logits.shape[1]
+    _check_targets(batch, target_labels, target_boxes_cxcywh, target_counts)
+    if classification not in ("focal", "softmax"):
+        raise ValueError(
+            f'classification: expected "focal" or "softmax", got {classification!r}'
+        )
+    return _MATCHING_COST(
+        backend,
+        logits,
+        boxes_cxcywh,
+        target_labels,
+        target_boxes_cxcywh,
+        target_counts,
+        class_weight,
+        bbox_weight,
+        giou_weight,
+        classification,
+        alpha,
+        gamma,
+    )
+
+
+def set_loss(
+    logits: Tensor,
+    boxes_cxcywh: Tensor,
+    target_labels: Tensor,
+    target_boxes_cxcywh: Tensor,
+    target_counts: Tensor,
+    matches: Tensor,
+    num_boxes: Tensor | float,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    backend: str = "auto",
+) -> dict[str, Tensor]:
+    """Focal, L1, generalized-IoU and cardinality losses of every decoder layer, given the matching.
+
+    Args:
+        logits: `[L, B, Q, K]`.
+        boxes_cxcywh: Predicted boxes `[L, B, Q, 4]`, relative.
+        target_labels: int64 `[B, T]`.
+        target_boxes_cxcywh: `[B, T, 4]`, relative.
+        target_counts: int64 `[B]`.
+        matches: int64 `[4, M]`: layer, image, query and target of each matched pair.
+        num_boxes: Divisor of the sums, a number or a tensor of no dimension.
+        alpha: Balance of the focal loss.
+        gamma: Exponent of the focal loss.
+        backend: "auto", "torch", "triton" or "native".
+
+    Returns:
+        `loss_ce`, `loss_bbox`, `loss_giou` and `cardinality_error` (no gradient), each `[L]`.
+
+    Raises:
+        TypeError: `target_labels` or `matches` is not int64.
+        ValueError: A shape does not fit.
+
+    Source: the authors' SetCriterion in models/conditional_detr.py.
+    """
+    _check_predictions(logits, boxes_cxcywh)
+    _check_targets(logits.shape[1], target_labels, target_boxes_cxcywh, target_counts)
+    if matches.dtype != torch.int64:
+        raise TypeError(f"matches: expected int64 [4, M], got {_describe(matches)}")
+    if matches.ndim != 2 or matches.shape[0] != 4:
+        raise ValueError(f"matches: expected [4, M], got {list(matches.shape)}")
+    return _SET_LOSS(
+        backend,
+        logits,
+        boxes_cxcywh,
+        target_labels,
+        target_boxes_cxcywh,
+        target_counts,
+        matches,
+        num_boxes,
+        alpha,
+        gamma,
+    )
+
+
+def _check_predictions(logits: Tensor, boxes_cxcywh: Tensor) -> None:
+    _check_rank("logits", logits, 4)
+    _check_shape("boxes_cxcywh", boxes_cxcywh, (*logits.shape[:3], 4))
+
+
+def _check_targets(batch: int, labels: Tensor, boxes_cxcywh: Tensor, counts: Tensor) -> None:
+    _check_rank("target_labels", labels, 2)
+    if labels.dtype != torch.int64:
+        raise TypeError(f"target_labels: expected int64 [B, T], got {_describe(labels)}")
+    _check_shape("target_labels", labels, (batch, labels.shape[1]))
+    _check_shape("target_boxes_cxcywh", boxes_cxcywh, (batch, labels.shape[1], 4))
+    _check_shape("target_counts", counts, (batch,))
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _check_rank(name: str, tensor: Tensor, rank: int) -> None:
+    if tensor.ndim != rank:
+        raise ValueError(f"{name}: expected {rank} dimensions, got {_describe(tensor)}")
+
+
+def _check_shape(
+    name: str, tensor: Tensor, shape: tuple[int, ...], may_broadcast: bool = False
+) -> None:
+    fits = tuple(tensor.shape) == shape
+    if not fits and may_broadcast:
+        fits = tuple(tensor.shape) == (1, *shape[1:])
+    if not fits:
+        or_shared = " (or 1 in the first place)" if may_broadcast else ""
+        raise ValueError(f"{name}: expected {list(shape)}{or_shared}, got {list(tensor.shape)}")
+
+
+def _check_alike(name: str, tensor: Tensor, **others: Tensor) -> None:
+    for other_name, other in others.items():
+        if other.dtype != tensor.dtype:
+            raise TypeError(f"{other_name}: expected {tensor.dtype} as {name}, got {other.dtype}")
+        if other.device != tensor.device:
+            raise ValueError(f"{other_name}: expected {tensor.device} as {name}, got {other.device}")

@@ -1,0 +1,1 @@
+"""The operators' definitions in plain PyTorch: readable, differentiable, valid in double precision."""

@@ -1,0 +1,75 @@
+"""The matching cost in plain PyTorch.
+
+    cost = class_weight * class_cost + bbox_weight * L1(cxcywh) + giou_weight * (-GIoU)
+
+An image's predictions meet only that image's own targets; transformers and the authors compute the cost
+of every image's predictions against the whole batch's targets and throw away all but the diagonal blocks.
+
+Source: the authors' models/matcher.py.
+"""
+
+import torch
+from torch import Tensor
+
+
+def matching_cost(
+    logits: Tensor,
+    boxes_cxcywh: Tensor,
+    target_labels: Tensor,
+    target_boxes_cxcywh: Tensor,
+    target_counts: Tensor,
+    class_weight: float,
+    bbox_weight: float,
+    giou_weight: float,
+    classification: str,
+    alpha: float,
+    gamma: float,
+) -> Tensor:
+    """Defines `cdetr_kernels.matching_cost`; see there for shapes."""
+    layers, batch, queries, _ = logits.shape
+    targets = target_labels.shape[1]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    columns = target_labels[None, :, None, :].expand(layers, batch, queries, targets)
+    own_logits = logits.gather(3, columns).to(dtype)  # [L, B, Q, T]
+    if classification == "focal":
+        probability = own_logits.sigmoid()
+        class_cost = alpha * (1 - probability) ** gamma * -(probability + 1e-8).log()
+        class_cost = class_cost - (1 - alpha) * probability**gamma * -(1 - probability + 1e-8).log()
+    else:
+        class_cost = -logits.to(dtype).softmax(-1).gather(3, columns)
+
+    predicted = boxes_cxcywh.to(dtype)[:, :, :, None, :]  # [L, B, Q, 1, 4]
+    wanted = target_boxes_cxcywh.to(dtype)[None, :, None, :, :]  # [1, B, 1, T, 4]
+    bbox_cost = (predicted - wanted).abs().sum(-1)
+    giou_cost = -generalized_iou(corners(predicted), corners(wanted))
+
+    cost = class_weight * class_cost + bbox_weight * bbox_cost + giou_weight * giou_cost
+    valid = torch.arange(targets, device=cost.device) < target_counts[:, None]  # [B, T]
+    return cost.masked_fill(~valid[None, :, None, :], 0.0).flatten(0, 1)
+
+
+def corners(boxes_cxcywh: Tensor) -> Tensor:
+    """[..., 4] centre and size -> [..., 4] corners x0, y0, x1, y1."""
+    centre, size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
+    return torch.cat((centre - 0.5 * size, centre + 0.5 * size), dim=-1)
+
+
+def generalized_iou(boxes_xyxy: Tensor, other_xyxy: Tensor) -> Tensor:
+    """Generalized IoU of broadcast pairs of boxes, [..., 4] x [..., 4] -> [...].
+
+    Source: Rezatofighi et al., "Generalized Intersection over Union".
+    """
+    area = _area(boxes_xyxy[..., 2:] - boxes_xyxy[..., :2])
+    other_area = _area(other_xyxy[..., 2:] - other_xyxy[..., :2])
+    top_left = torch.maximum(boxes_xyxy[..., :2], other_xyxy[..., :2])
+    bottom_right = torch.minimum(boxes_xyxy[..., 2:], other_xyxy[..., 2:])
+    intersection = _area((bottom_right - top_left).clamp(min=0))
+    union = area + other_area - intersection
+    hull_top_left = torch.minimum(boxes_xyxy[..., :2], other_xyxy[..., :2])
+    hull_bottom_right = torch.maximum(boxes_xyxy[..., 2:], other_xyxy[..., 2:])
+    hull = _area(hull_bottom_right - hull_top_left)
+    return intersection / union - (hull - union) / hull
+
+
+def _area(size: Tensor) -> Tensor:
+    return size[..., 0] * size[..., 1]

@@ -1,0 +1,116 @@
+"""Selection of the best detections, in plain PyTorch.
+
+Every (query, class) pair is a candidate. The sigmoid is monotone, so candidates are ranked by their
+logit and the sigmoid is taken of the k survivors alone:
+
+    rank(q, c) = position of logits[q, c] in descending order; equal logits by q * K + c; NaN last
+
+Dimensions: B batch, Q queries, K classes, k kept.
+Source: PostProcess in models/conditional_detr.py of the authors' repository, which ranks sigmoids in
+the dtype of the model and leaves the order of ties open.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def detection_topk(
+    logits: Tensor,
+    boxes_cxcywh: Tensor,
+    target_sizes: Tensor | Sequence[Sequence[float]] | None = None,
+    k: int = 100,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the k best (query, class) pairs of each image, with boxes in pixels.
+
+    Half-precision inputs are computed in fp32, fp64 inputs in fp64.
+
+    Args:
+        logits: Class logits `[B, Q, K]`.
+        boxes_cxcywh: Boxes `[B, Q, 4]`, centre and size relative to the image.
+        target_sizes: Height and width of each image in pixels, `[B, 2]`; None keeps relative boxes.
+        k: Detections per image, 1 to Q*K.
+
+    Returns:
+        scores `[B, k]` in [0, 1], descending; labels int64 `[B, k]`; boxes_xyxy `[B, k, 4]`; query
+        index int64 `[B, k]`. Scores and boxes are fp32 (fp64 for fp64 inputs). NaN logits rank after
+        -inf and have score 0.
+
+    Raises:
+        TypeError: `logits` or `boxes_cxcywh` is not floating point, or `k` is not an integer.
+        ValueError: A shape does not fit, or `k` is out of range.
+    """
+    _check(logits, boxes_cxcywh, k)
+    batch, _, classes = logits.shape
+    dtype = torch.promote_types(torch.promote_types(logits.dtype, boxes_cxcywh.dtype), torch.float32)
+
+    index = _best_pairs(logits.to(dtype), k)  # [B, k]
+    kept_logits = logits.to(dtype).flatten(1).gather(1, index)
+    scores = kept_logits.sigmoid().masked_fill(kept_logits.isnan(), 0.0)
+    query_index, labels = index // classes, index % classes
+
+    boxes = boxes_cxcywh.to(dtype).gather(1, query_index[..., None].expand(-1, -1, 4))
+    center_xy, half_size = boxes[..., :2], 0.5 * boxes[..., 2:]
+    boxes_xyxy = torch.cat((center_xy - half_size, center_xy + half_size), dim=-1)
+    if target_sizes is not None:
+        sizes_hw = torch.as_tensor(target_sizes, dtype=dtype, device=logits.device)
+        if sizes_hw.shape != (batch, 2):
+            raise ValueError(
+                f"target_sizes: expected {[batch, 2]} (height, width), got {list(sizes_hw.shape)}"
+            )
+        boxes_xyxy = boxes_xyxy * sizes_hw.flip(1).repeat(1, 2)[:, None]
+    return scores, labels, boxes_xyxy, query_index
+
+
+def _best_pairs(logits: Tensor, k: int) -> Tensor:
+    """Returns the flat index q * K + c of the k best pairs, best first, `[B, k]`.
+
+    The k best pairs lie in the k queries whose own best pair ranks highest (each query above a given
+    one holds a better pair), so the rest is dropped first: a quarter of the time at 300x91, k=100.
+    """
+    classes = logits.shape[2]
+    rank = _sortable_integers(logits)  # [B, Q, K]
+    queries = rank.amax(2).argsort(dim=1, descending=True, stable=True)[:, :k]
+    queries = queries.sort(dim=1).values  # ascending, so that positions keep the order of ties
+    candidates = rank.gather(1, queries[..., None].expand(-1, -1, classes)).flatten(1)
+    position = _stable_topk(candidates, k)
+    return queries.gather(1, position // classes) * classes + position % classes
+
+
+def _sortable_integers(values: Tensor) -> Tensor:
+    """Maps fp32 to int32 (fp64 to int64) so that integers order as the values do, NaN lowest."""
+    dtype = torch.int32 if values.dtype == torch.float32 else torch.int64
+    limits = torch.iinfo(dtype)
+    bits = (values + 0.0).view(dtype)  # -0.0 + 0.0 is 0.0, so that both zeros tie
+    # Sign and magnitude to two's complement; -inf stays above the lowest integer.
+    ordered = torch.where(bits < 0, bits ^ limits.max, bits)
+    return ordered.masked_fill(values.isnan(), limits.min)
+
+
+def _stable_topk(ranks: Tensor, k: int) -> Tensor:
+    """Returns the positions of the k largest along dim 1, equal ones by lowest position first."""
+    if ranks.dtype == torch.int64:
+        return ranks.argsort(dim=1, descending=True, stable=True)[:, :k]
+    # Rank and reversed position packed into one int64 leave no ties: topk is 3x faster than a sort.
+    last = ranks.shape[1] - 1
+    reversed_position = torch.arange(last, -1, -1, device=ranks.device)
+    packed = ranks.to(torch.int64) * 2**32 + reversed_position
+    return last - packed.topk(k, dim=1).values % 2**32
+
+
+def _check(logits: Tensor, boxes_cxcywh: Tensor, k: int) -> None:
+    """Raises if the inputs of `detection_topk` do not fit together."""
+    for name, tensor in (("logits", logits), ("boxes_cxcywh", boxes_cxcywh)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating point tensor, got {tensor.dtype}")
+    if logits.dim() != 3:
+        raise ValueError(f"logits: expected [B, Q, K], got {list(logits.shape)}")
+    expected = [logits.shape[0], logits.shape[1], 4]
+    if list(boxes_cxcywh.shape) != expected:
+        raise ValueError(f"boxes_cxcywh: expected {expected}, got {list(boxes_cxcywh.shape)}")
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k: expected an integer, got {type(k).__name__}")
+    candidates = logits.shape[1] * logits.shape[2]
+    if not 1 <= k <= candidates:
+        raise ValueError(f"k: expected 1 to Q*K = {candidates}, got {k}")

@@ -1,0 +1,38 @@
+"""What several test files share."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Time limits per example fail on busy machines; the same examples on every run.
+settings.register_profile("cdetr_fast", deadline=None, derandomize=True)
+settings.load_profile("cdetr_fast")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path | None:
+    """Folder of real images that are not part of the project, or None where there is none."""
+    folder = Path(os.environ.get("CDETR_FAST_TEST_DATA", ROOT.parent / "shared" / "data"))
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def photo(data_folder: Path | None) -> Image.Image:
+    """A real photograph if there is one, otherwise a generated image; RGB, 640 x 480 pixels."""
+    path = data_folder / "coco_sample" / "000000039769.png" if data_folder else None
+    if path and path.is_file():
+        return Image.open(path).convert("RGB")
+    cells = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    return Image.fromarray(cells).resize((640, 480), Image.Resampling.BICUBIC)

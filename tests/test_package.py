@@ -1,0 +1,179 @@
+"""The package as it is installed and imported: every check in a fresh process."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cdetr_fast
+import cdetr_kernels
+
+
+def run_python(code: str, cwd: Path, *options: str, **environment: str) -> str:
+    """What a fresh Python prints on stdout; a failure shows its stderr."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    env = {**env, "PYTHONWARNINGS": "", **environment}
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code], cwd=cwd, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# Finders and paths of an installed package would hide that the checkout cannot do it alone.
+WITHOUT_INSTALLATION = """
+import sys
+from pathlib import Path
+here = Path.cwd()
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+sys.path[:] = [p for p in sys.path if p == "" or not Path(p).resolve().is_relative_to(here)
+               or "site-packages" in p]
+"""
+
+
+def test_bare_checkout_imports_both_packages(root):
+    code = WITHOUT_INSTALLATION + (
+        "import cdetr_fast\n"
+        "from cdetr_fast import ConditionalDetrForObjectDetection\n"
+        "import cdetr_kernels\n"
+        "print(cdetr_fast.__file__)\n"
+        "print(cdetr_kernels.__file__)\n"
+    )
+    files = [Path(line) for line in run_python(code, root, PYTHONPATH="").splitlines()]
+    assert files == [
+        root / "cdetr_fast" / "__init__.py",
+        root / "kernels" / "cdetr_kernels" / "__init__.py",
+    ]
+
+
+def test_bare_checkout_imports_kernels_alone(root, tmp_path):
+    code = (
+        "import sys, cdetr_kernels\n"
+        "print(cdetr_kernels.__file__)\n"
+        "print('cdetr_fast' in sys.modules)\n"
+    )
+    output = run_python(code, tmp_path, PYTHONPATH=str(root / "kernels"))
+    assert output.splitlines() == [
+        str(root / "kernels" / "cdetr_kernels" / "__init__.py"),
+        "False",
+    ]
+
+
+def test_kernels_is_a_source_root_and_no_package(root):
+    # transformers probes for a package named `kernels` and would import ours.
+    assert not (root / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("package", [cdetr_fast, cdetr_kernels], ids=lambda p: p.__name__)
+def test_every_folder_with_code_is_a_package(package):
+    # setuptools would leave a folder without __init__.py out of the wheel.
+    folder = Path(package.__file__).parent
+    with_code = {path.parent for path in folder.rglob("*.py")}
+    assert [str(p) for p in sorted(with_code) if not (p / "__init__.py").is_file()] == []
+    assert (folder / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("package", [cdetr_fast, cdetr_kernels], ids=lambda p: p.__name__)
+def test_public_names_can_be_imported(package):
+    assert len(package.__all__) == len(set(package.__all__)) > 0
+    module = importlib.import_module(package.__name__)
+    assert [name for name in package.__all__ if not hasattr(module, name)] == []
+    assert set(package.__all__) <= set(dir(module))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = module.no_such_name
+
+
+def test_public_names_of_the_documentation(root):
+    names = re.findall(r"^\| `(\w+)` \|", (root / "README.md").read_text(), flags=re.MULTILINE)
+    assert len(names) >= 7
+    assert set(names) <= set(cdetr_fast.__all__)
+
+
+def test_version_is_the_same_everywhere(root):
+    changelog = (root / "CHANGELOG.md").read_text()
+    latest = re.search(r"^## \[?(\d+\.\d+\.\d+)", changelog, flags=re.MULTILINE)
+    assert latest is not None
+    assert latest.group(1) == cdetr_fast.__version__
+
+
+def test_import_needs_no_transformers_and_no_other_extra(root):
+    code = (
+        "import sys\n"
+        "import cdetr_fast, cdetr_fast.cli, cdetr_fast.scenes, cdetr_fast.visualization\n"
+        "for name in cdetr_fast.__all__: getattr(cdetr_fast, name)\n"
+        "extras = ('transformers', 'accelerate', 'pycocotools', 'faster_coco_eval', 'onnx',\n"
+        "          'onnxscript', 'onnxruntime', 'kernels')\n"
+        "print([name for name in extras if name in sys.modules])\n"
+    )
+    assert run_python(code, root) == "[]"
+
+
+GLOBAL_STATE = """
+import json, logging, os, random, signal, sys, threading, warnings
+import numpy, torch, timm, torchvision, PIL.Image, PIL.ImageFile
+
+def state():
+    return {
+        "default dtype": str(torch.get_default_dtype()),
+        "default device": str(torch.get_default_device()),
+        "threads": [torch.get_num_threads(), torch.get_num_interop_threads()],
+        "gradients": torch.is_grad_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+        "cudnn": [torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic],
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "sdp": [torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled(),
+                torch.backends.cuda.mem_efficient_sdp_enabled()],
+        "cuda": torch.cuda.is_initialized(),
+        "torch random state": torch.get_rng_state().sum().item(),
+        "numpy random state": repr(numpy.random.get_state()),
+        "random state": hash(random.getstate()),
+        "warnings": [repr(f) for f in warnings.filters],
+        "path": [p for p in sys.path if not p.endswith("kernels")],
+        "meta path": [repr(f) for f in sys.meta_path],
+        "environment": sorted(os.environ.items()),
+        "handlers": [repr(h) for h in logging.getLogger().handlers],
+        "level": logging.getLogger().level,
+        "excepthook": repr(sys.excepthook),
+        "signals": [repr(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)],
+        "running threads": threading.active_count(),
+        "numpy errors": numpy.geterr(),
+        "print options": [repr(numpy.get_printoptions())],
+        "pillow": [PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES],
+    }
+
+before = state()
+import cdetr_fast, cdetr_kernels
+for module in (cdetr_fast, cdetr_kernels):
+    for name in module.__all__:
+        getattr(module, name)
+after = state()
+print(json.dumps({key: [before[key], after[key]] for key in before if before[key] != after[key]}))
+"""
+
+
+def test_import_changes_no_global_state(root):
+    assert json.loads(run_python(GLOBAL_STATE, root)) == {}
+
+
+def test_import_is_cheap(root):
+    # Over torch and timm, which any model of this kind needs; best of three against noise.
+    code = (
+        "import time, torch, timm\n"
+        "start = time.perf_counter()\n"
+        "import cdetr_fast\n"
+        "cdetr_fast.ConditionalDetrForObjectDetection, cdetr_fast.ConditionalDetrImageProcessor\n"
+        "print(time.perf_counter() - start)\n"
+    )
+    seconds = [float(run_python(code, root)) for _ in range(3)]
+    assert min(seconds) <= 0.3, seconds
+
+
+def test_import_itself_loads_no_torch(root):
+    code = WITHOUT_INSTALLATION + "import cdetr_fast; print('torch' in sys.modules)"
+    assert run_python(code, root, PYTHONPATH="") == "False"
