@@ -36,9 +36,9 @@ class BackboneConfig:
         model_type: "timm_backbone" or "resnet".
         **fields: For "timm_backbone": backbone (a timm name), num_channels, features_only,
             use_pretrained_backbone, out_indices, out_features, output_stride, freeze_batch_norm_2d.
-            For "resnet": num_channels, embedding_size, hidden_sizes, depths, layer_type, hidden_act,
-            downsample_in_first_stage, downsample_in_bottleneck, out_features, out_indices,
-            stage_names. Any other is kept as an attribute and written back.
+            For "resnet": num_channels, embedding_size, hidden_sizes, depths, layer_type,
+            hidden_act, downsample_in_first_stage, downsample_in_bottleneck, out_features,
+            out_indices, stage_names. Any other is kept as an attribute and written back.
 
     transformers 5 ignores `use_pretrained_backbone`; here it is honoured when a model is built from
     a configuration (never when a checkpoint is loaded).
@@ -47,6 +47,9 @@ class BackboneConfig:
         ValueError, TypeError: a field has a value that cannot be used; the message names it.
     """
 
+    # What "resnet" does not have in its file, readable all the same
+    backbone: str | None = None
+    output_stride: int | None = None
     use_pretrained_backbone: bool = False
 
     _DEFAULTS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -101,14 +104,14 @@ class BackboneConfig:
 
     @classmethod
     def of(cls, value: Any) -> "BackboneConfig":
-        """Makes one from a `BackboneConfig` (copied), a dict with `model_type`, or a transformers config object."""
+        """Copies a `BackboneConfig`, a transformers config, or a dict with `model_type`."""
         fields = value.to_dict() if hasattr(value, "to_dict") else value
         if not isinstance(fields, dict):
             check.refuse("backbone_config", "a dict or a configuration object", value, TypeError)
         return cls(**{"model_type": None} | copy.deepcopy(fields))
 
     def _align_stages(self) -> None:
-        """Derives `stage_names` from `depths`, and each of out_features and out_indices from the other."""
+        """Derives stage_names, and out_features from out_indices or the other way round."""
         names = ["stem"] + [f"stage{index + 1}" for index in range(len(self.depths))]
         self.stage_names = names
         if len(self.hidden_sizes) != len(self.depths):
@@ -148,4 +151,5 @@ class BackboneConfig:
     __hash__ = None
 
     def __repr__(self) -> str:
-        return f"BackboneConfig({', '.join(f'{name}={value!r}' for name, value in self.__dict__.items())})"
+        fields = ", ".join(f"{name}={value!r}" for name, value in self.__dict__.items())
+        return f"BackboneConfig({fields})"

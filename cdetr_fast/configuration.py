@@ -536,16 +536,14 @@ class ConditionalDetrConfig:
         }
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """Returns the content of config.json: `to_diff_dict()`, or `to_dict()` with use_diff=False."""
+        """Returns `to_diff_dict()`, or with use_diff=False `to_dict()`, as JSON."""
         fields = self.to_diff_dict() if use_diff else self.to_dict()
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
         """Writes one JSON file; an interrupted write leaves the old file."""
         text = self.to_json_string(use_diff)
-        write_atomically(
-            Path(json_file_path), lambda temporary: temporary.write_text(text, encoding="utf-8")
-        )
+        write_atomically(Path(json_file_path), lambda path: path.write_text(text, "utf-8"))
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Writes config.json into a folder, which is made if need be.
@@ -595,6 +593,11 @@ def _trained_with_departures(config: ConditionalDetrConfig) -> str | None:
         return (
             "This config.json was written by transformers with auxiliary_loss=True, whose decoder "
             "feeds the layer-normed state to the next layer."
+        )
+    if "ConditionalDetrForSegmentation" in (config.architectures or ()):
+        return (
+            "This config.json was written by transformers for a segmentation model, whose boxes it "
+            "predicts without reference points."
         )
     backbone = config.backbone_config
     # freeze_batch_norm_2d freezes through timm, which keeps the activations

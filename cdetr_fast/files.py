@@ -1,8 +1,11 @@
 """Files of a model: found in a folder or on the hub, read, and written atomically."""
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,14 @@ def resolve_file(
     """Finds a file of a model in a local folder, or fetches it from the hub.
 
     Args:
-        name_or_path: a folder, or the id of a model on the hub.
-        file_name: name in that folder or repository.
-        subfolder: folder inside it.
+        name_or_path: A folder, or the id of a model on the hub.
+        file_name: Name in that folder or repository.
+        subfolder: Folder inside it.
         **options: `DOWNLOAD_OPTIONS`, as in `huggingface_hub.hf_hub_download`.
 
     Raises:
-        FileNotFoundError: neither a folder with that file nor a repository with it.
-        OSError: the hub could not be reached.
+        FileNotFoundError: Neither a folder with that file nor a repository with it.
+        OSError: The hub could not be reached.
     """
     if os.path.isdir(name_or_path):
         path = Path(name_or_path) / subfolder / file_name
@@ -78,18 +81,60 @@ def make_folder(path: str | os.PathLike) -> Path:
     return folder
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file so that an interruption at any moment leaves either the old file or the new one.
+@contextlib.contextmanager
+def replace_all(folder: Path) -> Iterator[Callable[[str], Path]]:
+    """Writes files that all take their places in a folder when the block ends, or none does.
+
+    An interruption leaves every old file whole: new ones are written beside them, and an error
+    between the first rename and the last one puts the old ones back.
 
     Args:
-        path: the file.
-        write: called with the path of a temporary file in the same folder, which it must fill.
+        folder: Where the files go.
+
+    Yields:
+        A function from a file's name to the path to write it to.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+        new, old = Path(staging, "new"), Path(staging, "old")
+        new.mkdir()
+        old.mkdir()
+        yield lambda name: new / name
+        names = sorted(path.name for path in new.iterdir())
+        for name in names:
+            with (new / name).open("rb+") as stream:
+                os.fsync(stream.fileno())
+            if (folder / name).exists():
+                _link_or_copy(folder / name, old / name)
+        try:
+            for name in names:
+                os.replace(new / name, folder / name)
+        except BaseException:
+            for name in names:
+                if (old / name).exists():
+                    os.replace(old / name, folder / name)
+                elif not (new / name).exists():
+                    (folder / name).unlink()
+            raise
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes one file as `replace_all` does.
+
+    Args:
+        path: The file; its folder must be there.
+        write: Called with the path to write to.
+    """
+    with replace_all(path.parent) as stage:
+        write(stage(path.name))
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
     try:
-        write(temporary)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        os.link(source, target)
+    except OSError:  # file systems without hard links
+        shutil.copy2(source, target)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON object as transformers formats it."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -62,11 +62,11 @@ V4_TABLE: Table = [
     ("mask_head.out_lay.", "mask_head.output_conv."),
 ]
 
-# transformers 4 kept learned positions inside the backbone; transformers 5 neither reads nor writes
+# transformers 4 kept learned positions in the backbone; transformers 5 neither reads nor writes
 # that name, so this is for reading only.
 _V4_READ_ONLY: Table = [("backbone.position_embedding.", "position_embedding.")]
 
-# Authors' detection model -> v4, from the start of the key; `in_proj` of the encoder is split apart.
+# Authors' detection model -> v4; the packed `in_proj` of the encoder is split by the functions
 AUTHORS_TABLE: Table = [
     ("backbone.0.body.", "model.backbone.conv_encoder.model."),
     ("backbone.1.row_embed.", "model.position_embedding.row_embeddings."),
@@ -144,7 +144,7 @@ _LEVELS = ("", "model.", "conditional_detr.model.")
 
 
 def to_v5(state_dict: Mapping[str, Tensor]) -> StateDict:
-    """Renames the keys of v4 (any model class) and of an HF ResNet; those of v5 stay as they are."""
+    """Renames the keys of v4, of any model, and of an HF ResNet; those of v5 stay as they are."""
     return _renamed(state_dict, V4_TABLE + _V4_READ_ONLY, HF_RESNET_TABLE)
 
 
@@ -200,7 +200,7 @@ def to_authors(state_dict: Mapping[str, Tensor]) -> StateDict:
 
 
 def level_of(keys: Iterable[str]) -> str:
-    """Returns the prefix of the base model's weights: "", "model." or "conditional_detr.model."."""
+    """Returns the prefix of the base model's weights, "", "model." or "conditional_detr.model."."""
     found = [level for key in keys for level in _LEVELS[1:] if key.startswith(level)]
     return found[0] if found else ""
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 CLASSES = ("circle", "rectangle", "triangle", "star", "ring", "cross")
-SIZE = (160, 160)
+SIZE = (128, 128)
 """Default scene size, (height, width) in pixels: the size the embedded checkpoint is trained at."""
 TRAIN_SEED = 1_000_000_000
 """First seed of the training scenes."""

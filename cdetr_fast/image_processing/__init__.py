@@ -1,7 +1,8 @@
 """Images to model inputs, and model outputs to results.
 
-`inputs` turns whatever a user has into RGB tensors, `annotations` turns COCO annotations into training
-targets, `processor` resizes, normalises and pads both, `post_processing` turns outputs into results.
+`inputs` turns whatever a user has into RGB tensors, `annotations` turns COCO annotations into
+training targets, `processor` resizes, normalises and pads both, `post_processing` turns outputs
+into results.
 """
 
 from cdetr_fast.image_processing.batch_feature import BatchFeature

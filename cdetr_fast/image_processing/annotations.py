@@ -110,7 +110,9 @@ def _detection_target(
         target["keypoints"] = torch.tensor(keypoints, dtype=torch.float32).reshape(-1, 3)
     if return_masks:
         masks = [_decode_segmentation(item["segmentation"], size_hw) for item in objects]
-        target["masks"] = torch.stack(masks) if masks else torch.zeros(0, *size_hw, dtype=torch.bool)
+        target["masks"] = (
+            torch.stack(masks) if masks else torch.zeros(0, *size_hw, dtype=torch.bool)
+        )
     return target
 
 

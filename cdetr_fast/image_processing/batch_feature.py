@@ -29,8 +29,8 @@ class BatchFeature(UserDict):
     ) -> "BatchFeature":
         """Moves tensors to a device and casts floating point ones, in place, and returns itself.
 
-        Labels move with the batch and keep their dtype: the loss wants fp32 boxes. (transformers leaves
-        labels where they are.)
+        Labels move with the batch and keep their dtype: the loss wants fp32 boxes. (transformers
+        leaves labels where they are.)
 
         Args:
             device: Target device; a dtype in this place is taken as `dtype`.

@@ -41,7 +41,8 @@ def load_images(
         images: PIL images, arrays, tensors, paths, URLs or `data:image/` strings, single or nested.
         do_convert_rgb: None: convert to RGB as PIL does, which drops transparency. True: lay
             transparent pixels over white first. False: leave the channels as they are.
-        input_data_format: "channels_first" or "channels_last" for arrays and tensors; None infers it.
+        input_data_format: "channels_first" or "channels_last" for arrays and tensors; None infers
+            it.
         device: Where the tensors go; None leaves them where they are.
 
     Raises:

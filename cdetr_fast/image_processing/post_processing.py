@@ -1,8 +1,8 @@
 """Model outputs to detections and segmentation maps.
 
-The class head is trained with the sigmoid focal loss: its outputs are independent probabilities, and
-there is no "no object" class. `compat="paper"` reads them so. `compat="transformers"` reproduces
-transformers, whose segmentation functions take a softmax and throw the last class away.
+The class head is trained with the sigmoid focal loss: its outputs are independent probabilities,
+and there is no "no object" class. `compat="paper"` reads them so. `compat="transformers"`
+reproduces transformers, whose segmentation functions take a softmax and throw the last class away.
 
 Dimensions: B batch, Q queries, K classes, n segments kept, H x W the requested size of an image.
 """
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cdetr_kernels import detection_topk
 from torch import Tensor
 
 from cdetr_fast.image_processing.batch_feature import BatchFeature
+from cdetr_kernels import detection_topk
 
 TargetSizes = Tensor | Sequence[Sequence[int]]
 
@@ -31,7 +31,7 @@ def detections(
         target_sizes = torch.tensor([[float(side) for side in size] for size in target_sizes])
     k = min(top_k, logits.shape[1] * logits.shape[2])
     scores, labels, boxes_xyxy, _ = detection_topk(logits, outputs.pred_boxes, target_sizes, k=k)
-    # Scores descend, so that those above the threshold come first: one transfer for the whole batch.
+    # Scores descend, so those above the threshold come first: one transfer for the whole batch.
     counts = (scores > threshold).sum(dim=1).tolist()
     return [
         {"scores": scores[i, :n], "labels": labels[i, :n], "boxes": boxes_xyxy[i, :n]}

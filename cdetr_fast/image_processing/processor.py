@@ -1,93 +1,373 @@
-"""`ConditionalDetrImageProcessor`: images and annotations in, batches out, outputs in, results out."""
+"""`ConditionalDetrImageProcessor`: images and annotations to batches, outputs to results."""
 
-import json
 import os
 import warnings
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as tvF
 
-from cdetr_fast import validation as check
-from cdetr_fast.files import (
-    DOWNLOAD_OPTIONS,
-    make_folder,
-    read_json,
-    resolve_file,
-    write_atomically,
-)
 from cdetr_fast.image_processing import annotations as targets
 from cdetr_fast.image_processing import post_processing
 from cdetr_fast.image_processing.batch_feature import BatchFeature
 from cdetr_fast.image_processing.inputs import ImageInput, load_images
-from cdetr_fast.image_processing.sizes import check_pad_size, check_size, resized_hw
-
-PREPROCESSOR_NAME = "preprocessor_config.json"
-PROCESSOR_NAME = "processor_config.json"  # of a whole processor, with this one inside
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# transformers and torchvision name the filters differently; NEAREST_EXACT is PIL's NEAREST.
-_INTERPOLATION = {
-    Image.Resampling.NEAREST: InterpolationMode.NEAREST_EXACT,
-    Image.Resampling.BOX: InterpolationMode.BOX,
-    Image.Resampling.BILINEAR: InterpolationMode.BILINEAR,
-    Image.Resampling.HAMMING: InterpolationMode.HAMMING,
-    Image.Resampling.BICUBIC: InterpolationMode.BICUBIC,
-    Image.Resampling.LANCZOS: InterpolationMode.LANCZOS,
-}
+from cdetr_fast.image_processing.settings import (
+    SETTINGS,
+    StoredSettings,
+    checked_settings,
+    without_deprecated,
+)
+from cdetr_fast.image_processing.transforms import batch_size_hw, padded_batch, transformed
 
 
-def _check_resample(name: str, value: Any) -> Image.Resampling:
-    for resampling, interpolation in _INTERPOLATION.items():
-        if value == interpolation or (isinstance(value, int) and value == resampling):
-            return resampling
-    if value == InterpolationMode.NEAREST:
-        return Image.Resampling.NEAREST
-    check.refuse(name, "a PIL.Image.Resampling or its number", value)
+class ConditionalDetrImageProcessor(StoredSettings):
+    """Prepares images and their annotations for the model, and reads its outputs.
+
+    Every argument is also an attribute, and can be overridden in a call. None means the default.
+
+    Args:
+        format: Format of annotations, "coco_detection" or "coco_panoptic".
+        do_resize: Whether to resize.
+        size: A form of `resized_hw`: by default {"shortest_edge": 800, "longest_edge": 1333}. A
+            pair is (height, width); an integer is the shortest edge, with a longest one of 1333.
+        resample: Filter, a `PIL.Image.Resampling` or its number; bilinear by default.
+        do_rescale: Whether to multiply pixels by `rescale_factor`. Floats in [0, 1] want False.
+        rescale_factor: 1/255 by default.
+        do_normalize: Whether to subtract `image_mean` and divide by `image_std`.
+        image_mean: One value, or one per channel, after rescaling; ImageNet's by default.
+        image_std: Likewise.
+        do_convert_annotations: Whether boxes become (centre, size) in [0, 1]; else they stay
+            corners in pixels. As `do_normalize` by default.
+        do_pad: Whether to pad at the bottom and on the right to one size, and return `pixel_mask`.
+        pad_size: {"height", "width"} of the batch; the largest image's by default.
+        do_convert_rgb: None converts to RGB and drops transparency, True lays transparent images
+            over white, False keeps the channels. (transformers' None is our False.)
+        data_format: "channels_last" returns `[B, H, W, 3]`. (transformers' torchvision path ignores
+            it.)
+        input_data_format: Layout of arrays and tensors; inferred by default.
+        device: Where to compute; by default where an image is.
+        return_tensors: "np" returns numpy arrays, "pt" and None torch tensors.
+        disable_grouping: Whether to process images of one shape apart; by default on CPUs only.
+        compat: "paper", or "transformers" for the segmentation functions' errors there (see each).
+        max_size: Deprecated: longest edge for an integer `size`.
+        pad_and_return_pixel_mask: Deprecated name of `do_pad`.
+
+    Raises:
+        TypeError: An argument is unknown or has the wrong type.
+        ValueError: An argument is out of range.
+    """
+
+    model_input_names = ("pixel_values", "pixel_mask")
+
+    def __call__(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Is `preprocess`."""
+        return self.preprocess(images, *args, **kwargs)
+
+    def preprocess(
+        self,
+        images: ImageInput,
+        annotations: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        return_segmentation_masks: bool | None = None,
+        masks_path: str | os.PathLike | None = None,
+        **overrides: Any,
+    ) -> BatchFeature:
+        """Turns images, and their annotations, into model inputs.
+
+        PIL images and files are turned upright by their EXIF orientation (with a warning if that
+        swaps the sides of a PIL image: sizes and annotations then refer to the upright image) and
+        converted to RGB; transformers does so for files only.
+
+        Args:
+            images: PIL images, `[H, W]`, `[C, H, W]` or `[H, W, C]` arrays or tensors (1, 3 or 4
+                channels), paths or URLs; one, a list, nested lists, or a 4-d batch.
+            annotations: One COCO annotation per image: {"image_id", "annotations"}, or {"image_id",
+                "file_name", "segments_info"} for "coco_panoptic". Crowds among detections are
+                skipped.
+            return_segmentation_masks: Whether labels have `masks`; by default for panoptic ones
+                only.
+            masks_path: Folder of the panoptic PNG files.
+            **overrides: Arguments of the class, for this call.
+
+        Returns:
+            `pixel_values` fp32 `[B, 3, H, W]`; with `do_pad`, `pixel_mask` int64 `[B, H, W]`, 1 at
+            pixels of the image; with `annotations`, `labels`: per image `class_labels` `[T]`,
+            `boxes` `[T, 4]`, `area` `[T]`, `iscrowd` `[T]`, `image_id` `[1]`, `orig_size` and
+            `size` `[2]`, and `masks` bool `[T, H, W]`.
+
+        Raises:
+            TypeError: An image or argument has the wrong type.
+            ValueError: An image, annotation or argument does not fit, or sizes differ without
+                `do_pad`.
+            ImportError: Masks of polygons are asked for and pycocotools is missing.
+        """
+        current = {name: getattr(self, name) for name in SETTINGS}
+        settings = checked_settings(current | without_deprecated(overrides), "preprocess")
+        tensors = load_images(
+            images, settings["do_convert_rgb"], settings["input_data_format"], settings["device"]
+        )
+        labels = None
+        if annotations is not None:
+            labels = [annotations] if isinstance(annotations, Mapping) else list(annotations)
+            if len(labels) != len(tensors):
+                raise ValueError(
+                    f"annotations: expected {len(tensors)}, one per image, got {len(labels)}"
+                )
+            labels = [
+                targets.prepare_target(
+                    label,
+                    tuple(image.shape[-2:]),
+                    settings["format"],
+                    return_segmentation_masks,
+                    masks_path,
+                    name=f"annotations[{i}]",
+                )
+                for i, (image, label) in enumerate(zip(tensors, labels, strict=True))
+            ]
+
+        old_sizes = [tuple(image.shape[-2:]) for image in tensors]
+        tensors = transformed(tensors, settings)
+        new_sizes = [tuple(image.shape[-2:]) for image in tensors]
+        batch_hw = batch_size_hw(new_sizes, settings["pad_size"] if settings["do_pad"] else None)
+        if not settings["do_pad"] and len(set(new_sizes)) > 1:
+            raise ValueError(f"images: expected one size with do_pad=False, got {new_sizes}")
+
+        pixel_values, pixel_mask = padded_batch(tensors, batch_hw)
+        if settings["data_format"] == "channels_last":
+            pixel_values = pixel_values.permute(0, 2, 3, 1)
+        features = BatchFeature({"pixel_values": pixel_values})
+        if settings["do_pad"]:
+            features["pixel_mask"] = pixel_mask
+        if labels is not None:
+            relative = settings["do_convert_annotations"]
+            features["labels"] = []
+            for label, old_hw, new_hw in zip(labels, old_sizes, new_sizes, strict=True):
+                if settings["do_resize"]:
+                    label = targets.resize_target(label, old_hw, new_hw)
+                if relative:
+                    label = targets.normalize_target(label, new_hw)
+                label = targets.pad_target(label, new_hw, batch_hw, update_boxes=relative)
+                features["labels"].append(BatchFeature(label).to(pixel_values.device))
+        return features.numpy() if settings["return_tensors"] == "np" else features
+
+    def pad(
+        self,
+        image: Tensor | Sequence[Tensor],
+        padded_size: tuple[int, int] | None = None,
+        annotation: targets.Target | Sequence[targets.Target] | None = None,
+        update_bboxes: bool = True,
+        fill: float = 0,
+        return_tensors: str | None = None,
+    ) -> tuple[Tensor, Tensor, Any] | BatchFeature:
+        """Pads at the bottom and on the right.
+
+        Args:
+            image: `[C, H, W]`, or a batch `[B, C, H, W]`; or, as in transformers 4, a list of
+                `[C, H, W]` of different sizes, to be made a batch.
+            padded_size: (height, width); for a list the largest image's by default.
+            annotation: Targets to adapt: one, or a list for a batch.
+            update_bboxes: Whether boxes are relative, and so have to shrink.
+            fill: Value of the padding.
+            return_tensors: For a list: "np", "pt" or None.
+
+        Returns:
+            The padded image, its pixel mask int64 and the annotation; for a list, a `BatchFeature`
+            with `pixel_values`, `pixel_mask` and, with `annotation`, `labels`.
+
+        Raises:
+            ValueError: `padded_size` is smaller than an image, or missing for a tensor.
+        """
+        is_list = isinstance(image, list | tuple)
+        if not is_list and padded_size is None:
+            raise ValueError("padded_size: expected (height, width), got None")
+        images = [torch.as_tensor(item) for item in image] if is_list else list(image.unsqueeze(0))
+        if not is_list and image.dim() == 4:
+            images = list(image)
+        sizes = [tuple(item.shape[-2:]) for item in images]
+        if padded_size is not None:
+            padded_size = {"height": padded_size[0], "width": padded_size[1]}
+        batch_hw = batch_size_hw(sizes, padded_size)
+        pixel_values, pixel_mask = padded_batch(images, batch_hw, fill)
+
+        is_single_annotation = isinstance(annotation, Mapping)
+        if annotation is not None:
+            padded = [
+                targets.pad_target(target, size, batch_hw, update_bboxes)
+                for target, size in zip(
+                    [annotation] if is_single_annotation else annotation, sizes, strict=True
+                )
+            ]
+            annotation = padded[0] if is_single_annotation else padded
+        if not is_list:
+            if image.dim() == 3:
+                pixel_values, pixel_mask = pixel_values[0], pixel_mask[0]
+            return pixel_values, pixel_mask, annotation
+        features = BatchFeature({"pixel_values": pixel_values, "pixel_mask": pixel_mask})
+        if annotation is not None:
+            features["labels"] = [BatchFeature(target) for target in annotation]
+        return features.numpy() if return_tensors == "np" else features
+
+    def post_process_object_detection(
+        self,
+        outputs: Any,
+        threshold: float = 0.5,
+        target_sizes: post_processing.TargetSizes | None = None,
+        top_k: int = 100,
+    ) -> list[dict[str, Tensor]]:
+        """Turns outputs into detections, best first.
+
+        Args:
+            outputs: Has `logits` `[B, Q, K]` and `pred_boxes` `[B, Q, 4]`.
+            threshold: Detections with a score above it are returned.
+            target_sizes: (height, width) of each original image, `[B, 2]` or a list; None keeps
+                boxes in [0, 1].
+            top_k: Most detections per image, counted before the threshold.
+
+        Returns:
+            Per image `scores` fp32 `[n]`, `labels` int64 `[n]`, `boxes` fp32 `[n, 4]`, corners in
+            pixels.
+
+        Raises:
+            ValueError: There is not one target size per image.
+
+        Note: ties come by lowest query, NaN logits with score 0; transformers leaves both open.
+        """
+        return post_processing.detections(outputs, threshold, target_sizes, top_k)
+
+    def post_process_semantic_segmentation(
+        self,
+        outputs: Any,
+        target_sizes: post_processing.TargetSizes | None = None,
+        return_segmentation_scores: bool = False,
+    ) -> list[Tensor] | list[BatchFeature]:
+        """Turns outputs into a class per pixel, by the sum over queries of class times mask score.
+
+        Args:
+            outputs: Has `logits` `[B, Q, K]` and `pred_masks` `[B, Q, h, w]`.
+            target_sizes: (height, width) of each map; None keeps h x w.
+            return_segmentation_scores: Whether to return the sums too.
+
+        Returns:
+            Per image the class of each pixel, int64 `[H, W]`; with `return_segmentation_scores` a
+            `BatchFeature` of that as `segmentation` and `segmentation_scores` `[K, H, W]`.
+
+        Raises:
+            ValueError: There is not one target size per image.
+
+        Note: class scores are sigmoids. transformers (and `compat="transformers"`) takes a softmax
+            over
+        classes, which gives every empty query as much weight as a certain one. The mask of a padded
+        image covers the padding: process images of different sizes one by one.
+        """
+        return post_processing.semantic_maps(
+            outputs, target_sizes, return_segmentation_scores, self.compat
+        )
+
+    def post_process_instance_segmentation(
+        self,
+        outputs: Any,
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        overlap_mask_area_threshold: float = 0.8,
+        target_sizes: post_processing.TargetSizes | None = None,
+        return_coco_annotation: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Turns outputs into a map of instances.
+
+        A query with a score (sigmoid of its best class) above `threshold` is kept. A pixel belongs
+        to the query with the largest score times mask probability among those whose mask has the
+        pixel.
+
+        Args:
+            outputs: Has `logits` `[B, Q, K]` and `pred_masks` `[B, Q, h, w]`.
+            threshold: Score above which a query is kept.
+            mask_threshold: Probability from which on a pixel is in a mask.
+            overlap_mask_area_threshold: Share of its mask above which a query has to get its
+                pixels.
+            target_sizes: (height, width) of each map; None keeps h x w.
+            return_coco_annotation: Whether to return runs, one list [start, length, ...] per
+                segment, over the rows, starts counted from 1 (not COCO's own columns), in place of
+                the map.
+
+        Returns:
+            Per image `segmentation` int32 `[H, W]` (ids from 1, 0 for none; all -1 if no query is
+            kept) and `segments_info`: `id`, `label_id`, `was_fused`, `score` of each segment.
+
+        Raises:
+            ValueError: There is not one target size per image.
+
+        Note: transformers (and `compat="transformers"`) takes a softmax, never returns the last
+            class,
+        multiplies mask probabilities by the score before they meet `mask_threshold`, and hands
+        pixels outside of every mask to some query: a single object fills its picture. DETR's
+        PostProcessSegm also takes `sigmoid > 0.5` of each mask, and returns overlapping masks. The
+        mask of a padded image covers the padding: process images of different sizes one by one.
+        """
+        return post_processing.segments(
+            outputs,
+            threshold,
+            mask_threshold,
+            overlap_mask_area_threshold,
+            (),
+            target_sizes,
+            return_coco_annotation,
+            self.compat,
+        )
+
+    def post_process_panoptic_segmentation(
+        self,
+        outputs: Any,
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        overlap_mask_area_threshold: float = 0.8,
+        label_ids_to_fuse: set[int] | None = None,
+        target_sizes: post_processing.TargetSizes | None = None,
+    ) -> list[dict[str, Any]]:
+        """Turns outputs into a map of things and stuff; as `post_process_instance_segmentation`.
+
+        Args:
+            outputs: Has `logits` `[B, Q, K]` and `pred_masks` `[B, Q, h, w]`.
+            threshold: Score above which a query is kept.
+            mask_threshold: Probability from which on a pixel is in a mask.
+            overlap_mask_area_threshold: Share of its mask above which a query has to get its
+                pixels.
+            label_ids_to_fuse: Classes (stuff) whose parts become one segment, with the best part's
+                score; None fuses none.
+            target_sizes: (height, width) of each map; None keeps h x w.
+
+        Returns:
+            Per image `segmentation` and `segments_info`, as for instances.
+
+        Raises:
+            ValueError: There is not one target size per image.
+
+        Note: besides what is said for instances, transformers lists each part of a fused class, and
+        gives the segments after it ids that are taken. DETR's PostProcessPanoptic hands every pixel
+        to some query: so does `mask_threshold=0` with `overlap_mask_area_threshold=0`.
+        """
+        return post_processing.segments(
+            outputs,
+            threshold,
+            mask_threshold,
+            overlap_mask_area_threshold,
+            label_ids_to_fuse or (),
+            target_sizes,
+            False,
+            self.compat,
+        )
 
 
-def _check_channel_values(name: str, value: Any) -> float | tuple[float, ...]:
-    if isinstance(value, int | float):
-        return float(value)
-    if not isinstance(value, Sequence) or not all(isinstance(v, int | float) for v in value):
-        check.refuse(name, "a number or one per channel", value)
-    return tuple(value)
+# transformers 4 had a slower and a faster implementation; there is one here.
+ConditionalDetrImageProcessorFast = ConditionalDetrImageProcessor
 
 
-def _check_device(name: str, value: Any) -> torch.device:
-    try:
-        return torch.device(value)
-    except (RuntimeError, TypeError):
-        check.refuse(name, "a torch device", value)
+class ConditionalDetrFeatureExtractor(ConditionalDetrImageProcessor):
+    """Deprecated name of `ConditionalDetrImageProcessor`; warns when it is made."""
 
-
-# Every setting: its default, and the check that also brings it into its stored form. None means the
-# default, as in transformers, so that null in a file does too.
-_SETTINGS = {
-    "format": ("coco_detection", check.choice(*targets.FORMATS)),
-    "do_resize": (True, check.flag),
-    "size": ({"shortest_edge": 800, "longest_edge": 1333}, check_size),
-    "resample": (Image.Resampling.BILINEAR, _check_resample),
-    "do_rescale": (True, check.flag),
-    "rescale_factor": (1 / 255, check.number(0)),
-    "do_normalize": (True, check.flag),
-    "image_mean": (IMAGENET_MEAN, _check_channel_values),
-    "image_std": (IMAGENET_STD, _check_channel_values),
-    "do_convert_annotations": (None, check.flag),
-    "do_pad": (True, check.flag),
-    "pad_size": (None, check_pad_size),
-    "do_convert_rgb": (None, check.flag),
-    "data_format": (None, check.choice("channels_first", "channels_last")),
-    "input_data_format": (None, check.choice("channels_first", "channels_last")),
-    "device": (None, _check_device),
-    "return_tensors": (None, check.choice("pt", "np")),
-    "disable_grouping": (None, check.flag),
-    "compat": ("paper", check.choice("paper", "transformers")),
-}
+    def __init__(self, **settings: Any) -> None:
+        warnings.warn(
+            "ConditionalDetrFeatureExtractor is deprecated: use ConditionalDetrImageProcessor",
+            FutureWarning,
+            stacklevel=2,
+        )
+        super().__init__(**settings)

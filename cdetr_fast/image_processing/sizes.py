@@ -21,7 +21,8 @@ def check_size(name: str, value: Any, max_size: int | None = None) -> dict[str, 
 
     Args:
         name: Name of the argument in error messages.
-        value: A dictionary in one of the forms of `resized_hw`; (height, width); or the shortest edge.
+        value: A dictionary in one of the forms of `resized_hw`; (height, width); or the shortest
+            edge.
         max_size: Longest edge for an integer `value`, or for one with a shortest edge alone.
 
     Raises:
@@ -49,7 +50,7 @@ def check_size(name: str, value: Any, max_size: int | None = None) -> dict[str, 
 
 
 def check_pad_size(name: str, value: Any) -> dict[str, int]:
-    """Brings the size of the padded batch into the form {"height", "width"}; an integer is a square."""
+    """Brings the size of a padded batch into the form {"height", "width"}; an integer is both."""
     if isinstance(value, int):
         value = (value, value)
     size = check_size(name, value)
@@ -61,8 +62,10 @@ def check_pad_size(name: str, value: Any) -> dict[str, int]:
 def resized_hw(height: int, width: int, size: Mapping[str, int]) -> tuple[int, int]:
     """Returns the height and width to which an image is resized.
 
-    - {"shortest_edge": s, "longest_edge": l}: shortest edge s, or less if the longest would exceed l.
-    - {"shortest_edge": s} or {"longest_edge": l}: that edge exactly (transformers refuses these two).
+    - {"shortest_edge": s, "longest_edge": l}: shortest edge s, or less if the longest would exceed
+      l.
+    - {"shortest_edge": s} or {"longest_edge": l}: that edge exactly (transformers refuses these
+      two).
     - {"max_height", "max_width"}: as large as fits in there.
     - {"height", "width"}: exactly so; the aspect ratio changes.
 

@@ -24,13 +24,16 @@ _RESNETS = {
 class FrozenBatchNorm2d(nn.Module):
     """Batch norm with fixed statistics and affine parameters, all of them buffers.
 
+    Args:
+        num_features: Number of channels.
+        eps: Added to the variance.
+
     Source: the authors' models/backbone.py.
     """
 
-    eps = 1e-5
-
-    def __init__(self, num_features: int) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__()
+        self.eps = eps
         self.register_buffer("weight", torch.ones(num_features))
         self.register_buffer("bias", torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -49,8 +52,8 @@ class FrozenBatchNorm2d(nn.Module):
 class FrozenBatchNormAct2d(FrozenBatchNorm2d):
     """Frozen form of timm's `BatchNormAct2d`: its dropout and activation stay."""
 
-    def __init__(self, num_features: int, drop: nn.Module, act: nn.Module) -> None:
-        super().__init__(num_features)
+    def __init__(self, num_features: int, eps: float, drop: nn.Module, act: nn.Module) -> None:
+        super().__init__(num_features, eps)
         self.drop = drop
         self.act = act
 
@@ -58,29 +61,32 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
         return self.act(self.drop(super().forward(x)))
 
 
-def freeze_batch_norm(module: nn.Module, keep_activation: bool = True) -> None:
+def freeze_batch_norm(module: nn.Module, faithful: bool = True) -> None:
     """Replaces every `nn.BatchNorm2d` inside `module` by its frozen form, in place.
 
     Args:
         module: Any module; its own class is left as it is.
-        keep_activation: Keep the activation of timm's `BatchNormAct2d`. transformers loses it, which
-            leaves MobileNet and EfficientNet backbones (nearly) linear.
+        faithful: Keep the norm's epsilon, and the activation of timm's `BatchNormAct2d`. transformers
+            keeps neither, which leaves MobileNet and EfficientNet backbones (nearly) linear, and those
+            with an epsilon of 1e-3 (`tf_*`) with another scale.
     """
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            if isinstance(child, BatchNormAct2d) and keep_activation:
-                frozen = FrozenBatchNormAct2d(child.num_features, child.drop, child.act)
-            else:
-                frozen = FrozenBatchNorm2d(child.num_features)
-            if child.affine:
-                frozen.weight.copy_(child.weight.detach())
-                frozen.bias.copy_(child.bias.detach())
-            if child.track_running_stats:
-                frozen.running_mean.copy_(child.running_mean)
-                frozen.running_var.copy_(child.running_var)
-            setattr(module, name, frozen)
+        if not isinstance(child, nn.BatchNorm2d):
+            freeze_batch_norm(child, faithful)
+            continue
+        if not faithful:
+            frozen = FrozenBatchNorm2d(child.num_features)
+        elif isinstance(child, BatchNormAct2d):
+            frozen = FrozenBatchNormAct2d(child.num_features, child.eps, child.drop, child.act)
         else:
-            freeze_batch_norm(child, keep_activation)
+            frozen = FrozenBatchNorm2d(child.num_features, child.eps)
+        if child.affine:
+            frozen.weight.copy_(child.weight.detach())
+            frozen.bias.copy_(child.bias.detach())
+        if child.track_running_stats:
+            frozen.running_mean.copy_(child.running_mean)
+            frozen.running_var.copy_(child.running_var)
+        setattr(module, name, frozen)
 
 
 class BackboneFeatures(NamedTuple):
@@ -115,7 +121,7 @@ class ConditionalDetrConvEncoder(nn.Module):
         self.num_channels = config.num_channels
         self.model = _create_backbone(config.backbone_config, config.num_channels, paper)
         self.intermediate_channel_sizes = self.model.feature_info.channels()
-        freeze_batch_norm(self.model, keep_activation=paper)
+        freeze_batch_norm(self.model, faithful=paper)
         if paper:
             self._freeze_early_stages()
         elif config.backbone_config.model_type == "resnet":
@@ -125,15 +131,17 @@ class ConditionalDetrConvEncoder(nn.Module):
         self.model.to(memory_format=torch.channels_last)
 
     def _freeze_early_stages(self) -> None:
-        stages = zip(
-            self.model.feature_info.module_name(), self.model.feature_info.reduction(), strict=True
-        )
-        trained = {name for name, reduction in stages if reduction > 4}
-        children = list(self.model.named_children())
-        flat = [name.replace(".", "_") for name in trained]
-        first_trained = next((i for i, (name, _) in enumerate(children) if name in flat), None)
-        for _, child in children[: first_trained or 0]:
-            child.requires_grad_(False)
+        """Freezes everything up to the end of the last stage at stride 4 or finer."""
+        early = [stage["module"] for stage in self.model.feature_info.info if stage["reduction"] <= 4]
+        if not early:
+            return
+        # timm flattens some models, which turns the dots of a stage's name into underscores.
+        last = {early[-1], early[-1].replace(".", "_")}
+        modules = list(self.model.named_modules())
+        ends = [i for i, (name, _) in enumerate(modules) if _is_within(name, last)]
+        for _, module in modules[: max(ends, default=-1) + 1]:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> BackboneFeatures:
         """Computes the feature maps of padded images.
@@ -149,6 +157,10 @@ class ConditionalDetrConvEncoder(nn.Module):
         if pixel_mask is not None:
             mask = F.interpolate(pixel_mask[:, None].float(), size=maps[-1].shape[-2:])[:, 0] > 0
         return BackboneFeatures(list(maps), mask)
+
+
+def _is_within(name: str, modules: set[str]) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
 
 
 def _create_backbone(backbone: BackboneConfig, num_channels: int, paper: bool) -> nn.Module:

@@ -90,44 +90,79 @@ class ConditionalDetrPreTrainedModel(nn.Module):
         """dtype of the first floating-point parameter."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """Returns the number of (trainable) parameters."""
-        parameters = (p for p in self.parameters() if p.requires_grad or not only_trainable)
-        return sum(p.numel() for p in parameters)
+    def num_parameters(
+        self, only_trainable: bool = False, exclude_embeddings: bool = False
+    ) -> int:
+        """Returns the number of (trainable) parameters, with or without those of embeddings."""
+        left_out = {
+            id(module.weight)
+            for module in self.modules()
+            if exclude_embeddings and isinstance(module, nn.Embedding)
+        }
+        return sum(
+            p.numel()
+            for p in self.parameters()
+            if id(p) not in left_out and (p.requires_grad or not only_trainable)
+        )
 
     def can_generate(self) -> bool:
         """Returns False: there is no text to generate (transformers' pipelines ask)."""
         return False
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
         """Recomputes each encoder and decoder layer in the backward pass, to save memory.
 
         Args:
-            gradient_checkpointing_kwargs: For transformers' Trainer; `use_reentrant` may only be False.
+            activation_checkpointing_kwargs: For transformers' Trainer; `use_reentrant` may only be
+                False.
+            every_n_layers: For the same; may only be 1.
+            offload: For the same; may only be False.
 
         Raises:
             ValueError: Another setting is asked for.
         """
-        kwargs = gradient_checkpointing_kwargs or {}
+        kwargs = activation_checkpointing_kwargs or {}
         if kwargs.get("use_reentrant") or kwargs.keys() - {"use_reentrant"}:
             raise ValueError(
-                "gradient_checkpointing_kwargs: expected {'use_reentrant': False} or None, "
-                f"got {gradient_checkpointing_kwargs!r}"
+                "activation_checkpointing_kwargs: expected {'use_reentrant': False} or None, "
+                f"got {activation_checkpointing_kwargs!r}"
             )
-        self._set_gradient_checkpointing(True)
+        if every_n_layers != 1:
+            raise ValueError(f"every_n_layers: expected 1 (every layer), got {every_n_layers!r}")
+        if offload:
+            raise ValueError(f"offload: expected False, got {offload!r}")
+        self._set_checkpointing(True)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keeps all activations again."""
+        self._set_checkpointing(False)
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether layers are recomputed in the backward pass."""
+        return any(getattr(m, "gradient_checkpointing", False) for m in self.modules())
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Is `activation_checkpointing_enable`, by the name it had before transformers 5.23."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keeps all activations again."""
-        self._set_gradient_checkpointing(False)
+        """Is `activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether gradient checkpointing is on."""
-        return any(getattr(m, "gradient_checkpointing", False) for m in self.modules())
+        """Is `is_activation_checkpointing`."""
+        return self.is_activation_checkpointing
 
-    def _set_gradient_checkpointing(self, value: bool) -> None:
+    def _set_checkpointing(self, value: bool) -> None:
         for module in self.modules():
             if isinstance(module, (ConditionalDetrEncoder, ConditionalDetrDecoder)):
                 module.gradient_checkpointing = value

@@ -24,7 +24,7 @@ class ModelOutput(OrderedDict):
         pytree.register_pytree_node(
             cls,
             lambda output: (list(output.values()), list(output.keys())),
-            lambda values, keys: cls(**dict(zip(keys, values, strict=True))),
+            lambda values, keys: _rebuild(cls, dict(zip(keys, values, strict=True))),
             serialized_type_name=f"{cls.__module__}.{cls.__name__}",
             flatten_with_keys_fn=lambda output: (
                 [(pytree.MappingKey(key), value) for key, value in output.items()],
@@ -37,7 +37,8 @@ class ModelOutput(OrderedDict):
         first = getattr(self, names[0])
         rest_is_none = all(getattr(self, name) is None for name in names[1:])
         if isinstance(first, dict) and rest_is_none:
-            # Accelerate rebuilds a container as `type(output)({key: value, ...})`.
+            # Accelerate and transformers' pipelines rebuild a container as
+            # `type(output)({key: value, ...})`; pipelines add keys of their own.
             setattr(self, names[0], None)
             for name, value in first.items():
                 self[name] = value
@@ -53,8 +54,6 @@ class ModelOutput(OrderedDict):
         return self.to_tuple()[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if key not in (names := [field.name for field in fields(self)]):
-            raise KeyError(f"{type(self).__name__} has no field {key!r}; its fields are {names}")
         super().__setitem__(key, value)
         object.__setattr__(self, key, value)
 
@@ -77,7 +76,8 @@ class ModelOutput(OrderedDict):
 
 
 def _rebuild(cls: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:
-    return cls(**values)
+    # Not `cls(**values)`: there may be keys that are no fields.
+    return cls(values)
 
 
 @dataclass(repr=False)

@@ -30,12 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from cdetr_fast import ConditionalDetrConfig, ConditionalDetrForObjectDetection
-from cdetr_fast.image_processing import ConditionalDetrImageProcessor
-from cdetr_fast.models.backbone import FrozenBatchNorm2d
+
+from cdetr_fast.models.backbone import FrozenBatchNorm2d, FrozenBatchNormAct2d
 from cdetr_fast.scenes import CLASSES, SIZE, TRAIN_SEED, coco_ground_truth, draw_scene
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BACKBONE, STAGE, STRIDE = "resnet18", 2, 8
+BACKBONE, STAGE, STRIDE = "resnet10t", 3, 16
 NUM_QUERIES = 30
 HELD_OUT = range(200)  # seeds; training seeds start at TRAIN_SEED
 
@@ -70,13 +70,25 @@ def build_model() -> ConditionalDetrForObjectDetection:
 # --- batch norm, live while training --------------------------------------------------------------------------------
 
 
+class LiveBatchNorm2d(nn.BatchNorm2d):
+    """Trainable batch norm in the place of a frozen one: same state, same activation after it."""
+
+    def __init__(self, frozen: FrozenBatchNorm2d) -> None:
+        super().__init__(frozen.weight.numel(), eps=frozen.eps)
+        self.load_state_dict(frozen.state_dict(), strict=False)  # it has no num_batches_tracked
+        if isinstance(frozen, FrozenBatchNormAct2d):
+            self.drop, self.act = frozen.drop, frozen.act
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return self.act(self.drop(x)) if hasattr(self, "act") else x
+
+
 def thaw_batch_norm(module: nn.Module) -> None:
-    """Replace each frozen batch norm below `module` by a live one with the same state."""
+    """Replace each frozen batch norm below `module` by a live one."""
     for name, child in module.named_children():
         if isinstance(child, FrozenBatchNorm2d):
-            live = nn.BatchNorm2d(child.weight.numel())
-            live.load_state_dict(child.state_dict(), strict=False)
-            setattr(module, name, live)
+            setattr(module, name, LiveBatchNorm2d(child))
         else:
             thaw_batch_norm(child)
 
@@ -191,7 +203,7 @@ class DenseHead(nn.Module):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, processor: ConditionalDetrImageProcessor) -> dict[str, Any]:
+def evaluate(model: nn.Module, processor) -> dict[str, Any]:
     """AP of the frozen model on the held-out scenes, through the image processor, one at a time."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -349,6 +361,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="autocast (twice as fast if native)")
     parser.add_argument("--state", type=Path, default=Path("demo_checkpoint_state.pt"))
     parser.add_argument("--resume", action="store_true", help="continue from --state")
+
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 

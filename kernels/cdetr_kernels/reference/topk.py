@@ -6,8 +6,8 @@ logit and the sigmoid is taken of the k survivors alone:
     rank(q, c) = position of logits[q, c] in descending order; equal logits by q * K + c; NaN last
 
 Dimensions: B batch, Q queries, K classes, k kept.
-Source: PostProcess in models/conditional_detr.py of the authors' repository, which ranks sigmoids in
-the dtype of the model and leaves the order of ties open.
+Source: PostProcess in models/conditional_detr.py of the authors' repository, which ranks sigmoids
+in the dtype of the model and leaves the order of ties open.
 """
 
 from collections.abc import Sequence
@@ -34,8 +34,8 @@ def detection_topk(
 
     Returns:
         scores `[B, k]` in [0, 1], descending; labels int64 `[B, k]`; boxes_xyxy `[B, k, 4]`; query
-        index int64 `[B, k]`. Scores and boxes are fp32 (fp64 for fp64 inputs). NaN logits rank after
-        -inf and have score 0.
+        index int64 `[B, k]`. Scores and boxes are fp32 (fp64 for fp64 inputs). NaN logits rank
+        after -inf and have score 0.
 
     Raises:
         TypeError: `logits` or `boxes_cxcywh` is not floating point, or `k` is not an integer.
@@ -43,7 +43,9 @@ def detection_topk(
     """
     _check(logits, boxes_cxcywh, k)
     batch, _, classes = logits.shape
-    dtype = torch.promote_types(torch.promote_types(logits.dtype, boxes_cxcywh.dtype), torch.float32)
+    dtype = torch.promote_types(
+        torch.promote_types(logits.dtype, boxes_cxcywh.dtype), torch.float32
+    )
 
     index = _best_pairs(logits.to(dtype), k)  # [B, k]
     kept_logits = logits.to(dtype).flatten(1).gather(1, index)
@@ -66,8 +68,9 @@ def detection_topk(
 def _best_pairs(logits: Tensor, k: int) -> Tensor:
     """Returns the flat index q * K + c of the k best pairs, best first, `[B, k]`.
 
-    The k best pairs lie in the k queries whose own best pair ranks highest (each query above a given
-    one holds a better pair), so the rest is dropped first: a quarter of the time at 300x91, k=100.
+    The k best pairs lie in the k queries whose own best pair ranks highest (each query above a
+    given one holds a better pair), so the rest is dropped first: a quarter of the time at 300x91,
+    k=100.
     """
     classes = logits.shape[2]
     rank = _sortable_integers(logits)  # [B, Q, K]

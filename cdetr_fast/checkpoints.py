@@ -1,0 +1,583 @@
+"""Checkpoints: `load_pretrained`, `save_pretrained` and `push_to_hub` behind the models' methods.
+
+Read: folders and hub repositories of transformers 4 and 5 and of this package, safetensors or .bin,
+whole or in shards, and the authors' .pth files. Written: what transformers 5 writes.
+"""
+
+import argparse
+import copy
+import os
+import pickle
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import safetensors.torch
+import torch
+from huggingface_hub import CommitInfo, HfApi, split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from cdetr_fast import validation as check
+from cdetr_fast.configuration import CONFIG_NAME, ConditionalDetrConfig
+from cdetr_fast.files import make_folder, read_json, replace_all, resolve_file, write_json
+from cdetr_fast.key_maps import (
+    StateDict,
+    from_authors,
+    is_authors,
+    level_of,
+    to_level,
+    to_v4,
+    to_v5,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Loading -----------------------------------------------------------------------------------------
+
+
+def load_pretrained(
+    model_class: Callable[[ConditionalDetrConfig], Model],
+    name_or_path: str | os.PathLike,
+    *,
+    config: ConditionalDetrConfig | str | os.PathLike | None = None,
+    revision: str | None = None,
+    subfolder: str = "",
+    cache_dir: str | os.PathLike | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    use_safetensors: bool | None = None,
+    variant: str | None = None,
+    ignore_mismatched_sizes: bool = False,
+    strict: bool = False,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    device_map: torch.device | str | int | None = None,
+    output_loading_info: bool = False,
+    attn_implementation: str | None = None,
+    low_cpu_mem_usage: bool | None = None,
+    **config_overrides: Any,
+) -> Model | tuple[Model, dict[str, Any]]:
+    """Loads a model, in eval mode.
+
+    Args:
+        model_class: Class to build.
+        name_or_path: A folder, the id of a model on the hub, or one file of weights. The authors'
+            .pth files need no configuration beyond what cannot be read off the weights (the number
+            of heads, `dilation`, ...), given as keyword arguments.
+        config: Configuration, or where to read it; default the config.json beside the weights.
+        revision: Branch, tag or commit on the hub.
+        subfolder: Folder inside the folder or repository.
+        cache_dir: Where downloads are kept, if not in the cache of `huggingface_hub`.
+        token: Access token for the hub.
+        local_files_only: Use what is in the cache, and fetch nothing.
+        force_download: Fetch even what is in the cache.
+        use_safetensors: True or False restricts the search to safetensors or to .bin files.
+        variant: Part of the file name, as in `model.fp16.safetensors`.
+        ignore_mismatched_sizes: Leave weights of other shapes at their initial values, with a
+            warning that lists them, as for a new number of classes.
+        strict: Refuse missing and unexpected weights, which else are listed in a warning.
+        dtype: dtype of the weights; "auto" or None, as in transformers 5: the one in config.json,
+            else that of the first floating-point weight.
+        torch_dtype: Old name of dtype.
+        device_map: One device to move the model to; "auto" is CUDA where there is one.
+        output_loading_info: Return (model, dict of missing_keys, unexpected_keys, mismatched_keys).
+        attn_implementation: "eager" or "sdpa", for the configuration; the model chooses itself.
+        low_cpu_mem_usage: Accepted for callers of transformers, and without effect there and here.
+        **config_overrides: Configuration fields that take the place of those in config.json.
+
+    Raises:
+        OSError: A file is missing or broken; the message names it.
+        ValueError: Weights have other shapes than the configuration says, and the like.
+        TypeError: An unknown keyword.
+    """
+    download = {
+        "revision": revision,
+        "subfolder": subfolder,
+        "cache_dir": cache_dir,
+        "token": token,
+        "local_files_only": local_files_only,
+        "force_download": force_download,
+    }
+    check.choice(None, "eager", "sdpa")("attn_implementation", attn_implementation)
+    dtype = torch_dtype if dtype is None else dtype
+    if os.path.isfile(name_or_path):
+        files = [Path(name_or_path)]
+    else:
+        files = find_weights(name_or_path, variant, use_safetensors, **download)
+    state_dict = read_weights(files)
+    if is_authors(state_dict):
+        state_dict = from_authors(state_dict)
+        known = fields_of(state_dict)
+        if config is None:
+            config = _config_of_authors(known, config_overrides)
+        else:
+            config = _find_config(config, name_or_path, download, config_overrides)
+        _compare(config, known, name_or_path, ignore_mismatched_sizes)
+    else:
+        state_dict = to_v5(state_dict)
+        config = _find_config(config, name_or_path, download, config_overrides)
+    config.name_or_path = os.fspath(name_or_path)
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
+
+    model = _build(model_class, config)
+    chosen = _choose_dtype(dtype, config, state_dict)
+    report = _fill(model, state_dict)
+    report.complain(name_or_path, type(model).__name__, ignore_mismatched_sizes, strict)
+    config.dtype = chosen
+    model.to(dtype=chosen, device=_device(device_map))
+    model.eval()
+    if output_loading_info:
+        return model, report._asdict() | {"error_msgs": []}
+    return model
+
+
+def find_weights(
+    name_or_path: str | os.PathLike,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+    **download: Any,
+) -> list[Path]:
+    """Finds the files of weights in a folder or on the hub: one, or all shards.
+
+    Args:
+        name_or_path: A folder, or the id of a model on the hub.
+        variant: Part of the file name, as in `model.fp16.safetensors`.
+        use_safetensors: True or False restricts the search to safetensors or to .bin files.
+        **download: As in `resolve_file`.
+
+    Raises:
+        FileNotFoundError: There is none; the message lists the names that were tried.
+    """
+    names = [
+        name
+        for name in _weight_names(variant)
+        if use_safetensors is None or ("safetensors" in name) == use_safetensors
+    ]
+    for name in names:
+        try:
+            found = resolve_file(name_or_path, name, **download)
+        except FileNotFoundError as error:
+            reason = error
+            continue
+        if ".index." not in name:
+            return [found]
+        shards = sorted(set(read_json(found)["weight_map"].values()))
+        return [resolve_file(name_or_path, shard, **download) for shard in shards]
+    raise FileNotFoundError(
+        f"{name_or_path}: expected one of {', '.join(names)}; the last answer was: {reason}"
+    ) from reason
+
+
+def _weight_names(variant: str | None) -> list[str]:
+    """File names in the order in which they are looked for."""
+    part = f".{variant}" if variant else ""
+    return [
+        f"model{part}.safetensors",
+        f"model.safetensors.index{part}.json",
+        f"pytorch_model{part}.bin",
+        f"pytorch_model.bin.index{part}.json",
+    ]
+
+
+def read_weights(files: list[Path]) -> StateDict:
+    """Reads weights onto the CPU, without running code from the files.
+
+    Args:
+        files: A safetensors file or one that `torch.save` wrote, or all shards of one checkpoint.
+            The latter may hold the weights under "model", as the authors' training leaves them.
+
+    Raises:
+        OSError: A file is truncated, or is none of these; the message names it.
+    """
+    state_dict = {}
+    for file in files:
+        state_dict |= _read_file(file)
+    return state_dict
+
+
+def _read_file(file: Path) -> StateDict:
+    if file.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(file)
+        except SafetensorError as error:
+            raise OSError(f"{file}: broken or incomplete safetensors file ({error})") from error
+    try:
+        # the authors save their command line too: a namespace of strings and numbers
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise OSError(
+            f"{file}: broken, incomplete, or not a file of plain weights ({error})"
+        ) from error
+    for name in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise OSError(f"{file}: expected a state_dict, or one under 'model'")
+    return dict(content)
+
+
+def _find_config(
+    config: ConditionalDetrConfig | str | os.PathLike | None,
+    name_or_path: str | os.PathLike,
+    download: dict[str, Any],
+    overrides: dict[str, Any],
+) -> ConditionalDetrConfig:
+    if hasattr(config, "to_dict"):
+        return ConditionalDetrConfig.from_dict(config.to_dict(), **overrides)
+    if config is not None:
+        return ConditionalDetrConfig.from_pretrained(config, **overrides)
+    if not os.path.isfile(name_or_path):
+        return ConditionalDetrConfig.from_pretrained(name_or_path, **download, **overrides)
+    beside = Path(name_or_path).with_name(CONFIG_NAME)
+    if not beside.is_file():
+        raise FileNotFoundError(f"config: expected one, or {beside}, to go with {name_or_path}")
+    return ConditionalDetrConfig.from_pretrained(beside, **overrides)
+
+
+def fields_of(state_dict: StateDict) -> dict[str, Any]:
+    """Reads configuration fields off weights (v5 names).
+
+    Heads, dilation, dropout and the weights of the loss cannot be told from them.
+    """
+    state_dict = to_level(state_dict, "model.")
+    sizes = {
+        "d_model": "model.input_projection.weight",
+        "num_queries": "model.query_position_embeddings.weight",
+        "num_labels": "class_labels_classifier.weight",
+        "encoder_ffn_dim": "model.encoder.layers.0.mlp.fc1.weight",
+        "decoder_ffn_dim": "model.decoder.layers.0.mlp.fc1.weight",
+    }
+    learned = "model.position_embedding.row_embeddings.weight" in state_dict
+    fields = {
+        **{field: len(state_dict[key]) for field, key in sizes.items() if key in state_dict},
+        "encoder_layers": _count(state_dict, r"model\.encoder\.layers\.\d+\."),
+        "decoder_layers": _count(state_dict, r"model\.decoder\.layers\.\d+\."),
+        "position_embedding_type": "learned" if learned else "sine",
+    }
+    stages = [rf"model\.backbone\.model\.layer{stage}\.\d+\." for stage in (1, 2, 3, 4)]
+    blocks = tuple(_count(state_dict, stage) for stage in stages)
+    wide = "model.backbone.model.layer1.0.conv3.weight" in state_dict
+    if (wide, blocks) in _RESNETS:
+        fields["backbone"] = _RESNETS[wide, blocks]
+    return fields
+
+
+# (three convolutions a block, blocks) of the ResNets that the authors take from torchvision
+_RESNETS = {
+    (False, (2, 2, 2, 2)): "resnet18",
+    (False, (3, 4, 6, 3)): "resnet34",
+    (True, (3, 4, 6, 3)): "resnet50",
+    (True, (3, 4, 23, 3)): "resnet101",
+    (True, (3, 8, 36, 3)): "resnet152",
+}
+
+
+def _count(state_dict: StateDict, pattern: str) -> int:
+    return len({match[0] for key in state_dict if (match := re.match(pattern, key))})
+
+
+def _config_of_authors(known: dict[str, Any], given: dict[str, Any]) -> ConditionalDetrConfig:
+    """Completes given fields by those that the weights tell."""
+    fields = known | given
+    if "id2label" in given and "num_labels" not in given:
+        fields.pop("num_labels", None)
+    if {"backbone_config", "use_timm_backbone"} & given.keys() and "backbone" not in given:
+        fields.pop("backbone", None)
+    return ConditionalDetrConfig(**fields)
+
+
+def _compare(
+    config: ConditionalDetrConfig,
+    known: dict[str, Any],
+    name: str | os.PathLike,
+    ignore_mismatched_sizes: bool,
+) -> None:
+    """Refuses a configuration that contradicts the weights."""
+    for field, expected in known.items():
+        got = getattr(config, field)
+        if field == "backbone":  # timm adds where the weights are from: resnet50.a1_in1k
+            got = got and got.split(".")[0]
+        if ignore_mismatched_sizes and field in ("num_labels", "num_queries"):
+            continue
+        if got != expected and got is not None:  # None: the ResNet that has no name in timm
+            check.refuse(field, f"{expected!r} as the weights in {name} have it", got)
+
+
+def _build(
+    model_class: Callable[[ConditionalDetrConfig], Model], config: ConditionalDetrConfig
+) -> Model:
+    """Builds a model that fetches no backbone weights; those are in the checkpoint."""
+    backbone = config.backbone_config
+    if not backbone.use_pretrained_backbone:
+        return model_class(config)
+    backbone.use_pretrained_backbone = False
+    try:
+        return model_class(config)
+    finally:
+        backbone.use_pretrained_backbone = True
+
+
+class LoadingReport(NamedTuple):
+    """What did not go from a checkpoint into a model.
+
+    Attributes:
+        missing_keys: Weights of the model that the checkpoint does not have.
+        unexpected_keys: Weights of the checkpoint that the model does not have.
+        mismatched_keys: (key, shape in the checkpoint, shape in the model).
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+    mismatched_keys: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+    def complain(
+        self, name: str | os.PathLike, model: str, ignore_mismatched_sizes: bool, strict: bool
+    ) -> None:
+        """Raises or warns, with a list of everything."""
+        shapes = [f"{key}: expected {list(b)}, got {list(a)}" for key, a, b in self.mismatched_keys]
+        if shapes and not ignore_mismatched_sizes:
+            raise ValueError(
+                f"{name}: weights of another shape than {model} with this configuration has "
+                f"(ignore_mismatched_sizes=True initialises them anew):{_listed(shapes)}"
+            )
+        parts = [
+            ("not in the checkpoint, initialised anew", self.missing_keys),
+            ("in the checkpoint, not in the model", self.unexpected_keys),
+            ("of another shape, initialised anew", shapes),
+        ]
+        text = "".join(
+            f"\n{len(keys)} weights {what}:{_listed(keys)}" for what, keys in parts if keys
+        )
+        if strict and (self.missing_keys or self.unexpected_keys):
+            raise ValueError(f"{name}: expected exactly the weights of {model}.{text}")
+        if text:
+            warnings.warn(f"{name}: not all weights went into {model}.{text}", stacklevel=4)
+
+
+def _listed(lines: list[str], limit: int = 60) -> str:
+    rest = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
+    return "".join(f"\n  {line}" for line in lines[:limit] + rest)
+
+
+def _fill(model: nn.Module, state_dict: StateDict) -> LoadingReport:
+    """Copies weights (v5 names, of any of the models) into a model."""
+    here = model.state_dict()
+    there = {
+        key: tensor
+        for key, tensor in to_level(state_dict, level_of(here)).items()
+        # counts batches, which frozen batch norm does not
+        if not key.endswith(".num_batches_tracked")
+    }
+    mismatched = [
+        (key, tuple(tensor.shape), tuple(here[key].shape))
+        for key, tensor in there.items()
+        if key in here and tensor.shape != here[key].shape
+    ]
+    report = LoadingReport(
+        missing_keys=[key for key in here if key not in there],
+        unexpected_keys=[key for key in there if key not in here],
+        mismatched_keys=mismatched,
+    )
+    skipped = {*report.unexpected_keys, *(key for key, *_ in mismatched)}
+    model.load_state_dict({k: v for k, v in there.items() if k not in skipped}, strict=False)
+    return report
+
+
+def _choose_dtype(
+    dtype: torch.dtype | str | None, config: ConditionalDetrConfig, state_dict: StateDict
+) -> torch.dtype:
+    if dtype not in (None, "auto"):
+        return check.dtype("dtype", dtype)
+    if config.dtype is not None:
+        return config.dtype
+    floats = (tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point())
+    return next(floats, torch.get_default_dtype())
+
+
+def _device(device_map: Any) -> torch.device | None:
+    if isinstance(device_map, Mapping) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if device_map is None:
+        return None
+    if device_map == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError):
+        check.refuse("device_map", 'None, "auto" or one device', device_map)
+
+
+# Saving ------------------------------------------------------------------------------------------
+
+
+def save_pretrained(
+    model: nn.Module,
+    save_directory: str | os.PathLike,
+    *,
+    max_shard_size: int | str = "50GB",
+    variant: str | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    safe_serialization: bool = True,
+    is_main_process: bool = True,
+    push_to_hub: bool = False,
+    **push_options: Any,
+) -> None:
+    """Saves weights and configuration in a folder that transformers 4 and 5 and this package read.
+
+    All files are written beside the old ones first, and then take their places. A write that is
+    interrupted leaves the old files.
+
+    Args:
+        model: The model.
+        save_directory: Folder, made if need be.
+        max_shard_size: Weights of more bytes are split over several files; "50GB" and the like.
+        variant: Part of the file name, as in `model.fp16.safetensors`.
+        state_dict: Weights in the place of the model's own, with its names.
+        safe_serialization: False writes pytorch_model.bin in the place of model.safetensors.
+        is_main_process: False writes nothing (for the other processes of a distributed run).
+        push_to_hub: Upload the folder's files too.
+        **push_options: As in `push_to_hub`; `repo_id` is the folder's name unless given.
+
+    Raises:
+        TypeError: Options for an upload without push_to_hub=True.
+        ValueError: The configuration's fields do not go together.
+    """
+    if push_options and not push_to_hub:
+        raise TypeError(f"save_pretrained: unknown keyword {next(iter(push_options))!r}")
+    if not is_main_process:
+        return
+    folder = make_folder(save_directory)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    config.validate()
+    weights = model.state_dict() if state_dict is None else state_dict
+    weights = to_v4(weights, hf_resnet=config.backbone_config.model_type == "resnet")
+    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+
+    part = f".{variant}" if variant else ""
+    stem, suffix = ("model", "safetensors") if safe_serialization else ("pytorch_model", "bin")
+    shards = split_torch_state_dict_into_shards(
+        weights,
+        filename_pattern=f"{stem}{part}{{suffix}}.{suffix}",
+        max_shard_size=max_shard_size,
+    )
+    with replace_all(folder) as stage:
+        for name, keys in shards.filename_to_tensors.items():
+            shard = {key: weights[key] for key in keys}
+            if safe_serialization:
+                safetensors.torch.save_file(shard, stage(name), metadata={"format": "pt"})
+            else:
+                torch.save(shard, stage(name))
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            write_json(stage(f"{stem}.{suffix}.index{part}.json"), index)
+        write_json(stage(CONFIG_NAME), config.to_diff_dict())
+        written = [path.name for path in stage("").iterdir()]
+    _remove_stale(folder, variant, written)
+    if push_to_hub:
+        push_options.setdefault("repo_id", folder.resolve().name)
+        _upload(folder, written, **push_options)
+
+
+def _remove_stale(folder: Path, variant: str | None, written: list[str]) -> None:
+    """Removes older weights of the folder that a reader would take for the ones just written."""
+    names = _weight_names(variant)
+    main = next(index for index, name in enumerate(names) if name in written)
+    stem, *_, suffix = names[main - main % 2].split(".")
+    shard = re.compile(
+        re.escape(f"{stem}.{variant}" if variant else stem) + rf"-\d{{5}}-of-\d{{5}}\.{suffix}"
+    )
+    # found first by a reader; and the other one, whole or sharded, of the same format
+    for name in {*names[:main], names[main ^ 1]}:
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if shard.fullmatch(path.name) and path.name not in written:
+            path.unlink()
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    variant: str | None = None,
+    safe_serialization: bool = True,
+) -> CommitInfo:
+    """Uploads weights and configuration to a repository on the hub, made if need be.
+
+    Args:
+        model: The model.
+        repo_id: Name of the repository, with the organisation in front if it is not one's own.
+        commit_message: Title of the commit.
+        commit_description: Its text.
+        private: Make a new repository private.
+        token: Access token; default the one of `hf auth login`.
+        revision: Branch, made if need be.
+        create_pr: Propose the commit in place of making it.
+        max_shard_size: As in `save_pretrained`.
+        variant: As in `save_pretrained`.
+        safe_serialization: As in `save_pretrained`.
+
+    Returns:
+        The commit, with its address.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(
+            model,
+            folder,
+            max_shard_size=max_shard_size,
+            variant=variant,
+            safe_serialization=safe_serialization,
+        )
+        return _upload(
+            Path(folder),
+            os.listdir(folder),
+            repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def _upload(
+    folder: Path,
+    names: list[str],
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=names,
+        commit_message=commit_message or "Upload model",
+        commit_description=commit_description,
+        revision=revision,
+        create_pr=create_pr,
+    )

@@ -1,0 +1,120 @@
+"""Pairs of models, transformers' and ours, with the same random weights, and inputs for them."""
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import cdetr_fast
+
+CLASSES = {
+    "base": "ConditionalDetrModel",
+    "detection": "ConditionalDetrForObjectDetection",
+    "segmentation": "ConditionalDetrForSegmentation",
+}
+
+TINY = {
+    "backbone": "resnet18",
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "num_queries": 20,
+    "num_labels": 7,
+    "dropout": 0.0,
+}
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Draws all weights anew; layer norms and batch-norm statistics too, which hide defects else."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor: Tensor, low: float, high: float) -> None:
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+    def normal(tensor: Tensor, std: float) -> None:
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
+
+    for name, parameter in model.named_parameters():
+        if "query_position_embeddings" in name:
+            normal(parameter, 1.0)
+        elif parameter.dim() == 1 and name.endswith("weight"):  # the norms
+            uniform(parameter, 0.5, 1.5)
+        elif parameter.dim() == 1:
+            normal(parameter, 0.1)
+        elif "backbone" not in name:
+            normal(parameter, (2 / (parameter.shape[0] + parameter.shape[1])) ** 0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            normal(buffer, 0.1)
+        elif name.endswith("running_var"):
+            # A MobileNet without activations (transformers') would otherwise reach states in the
+            # thousands, where fp32 rounding alone exceeds every tolerance.
+            mobilenet = "mobilenet" in str(model.config.backbone_config.backbone)
+            uniform(buffer, *((1.5, 3.0) if mobilenet else (0.5, 1.5)))
+
+
+def make_pair(
+    task: str = "detection", compat: str = "transformers", **config
+) -> tuple[nn.Module, nn.Module]:
+    """Returns transformers' model and ours with equal weights, in training mode."""
+    settings = TINY | config
+    their_config = transformers.ConditionalDetrConfig(**settings)
+    their_config._attn_implementation = "eager"  # the only one there that returns attentions
+    theirs = getattr(transformers, CLASSES[task])(their_config)
+    randomise(theirs)
+    ours = make_ours(task, compat, **config)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs.train(), ours.train()
+
+
+def make_ours(task: str = "detection", compat: str = "paper", **config) -> nn.Module:
+    """Returns our model with its own initial weights."""
+    settings = cdetr_fast.ConditionalDetrConfig(compat=compat, **(TINY | config))
+    return getattr(cdetr_fast, CLASSES[task])(settings)
+
+
+def padded_images(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Two images of odd sizes, 97 x 131 and 70 x 100, padded: pixel_values and pixel_mask."""
+    generator = torch.Generator().manual_seed(1)
+    pixel_values = torch.randn(2, 3, 97, 131, generator=generator).to(dtype)
+    pixel_mask = torch.ones(2, 97, 131, dtype=torch.int64)
+    pixel_mask[1, 70:] = 0
+    pixel_mask[1, :, 100:] = 0
+    return pixel_values * pixel_mask[:, None], pixel_mask
+
+
+def random_labels(
+    counts: tuple[int, ...] = (3, 0), classes: int = 7, masks: bool = False, seed: int = 3
+) -> list[dict[str, Tensor]]:
+    """Labels with `counts[i]` objects in image i."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = []
+    for count in counts:
+        label = {
+            "class_labels": torch.randint(0, classes, (count,), generator=generator),
+            "boxes": torch.rand(count, 4, generator=generator) * 0.4 + 0.1,
+        }
+        if masks:
+            label["masks"] = torch.rand(count, 90, 120, generator=generator) > 0.5
+        labels.append(label)
+    return labels
+
+
+def leaves(output) -> dict[str, Tensor]:
+    """All tensors of an output by a readable path."""
+    found = {}
+
+    def visit(path: str, value) -> None:
+        if isinstance(value, Tensor):
+            found[path] = value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                visit(f"{path}.{key}", item)
+        else:
+            for index, item in enumerate(value):
+                visit(f"{path}.{index}", item)
+
+    visit("", output)
+    return found
