@@ -244,13 +244,17 @@ def match(
     packed = torch.cat([cost.flatten(), *(flag.flatten().to(cost.dtype) for flag in flags)])
     sizes = [cost.numel(), *(flag.numel() for flag in flags)]
     host = np.split(packed.cpu().numpy(), np.cumsum(sizes)[:-1])
-    _raise_for_bad_labels(host[1].reshape(batch, most), host[2].reshape(batch, most), targets, classes)
+    _raise_for_bad_labels(
+        host[1].reshape(batch, most), host[2].reshape(batch, most), targets, classes
+    )
     _report_non_finite("logits", host[3].reshape(layers, batch))
     _report_non_finite("pred_boxes", host[4].reshape(layers, batch))
 
     costs = host[0].reshape(layers, batch, queries, most)
     # Pairs without a valid cost are taken only when nothing else is left.
-    costs = np.nan_to_num(costs, nan=(worst := np.finfo(costs.dtype).max), posinf=worst, neginf=worst)
+    costs = np.nan_to_num(
+        costs, nan=(worst := np.finfo(costs.dtype).max), posinf=worst, neginf=worst
+    )
     pairs = []
     for layer in range(layers):
         for image, count in enumerate(targets.sizes):
@@ -312,7 +316,9 @@ def _raise_for_bad_labels(
         for image, count in enumerate(targets.sizes):
             if (where := np.flatnonzero(bad[image, :count])).size:
                 got = values[image, where[0]].tolist()
-                raise ValueError(f"labels[{image}][{name!r}][{where[0]}]: expected {expected}, got {got}")
+                raise ValueError(
+                    f"labels[{image}][{name!r}][{where[0]}]: expected {expected}, got {got}"
+                )
 
 
 def _report_non_finite(name: str, bad: np.ndarray) -> None:

@@ -1,7 +1,8 @@
 """Procedural detection scenes: textured shapes on a textured background, with exact boxes.
 
-They need no download, so that the demo, the tests and the embedded checkpoint work on any machine. A scene is a pure
-function of its seed and size. Training uses seeds from `TRAIN_SEED` on; smaller seeds are never trained on.
+They need no download, so that the demo, the tests and the embedded checkpoint work on any machine.
+A scene is a pure function of its seed and size. Training uses seeds from `TRAIN_SEED` on; smaller
+seeds are never trained on.
 """
 
 from __future__ import annotations
@@ -150,8 +151,9 @@ def draw_scene(
 ) -> tuple[Image.Image, dict[str, Any]]:
     """Draw one scene with its true boxes.
 
-    Later objects lie over earlier ones, but leave at least `MIN_VISIBLE` of each visible. Where the drawn number of
-    objects does not fit under that rule, the scene has fewer; it always has at least one.
+    Later objects lie over earlier ones, but leave at least `MIN_VISIBLE` of each visible. Where the
+    drawn number of objects does not fit under that rule, the scene has fewer; it always has at
+    least one.
 
     Args:
         seed: Non-negative integer; the same seed and arguments give the same scene.
@@ -160,8 +162,9 @@ def draw_scene(
         max_objects: Most objects to draw.
 
     Returns:
-        The RGB image, and a dictionary with "boxes_xyxy" (float32 [T, 4], pixels, the extent of the whole object
-        clipped to the image), "labels" (int64 [T], indices into `CLASSES`), "size" (height, width) and "seed".
+        The RGB image, and a dictionary with "boxes_xyxy" (float32 [T, 4], pixels, the extent of the
+        whole object clipped to the image), "labels" (int64 [T], indices into `CLASSES`), "size"
+        (height, width) and "seed".
 
     Raises:
         ValueError: If a size or a number of objects is out of range.
@@ -230,8 +233,8 @@ def coco_ground_truth(annotations: Iterable[dict[str, Any]]) -> dict[str, Any]:
         annotations: What `draw_scene` returned beside the images.
 
     Returns:
-        A dictionary with "images" (ids count from 0 in the given order, files "<id>.png"), "annotations" (boxes as
-        xywh pixels) and "categories" (ids are the labels).
+        A dictionary with "images" (ids count from 0 in the given order, files "<id>.png" with six
+        digits), "annotations" (boxes as xywh pixels) and "categories" (ids are the labels).
     """
     images, objects = [], []
     for image_id, annotation in enumerate(annotations):

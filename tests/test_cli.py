@@ -274,7 +274,7 @@ def test_rotated_photographs_are_set_upright(run, checkpoint, tmp_path):
     ("case", "message"),
     [
         ("model", "--model .*no-such-folder"),
-        ("model file", "--model .*config.json"),
+        ("model file", "--model .*empty: expected"),
         ("no image", "none of 1 images could be read"),
         ("empty folder", "no images in this folder"),
         ("device", "--device frobnicator"),

@@ -1,4 +1,4 @@
-"""The procedural scenes: deterministic, within their stated limits, and with boxes that fit the pixels."""
+"""Procedural scenes: deterministic, within their stated limits, with boxes that fit the pixels."""
 
 import json
 
@@ -28,15 +28,21 @@ def test_scene_keeps_its_limits(size):
     for seed in range(60):
         image, truth = draw_scene(seed, size)
         boxes, labels = truth["boxes_xyxy"], truth["labels"]
-        assert image.mode == "RGB" and image.size == (width, height)
-        assert truth["size"] == size and truth["seed"] == seed
-        assert boxes.dtype == np.float32 and boxes.shape == (len(labels), 4)
-        assert labels.dtype == np.int64 and set(labels.tolist()) <= set(range(len(CLASSES)))
-        assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= [width, height]).all()
+        assert image.mode == "RGB"
+        assert image.size == (width, height)
+        assert truth["size"] == size
+        assert truth["seed"] == seed
+        assert boxes.dtype == np.float32
+        assert boxes.shape == (len(labels), 4)
+        assert labels.dtype == np.int64
+        assert set(labels.tolist()) <= set(range(len(CLASSES)))
+        assert (boxes[:, :2] >= 0).all()
+        assert (boxes[:, 2:] <= [width, height]).all()
         sides = (boxes[:, 2:] - boxes[:, :2]).max(1) / min(size)
         # The edge of the image may cut off as much as the allowed overhang.
         low, high = scenes.OBJECT_SIZES
-        assert sides.min() >= low * (1 - scenes._OVERHANG) - 1e-6 and sides.max() <= high + 1e-6
+        assert sides.min() >= low * (1 - scenes._OVERHANG) - 1e-6
+        assert sides.max() <= high + 1e-6
         counts.add(len(labels))
     assert counts == set(range(1, 11))
 
@@ -49,7 +55,8 @@ def test_all_classes_and_sizes_occur():
     shares = np.bincount(labels, minlength=len(CLASSES)) / len(labels)
     assert shares.min() > 0.5 / len(CLASSES)
     sides = (boxes[:, 2:] - boxes[:, :2]).max(1) / scenes.SIZE[0]
-    assert sides.min() < 0.1 and sides.max() > 0.5
+    assert sides.min() < 0.1
+    assert sides.max() > 0.5
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -119,7 +126,8 @@ def test_coco_ground_truth():
     assert [c["name"] for c in coco["categories"]] == list(CLASSES)
     assert [i["id"] for i in coco["images"]] == [0, 1, 2]
     ids = [a["id"] for a in coco["annotations"]]
-    assert len(set(ids)) == len(ids) == sum(len(t["labels"]) for t in truths) and min(ids) > 0
+    assert len(set(ids)) == len(ids) == sum(len(t["labels"]) for t in truths)
+    assert min(ids) > 0
     for image_id, truth in enumerate(truths):
         own = [a for a in coco["annotations"] if a["image_id"] == image_id]
         xywh = np.array([a["bbox"] for a in own])

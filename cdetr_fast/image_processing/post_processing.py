@@ -105,11 +105,11 @@ def segments(
             )
             # The last entry stands for the pixels without an owner.
             segmentation = torch.tensor([*ids, 0], dtype=torch.int32, device=owner.device)[owner]
-        if return_run_lengths and (infos or compat == "paper"):
-            wanted = [info["id"] for info in infos]
-            if compat == "transformers":
-                wanted = segmentation.unique().tolist()
-            segmentation = _run_lengths(segmentation, wanted)
+        if return_run_lengths and compat == "paper":
+            segmentation = _run_lengths(segmentation, [info["id"] for info in infos])
+        elif return_run_lengths and len(queries) > 0:
+            # transformers codes the pixels of no segment too; it keeps the map if no query is kept.
+            segmentation = _run_lengths(segmentation, segmentation.unique().tolist())
         results.append({"segmentation": segmentation, "segments_info": infos})
     return results
 

@@ -178,26 +178,25 @@ class ConditionalDetrImageProcessor(StoredSettings):
             ValueError: `padded_size` is smaller than an image, or missing for a tensor.
         """
         is_list = isinstance(image, list | tuple)
-        if not is_list and padded_size is None:
+        if is_list:
+            images = [torch.as_tensor(item) for item in image]
+        elif padded_size is None:
             raise ValueError("padded_size: expected (height, width), got None")
-        images = [torch.as_tensor(item) for item in image] if is_list else list(image.unsqueeze(0))
-        if not is_list and image.dim() == 4:
-            images = list(image)
+        else:
+            images = list(image if image.dim() == 4 else image[None])
         sizes = [tuple(item.shape[-2:]) for item in images]
         if padded_size is not None:
             padded_size = {"height": padded_size[0], "width": padded_size[1]}
         batch_hw = batch_size_hw(sizes, padded_size)
         pixel_values, pixel_mask = padded_batch(images, batch_hw, fill)
 
-        is_single_annotation = isinstance(annotation, Mapping)
         if annotation is not None:
+            one_or_more = [annotation] if isinstance(annotation, Mapping) else annotation
             padded = [
                 targets.pad_target(target, size, batch_hw, update_bboxes)
-                for target, size in zip(
-                    [annotation] if is_single_annotation else annotation, sizes, strict=True
-                )
+                for target, size in zip(one_or_more, sizes, strict=True)
             ]
-            annotation = padded[0] if is_single_annotation else padded
+            annotation = padded[0] if isinstance(annotation, Mapping) else padded
         if not is_list:
             if image.dim() == 3:
                 pixel_values, pixel_mask = pixel_values[0], pixel_mask[0]

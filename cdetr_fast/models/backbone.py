@@ -132,7 +132,9 @@ class ConditionalDetrConvEncoder(nn.Module):
 
     def _freeze_early_stages(self) -> None:
         """Freezes everything up to the end of the last stage at stride 4 or finer."""
-        early = [stage["module"] for stage in self.model.feature_info.info if stage["reduction"] <= 4]
+        early = [
+            stage["module"] for stage in self.model.feature_info.info if stage["reduction"] <= 4
+        ]
         if not early:
             return
         # timm flattens some models, which turns the dots of a stage's name into underscores.

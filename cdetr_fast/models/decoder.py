@@ -100,9 +100,7 @@ class ConditionalDetrDecoder(nn.Module):
         self.query_scale = ConditionalDetrMLPPredictionHead(
             config.d_model, config.d_model, config.d_model, 2
         )
-        self.ref_point_head = ConditionalDetrMLPPredictionHead(
-            config.d_model, config.d_model, 2, 2
-        )
+        self.ref_point_head = ConditionalDetrMLPPredictionHead(config.d_model, config.d_model, 2, 2)
         self.d_model = config.d_model
         self.dropout = max(config.dropout, config.attention_dropout, config.activation_dropout)
         self.layerdrop = config.decoder_layerdrop

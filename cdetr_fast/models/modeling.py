@@ -46,6 +46,7 @@ class ConditionalDetrPreTrainedModel(nn.Module):
     config_class = ConditionalDetrConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
+    input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = (
         "ConditionalDetrConvEncoder",
@@ -90,9 +91,7 @@ class ConditionalDetrPreTrainedModel(nn.Module):
         """dtype of the first floating-point parameter."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
-    def num_parameters(
-        self, only_trainable: bool = False, exclude_embeddings: bool = False
-    ) -> int:
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Returns the number of (trainable) parameters, with or without those of embeddings."""
         left_out = {
             id(module.weight)
@@ -309,7 +308,9 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
         """Runs encoder and decoder on the features of `embed_images`; arguments as `forward`."""
         config = self.config
         attentions = config.output_attentions if output_attentions is None else output_attentions
-        states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = (
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
         batch = features.projected.shape[0]
         query_shape = (batch, config.num_queries)
         if decoder_attention_mask is not None:

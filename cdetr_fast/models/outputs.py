@@ -33,20 +33,16 @@ class ModelOutput(OrderedDict):
         )
 
     def __post_init__(self) -> None:
-        names = [field.name for field in fields(self)]
-        first = getattr(self, names[0])
-        rest_is_none = all(getattr(self, name) is None for name in names[1:])
-        if isinstance(first, dict) and rest_is_none:
+        first, *rest = (field.name for field in fields(self))
+        if isinstance(getattr(self, first), dict) and all(getattr(self, x) is None for x in rest):
             # Accelerate and transformers' pipelines rebuild a container as
             # `type(output)({key: value, ...})`; pipelines add keys of their own.
-            setattr(self, names[0], None)
-            for name, value in first.items():
-                self[name] = value
-            return
-        for name in names:
-            value = getattr(self, name)
-            if value is not None:
-                super().__setitem__(name, value)
+            values = getattr(self, first)
+            super().__delitem__(first)
+            object.__setattr__(self, first, None)
+            for name, value in values.items():
+                if value is not None:
+                    self[name] = value
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, str):
@@ -58,7 +54,7 @@ class ModelOutput(OrderedDict):
         object.__setattr__(self, key, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self and value is not None:
+        if value is not None and (name in self or name in self.__dataclass_fields__):
             super().__setitem__(name, value)
         object.__setattr__(self, name, value)
 

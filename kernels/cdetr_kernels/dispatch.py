@@ -43,7 +43,9 @@ class Operator:
             raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
         name = self.choice().path if backend == "auto" else backend
         if name not in self.paths:
-            raise RuntimeError(f"{self.name}: backend {backend!r} cannot run: {self._absence(backend)}")
+            raise RuntimeError(
+                f"{self.name}: backend {backend!r} cannot run: {self._absence(backend)}"
+            )
         return self.paths[name](*args, **kwargs)
 
     def choice(self) -> Choice:

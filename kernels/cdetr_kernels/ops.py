@@ -183,9 +183,7 @@ def sine_query(
             f"channels: expected a positive multiple of {2 * coordinates}, got {channels}"
         )
     if query_scale is not None and query_scale.shape[-1] != channels:
-        raise ValueError(
-            f"query_scale: expected [..., {channels}], got {list(query_scale.shape)}"
-        )
+        raise ValueError(f"query_scale: expected [..., {channels}], got {list(query_scale.shape)}")
     if dtype is None:
         dtype = (reference_points if query_scale is None else query_scale).dtype
     return _SINE_QUERY(backend, reference_points, channels, query_scale, temperature, scale, dtype)
@@ -266,9 +264,7 @@ def matching_cost(
     batch = logits.shape[1]
     _check_targets(batch, target_labels, target_boxes_cxcywh, target_counts)
     if classification not in ("focal", "softmax"):
-        raise ValueError(
-            f'classification: expected "focal" or "softmax", got {classification!r}'
-        )
+        raise ValueError(f'classification: expected "focal" or "softmax", got {classification!r}')
     return _MATCHING_COST(
         backend,
         logits,
@@ -379,4 +375,6 @@ def _check_alike(name: str, tensor: Tensor, **others: Tensor) -> None:
         if other.dtype != tensor.dtype:
             raise TypeError(f"{other_name}: expected {tensor.dtype} as {name}, got {other.dtype}")
         if other.device != tensor.device:
-            raise ValueError(f"{other_name}: expected {tensor.device} as {name}, got {other.device}")
+            raise ValueError(
+                f"{other_name}: expected {tensor.device} as {name}, got {other.device}"
+            )

@@ -75,7 +75,11 @@ def test_gradients(case, task):
 def test_gradients_in_single_precision(task):
     theirs, ours = make_pair(task, auxiliary_loss=True)
     exact, _ = make_pair(task, auxiliary_loss=True)
-    for model, dtype in ((theirs, torch.float32), (ours, torch.float32), (exact.double(), torch.float64)):
+    for model, dtype in (
+        (theirs, torch.float32),
+        (ours, torch.float32),
+        (exact.double(), torch.float64),
+    ):
         forward(model, task, dtype).loss.backward()
     our_gradients = {name: p.grad for name, p in ours.named_parameters()}
     their_gradients = {name: p.grad for name, p in theirs.named_parameters()}

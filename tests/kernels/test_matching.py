@@ -1,0 +1,201 @@
+"""Matching cost and set loss against transformers' matcher and criterion, and scipy by brute force."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchvision.ops import generalized_box_iou
+from transformers.loss import loss_deformable_detr, loss_for_object_detection
+
+from cdetr_fast import ConditionalDetrConfig
+from cdetr_fast.losses import Targets, _pad_targets, detection_loss, match
+from cdetr_kernels import matching_cost, set_loss
+from cdetr_kernels.reference.matching import corners, generalized_iou
+
+COUNTS = (4, 0, 2, 7)
+
+
+def batch(layers=3, queries=6, classes=5, counts=COUNTS, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    images = len(counts)
+    logits = torch.randn(layers, images, queries, classes, generator=generator).to(dtype)
+    boxes = (torch.rand(layers, images, queries, 4, generator=generator) * 0.5 + 0.2).to(dtype)
+    labels = [
+        {
+            "class_labels": torch.randint(0, classes, (count,), generator=generator),
+            "boxes": (torch.rand(count, 4, generator=generator) * 0.5 + 0.2).to(dtype),
+        }
+        for count in counts
+    ]
+    return logits, boxes, labels
+
+
+def padded(labels) -> Targets:
+    return _pad_targets(labels, torch.device("cpu"), len(labels))
+
+
+def their_cost(logits, boxes, labels, matcher_class, monkeypatch) -> list[torch.Tensor]:
+    """The blocks of an image's own targets, caught on their way into scipy."""
+    module = {
+        "DeformableDetrHungarianMatcher": loss_deformable_detr,
+        "HungarianMatcher": loss_for_object_detection,
+    }[matcher_class.__name__]
+    seen = []
+    solve = module.linear_sum_assignment
+    monkeypatch.setattr(module, "linear_sum_assignment", lambda c: (seen.append(c), solve(c))[1])
+    matcher = matcher_class(class_cost=2, bbox_cost=5, giou_cost=2)
+    matcher({"logits": logits, "pred_boxes": boxes}, labels)
+    return seen
+
+
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+def test_cost_equals_transformers(classification, monkeypatch):
+    logits, boxes, labels = batch()
+    matcher = {
+        "focal": loss_deformable_detr.DeformableDetrHungarianMatcher,
+        "softmax": loss_for_object_detection.HungarianMatcher,
+    }[classification]
+    targets = padded(labels)
+    got = matching_cost(
+        logits, boxes, targets.labels, targets.boxes_cxcywh, targets.counts,
+        classification=classification,
+    ).unflatten(0, (3, 4))  # fmt: skip
+    for layer in range(3):
+        with monkeypatch.context() as patch:
+            expected = their_cost(logits[layer], boxes[layer], labels, matcher, patch)
+        for image, count in enumerate(COUNTS):
+            torch.testing.assert_close(
+                got[layer, image, :, :count], expected[image], rtol=1e-5, atol=1e-5
+            )
+            assert (got[layer, image, :, count:] == 0).all()
+
+
+def test_generalized_iou_equals_torchvision():
+    _, boxes, _ = batch(dtype=torch.float64)
+    first, second = corners(boxes[0, 0]), corners(boxes[1, 0])
+    expected = generalized_box_iou(first, second)
+    torch.testing.assert_close(generalized_iou(first[:, None], second[None]), expected)
+
+
+def all_losses(logits, boxes, labels, matches, dtype=torch.float32):
+    targets = padded(labels)
+    return set_loss(
+        logits, boxes, targets.labels, targets.boxes_cxcywh, targets.counts, matches,
+        torch.tensor(13.0, dtype=dtype),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("queries", [6, 1])
+def test_loss_equals_transformers_criterion(queries):
+    logits, boxes, labels = batch(queries=queries)
+    config = ConditionalDetrConfig(num_labels=5)
+    matches = match(logits, boxes, padded(labels), config)
+    got = all_losses(logits, boxes, labels, matches)
+    matcher = loss_deformable_detr.DeformableDetrHungarianMatcher(2, 5, 2)
+    criterion = loss_deformable_detr.DeformableDetrImageLoss(
+        matcher, 5, 0.25, ["labels", "boxes", "cardinality"]
+    )
+    for layer in range(3):
+        expected = criterion({"logits": logits[layer], "pred_boxes": boxes[layer]}, labels)
+        assert set(expected) == set(got)
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name][layer], value, rtol=1e-5, atol=1e-5)
+
+
+def test_loss_gradients():
+    logits, boxes, labels = batch(dtype=torch.float64)
+    matches = match(logits, boxes, padded(labels), ConditionalDetrConfig(num_labels=5))
+
+    def total(logits, boxes):
+        losses = all_losses(logits, boxes, labels, matches, torch.float64)
+        return losses["loss_ce"], losses["loss_bbox"], losses["loss_giou"]
+
+    leaves = (logits.requires_grad_(), boxes.requires_grad_())
+    assert torch.autograd.gradcheck(total, leaves)
+    assert not all_losses(*leaves, labels, matches)["cardinality_error"].requires_grad
+
+
+@given(
+    queries=st.integers(1, 4),
+    counts=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    layers=st.integers(1, 2),
+    seed=st.integers(0, 99),
+)
+def test_match_is_a_cheapest_assignment(queries, counts, layers, seed):
+    logits, boxes, labels = batch(layers, queries, 3, counts, seed)
+    targets = padded(labels)
+    matches = match(logits, boxes, targets, ConditionalDetrConfig(num_labels=3))
+    cost = matching_cost(logits, boxes, targets.labels, targets.boxes_cxcywh, targets.counts)
+    cost = cost.unflatten(0, (layers, len(counts)))
+    assert matches.shape[1] == layers * sum(min(queries, count) for count in counts)
+    for layer, image in itertools.product(range(layers), range(len(counts))):
+        own = matches[2:, (matches[0] == layer) & (matches[1] == image)]
+        pairs = min(queries, counts[image])
+        assert own.shape[1] == len(set(own[0].tolist())) == len(set(own[1].tolist())) == pairs
+        block = cost[layer, image, :, : counts[image]]
+        if pairs == 0:
+            continue
+        if queries >= counts[image]:
+            options = itertools.permutations(range(queries), pairs)
+            best = min(sum(block[q, t] for t, q in enumerate(option)) for option in options)
+        else:
+            options = itertools.permutations(range(counts[image]), pairs)
+            best = min(sum(block[q, t] for q, t in enumerate(option)) for option in options)
+        torch.testing.assert_close(block[own[0], own[1]].sum(), torch.as_tensor(best))
+
+
+def test_non_finite_predictions_are_matched_last(caplog):
+    logits, boxes, labels = batch(layers=2, queries=6, counts=(3, 2))
+    boxes[1, 0, :3] = float("nan")
+    logits[0, 1, 2, 4] = float("inf")
+    with caplog.at_level("WARNING", logger="cdetr_fast"):
+        matches = match(logits, boxes, padded(labels), ConditionalDetrConfig(num_labels=5))
+    of_image = matches[2, (matches[0] == 1) & (matches[1] == 0)]
+    assert (of_image >= 3).all()
+    messages = sorted(record.getMessage() for record in caplog.records)
+    assert "logits of decoder layer 0 of 2, images [1]" in messages[0]
+    assert "pred_boxes of decoder layer 1 of 2, images [0]" in messages[1]
+
+
+def test_no_objects_at_all():
+    logits, boxes, labels = batch(layers=1, counts=(0, 0))
+    logits.requires_grad_()
+    boxes.requires_grad_()
+    config = ConditionalDetrConfig(num_labels=5)
+    loss, losses, _ = detection_loss(logits[0], labels, torch.device("cpu"), boxes[0], config)
+    loss.backward()
+    assert losses["loss_bbox"] == 0
+    assert losses["loss_giou"] == 0
+    assert losses["loss_ce"] > 0
+    assert (boxes.grad == 0).all()
+    assert (logits.grad != 0).any()
+
+
+def test_errors():
+    logits, boxes, labels = batch()
+    targets = padded(labels)
+    arguments = {
+        "logits": logits,
+        "boxes_cxcywh": boxes,
+        "target_labels": targets.labels,
+        "target_boxes_cxcywh": targets.boxes_cxcywh,
+        "target_counts": targets.counts,
+    }
+    cases = {
+        "logits: expected 4 dimensions": {"logits": logits[0]},
+        r"boxes_cxcywh: expected \[3, 4, 6, 4\]": {"boxes_cxcywh": boxes[:, :, :5]},
+        r"target_boxes_cxcywh: expected \[4, 7, 4\]": {
+            "target_boxes_cxcywh": targets.boxes_cxcywh[:, :3]
+        },
+        r"target_counts: expected \[4\]": {"target_counts": targets.counts[:2]},
+        "classification: expected": {"classification": "hinge"},
+    }
+    for message, change in cases.items():
+        with pytest.raises(ValueError, match=message):
+            matching_cost(**(arguments | change))
+    with pytest.raises(TypeError, match="target_labels: expected int64"):
+        matching_cost(**(arguments | {"target_labels": targets.labels.int()}))
+    with pytest.raises(ValueError, match=r"matches: expected \[4, M\], got \[3, 0\]"):
+        set_loss(**arguments, matches=torch.zeros(3, 0, dtype=torch.int64), num_boxes=1)
