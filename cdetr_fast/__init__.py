@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
+_MODULES = {
     "ConditionalDetrConfig": "configuration",
     "ConditionalDetrFeatureExtractor": "image_processing",
     "ConditionalDetrForObjectDetection": "models.modeling",
@@ -22,7 +22,17 @@ _PUBLIC = {
     "ConditionalDetrPreTrainedModel": "models.modeling",
 }
 
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [
+    "ConditionalDetrConfig",
+    "ConditionalDetrFeatureExtractor",
+    "ConditionalDetrForObjectDetection",
+    "ConditionalDetrForSegmentation",
+    "ConditionalDetrImageProcessor",
+    "ConditionalDetrImageProcessorFast",
+    "ConditionalDetrModel",
+    "ConditionalDetrPreTrainedModel",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from cdetr_fast.configuration import ConditionalDetrConfig
@@ -40,7 +50,7 @@ if TYPE_CHECKING:
 
 
 def _find_kernels_in_checkout() -> None:
-    """Makes `cdetr_kernels` importable in a checkout that is not installed, leaving sys.path alone."""
+    """Makes `cdetr_kernels` importable from a bare checkout, leaving sys.path alone."""
     source = Path(__file__).parent.parent / "kernels" / "cdetr_kernels" / "__init__.py"
     if importlib.util.find_spec("cdetr_kernels") is not None or not source.exists():
         return
@@ -53,10 +63,10 @@ def _find_kernels_in_checkout() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _find_kernels_in_checkout()
-    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -4,10 +4,8 @@ Read: folders and hub repositories of transformers 4 and 5 and of this package, 
 whole or in shards, and the authors' .pth files. Written: what transformers 5 writes.
 """
 
-import argparse
 import copy
 import os
-import pickle
 import re
 import tempfile
 import warnings
@@ -18,14 +16,14 @@ from typing import Any, NamedTuple, TypeVar
 import safetensors.torch
 import torch
 from huggingface_hub import CommitInfo, HfApi, split_torch_state_dict_into_shards
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cdetr_fast import validation as check
 from cdetr_fast.configuration import CONFIG_NAME, ConditionalDetrConfig
-from cdetr_fast.files import make_folder, read_json, replace_all, resolve_file, write_json
+from cdetr_fast.files import make_folder, replace_all, write_json
 from cdetr_fast.key_maps import (
     StateDict,
+    fields_of,
     from_authors,
     is_authors,
     level_of,
@@ -33,6 +31,7 @@ from cdetr_fast.key_maps import (
     to_v4,
     to_v5,
 )
+from cdetr_fast.weight_files import find_weights, read_weights, weight_names
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -105,22 +104,21 @@ def load_pretrained(
     }
     check.choice(None, "eager", "sdpa")("attn_implementation", attn_implementation)
     dtype = torch_dtype if dtype is None else dtype
-    if os.path.isfile(name_or_path):
-        files = [Path(name_or_path)]
-    else:
+    is_file = os.path.isfile(name_or_path)
+    if config is not None or not is_file:
+        config = _find_config(config, name_or_path, download, config_overrides)
+    files = [Path(name_or_path)]
+    if not is_file:
         files = find_weights(name_or_path, variant, use_safetensors, **download)
     state_dict = read_weights(files)
     if is_authors(state_dict):
         state_dict = from_authors(state_dict)
         known = fields_of(state_dict)
-        if config is None:
-            config = _config_of_authors(known, config_overrides)
-        else:
-            config = _find_config(config, name_or_path, download, config_overrides)
+        config = config or _config_of_authors(known, config_overrides)
         _compare(config, known, name_or_path, ignore_mismatched_sizes)
     else:
         state_dict = to_v5(state_dict)
-        config = _find_config(config, name_or_path, download, config_overrides)
+        config = config or _find_config(None, name_or_path, download, config_overrides)
     config.name_or_path = os.fspath(name_or_path)
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
@@ -135,92 +133,6 @@ def load_pretrained(
     if output_loading_info:
         return model, report._asdict() | {"error_msgs": []}
     return model
-
-
-def find_weights(
-    name_or_path: str | os.PathLike,
-    variant: str | None = None,
-    use_safetensors: bool | None = None,
-    **download: Any,
-) -> list[Path]:
-    """Finds the files of weights in a folder or on the hub: one, or all shards.
-
-    Args:
-        name_or_path: A folder, or the id of a model on the hub.
-        variant: Part of the file name, as in `model.fp16.safetensors`.
-        use_safetensors: True or False restricts the search to safetensors or to .bin files.
-        **download: As in `resolve_file`.
-
-    Raises:
-        FileNotFoundError: There is none; the message lists the names that were tried.
-    """
-    names = [
-        name
-        for name in _weight_names(variant)
-        if use_safetensors is None or ("safetensors" in name) == use_safetensors
-    ]
-    for name in names:
-        try:
-            found = resolve_file(name_or_path, name, **download)
-        except FileNotFoundError as error:
-            reason = error
-            continue
-        if ".index." not in name:
-            return [found]
-        shards = sorted(set(read_json(found)["weight_map"].values()))
-        return [resolve_file(name_or_path, shard, **download) for shard in shards]
-    raise FileNotFoundError(
-        f"{name_or_path}: expected one of {', '.join(names)}; the last answer was: {reason}"
-    ) from reason
-
-
-def _weight_names(variant: str | None) -> list[str]:
-    """File names in the order in which they are looked for."""
-    part = f".{variant}" if variant else ""
-    return [
-        f"model{part}.safetensors",
-        f"model.safetensors.index{part}.json",
-        f"pytorch_model{part}.bin",
-        f"pytorch_model.bin.index{part}.json",
-    ]
-
-
-def read_weights(files: list[Path]) -> StateDict:
-    """Reads weights onto the CPU, without running code from the files.
-
-    Args:
-        files: A safetensors file or one that `torch.save` wrote, or all shards of one checkpoint.
-            The latter may hold the weights under "model", as the authors' training leaves them.
-
-    Raises:
-        OSError: A file is truncated, or is none of these; the message names it.
-    """
-    state_dict = {}
-    for file in files:
-        state_dict |= _read_file(file)
-    return state_dict
-
-
-def _read_file(file: Path) -> StateDict:
-    if file.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(file)
-        except SafetensorError as error:
-            raise OSError(f"{file}: broken or incomplete safetensors file ({error})") from error
-    try:
-        # the authors save their command line too: a namespace of strings and numbers
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise OSError(
-            f"{file}: broken, incomplete, or not a file of plain weights ({error})"
-        ) from error
-    for name in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise OSError(f"{file}: expected a state_dict, or one under 'model'")
-    return dict(content)
 
 
 def _find_config(
@@ -239,48 +151,6 @@ def _find_config(
     if not beside.is_file():
         raise FileNotFoundError(f"config: expected one, or {beside}, to go with {name_or_path}")
     return ConditionalDetrConfig.from_pretrained(beside, **overrides)
-
-
-def fields_of(state_dict: StateDict) -> dict[str, Any]:
-    """Reads configuration fields off weights (v5 names).
-
-    Heads, dilation, dropout and the weights of the loss cannot be told from them.
-    """
-    state_dict = to_level(state_dict, "model.")
-    sizes = {
-        "d_model": "model.input_projection.weight",
-        "num_queries": "model.query_position_embeddings.weight",
-        "num_labels": "class_labels_classifier.weight",
-        "encoder_ffn_dim": "model.encoder.layers.0.mlp.fc1.weight",
-        "decoder_ffn_dim": "model.decoder.layers.0.mlp.fc1.weight",
-    }
-    learned = "model.position_embedding.row_embeddings.weight" in state_dict
-    fields = {
-        **{field: len(state_dict[key]) for field, key in sizes.items() if key in state_dict},
-        "encoder_layers": _count(state_dict, r"model\.encoder\.layers\.\d+\."),
-        "decoder_layers": _count(state_dict, r"model\.decoder\.layers\.\d+\."),
-        "position_embedding_type": "learned" if learned else "sine",
-    }
-    stages = [rf"model\.backbone\.model\.layer{stage}\.\d+\." for stage in (1, 2, 3, 4)]
-    blocks = tuple(_count(state_dict, stage) for stage in stages)
-    wide = "model.backbone.model.layer1.0.conv3.weight" in state_dict
-    if (wide, blocks) in _RESNETS:
-        fields["backbone"] = _RESNETS[wide, blocks]
-    return fields
-
-
-# (three convolutions a block, blocks) of the ResNets that the authors take from torchvision
-_RESNETS = {
-    (False, (2, 2, 2, 2)): "resnet18",
-    (False, (3, 4, 6, 3)): "resnet34",
-    (True, (3, 4, 6, 3)): "resnet50",
-    (True, (3, 4, 23, 3)): "resnet101",
-    (True, (3, 8, 36, 3)): "resnet152",
-}
-
-
-def _count(state_dict: StateDict, pattern: str) -> int:
-    return len({match[0] for key in state_dict if (match := re.match(pattern, key))})
 
 
 def _config_of_authors(known: dict[str, Any], given: dict[str, Any]) -> ConditionalDetrConfig:
@@ -376,9 +246,9 @@ def _fill(model: nn.Module, state_dict: StateDict) -> LoadingReport:
         if not key.endswith(".num_batches_tracked")
     }
     mismatched = [
-        (key, tuple(tensor.shape), tuple(here[key].shape))
-        for key, tensor in there.items()
-        if key in here and tensor.shape != here[key].shape
+        (key, tuple(there[key].shape), tuple(tensor.shape))
+        for key, tensor in here.items()
+        if key in there and there[key].shape != tensor.shape
     ]
     report = LoadingReport(
         missing_keys=[key for key in here if key not in there],
@@ -489,7 +359,7 @@ def save_pretrained(
 
 def _remove_stale(folder: Path, variant: str | None, written: list[str]) -> None:
     """Removes older weights of the folder that a reader would take for the ones just written."""
-    names = _weight_names(variant)
+    names = weight_names(variant)
     main = next(index for index, name in enumerate(names) if name in written)
     stem, *_, suffix = names[main - main % 2].split(".")
     shard = re.compile(

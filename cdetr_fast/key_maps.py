@@ -11,6 +11,7 @@ models/transformer.py, models/conditional_detr.py and models/backbone.py.
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -225,6 +226,48 @@ def to_level(state_dict: Mapping[str, Tensor], target: str) -> StateDict:
             key = f"conditional_detr.{key}"
         moved[key] = tensor
     return moved
+
+
+def fields_of(state_dict: StateDict) -> dict[str, Any]:
+    """Reads configuration fields off weights (v5 names).
+
+    Heads, dilation, dropout and the weights of the loss cannot be told from them.
+    """
+    state_dict = to_level(state_dict, "model.")
+    sizes = {
+        "d_model": "model.input_projection.weight",
+        "num_queries": "model.query_position_embeddings.weight",
+        "num_labels": "class_labels_classifier.weight",
+        "encoder_ffn_dim": "model.encoder.layers.0.mlp.fc1.weight",
+        "decoder_ffn_dim": "model.decoder.layers.0.mlp.fc1.weight",
+    }
+    learned = "model.position_embedding.row_embeddings.weight" in state_dict
+    fields = {
+        **{field: len(state_dict[key]) for field, key in sizes.items() if key in state_dict},
+        "encoder_layers": _count(state_dict, r"model\.encoder\.layers\.\d+\."),
+        "decoder_layers": _count(state_dict, r"model\.decoder\.layers\.\d+\."),
+        "position_embedding_type": "learned" if learned else "sine",
+    }
+    stages = [rf"model\.backbone\.model\.layer{stage}\.\d+\." for stage in (1, 2, 3, 4)]
+    blocks = tuple(_count(state_dict, stage) for stage in stages)
+    wide = "model.backbone.model.layer1.0.conv3.weight" in state_dict
+    if (wide, blocks) in _RESNETS:
+        fields["backbone"] = _RESNETS[wide, blocks]
+    return fields
+
+
+# (three convolutions a block, blocks) of the ResNets that the authors take from torchvision
+_RESNETS = {
+    (False, (2, 2, 2, 2)): "resnet18",
+    (False, (3, 4, 6, 3)): "resnet34",
+    (True, (3, 4, 6, 3)): "resnet50",
+    (True, (3, 4, 23, 3)): "resnet101",
+    (True, (3, 8, 36, 3)): "resnet152",
+}
+
+
+def _count(state_dict: StateDict, pattern: str) -> int:
+    return len({match[0] for key in state_dict if (match := re.match(pattern, key))})
 
 
 def _inverse(table: Table) -> Table:

@@ -5,6 +5,7 @@ Source: the authors' models/conditional_detr.py (SetCriterion) and models/matche
 
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,8 +67,8 @@ def detection_loss(
         outputs_coord: Boxes of every decoder layer `[L, B, Q, 4]`.
 
     Returns:
-        The weighted sum; each loss by name, with `_i` appended for layer i < L-1; and the outputs of
-        the layers before the last, or None.
+        The weighted sum; each loss by name, with `_i` appended for layer i < L-1; and the outputs
+        of the layers before the last, or None.
 
     Raises:
         TypeError: `labels` is not a list of dictionaries of tensors.
@@ -107,11 +108,11 @@ def segmentation_loss(
     Returns:
         As `detection_loss`.
     """
-    _check_masks(labels)
     classification = "focal" if config.compat == "paper" else "softmax"
     criterion = _criterion(
         logits, labels, device, pred_boxes, config, outputs_class, outputs_coord, classification
     )
+    _check_masks(labels)
     mask_losses = _mask_losses(pred_masks, labels, criterion.last_matches, criterion.num_boxes)
     loss = (
         criterion.loss
@@ -270,6 +271,8 @@ def _pad_targets(labels: Labels, device: torch.device, batch: int) -> Targets:
     if len(labels) != batch:
         raise ValueError(f"labels: expected {batch} dictionaries, one an image, got {len(labels)}")
     for i, label in enumerate(labels):
+        if not isinstance(label, Mapping):
+            raise TypeError(f"labels[{i}]: expected a dictionary, got {type(label).__name__}")
         for name in ("class_labels", "boxes"):
             if name not in label:
                 raise ValueError(f"labels[{i}]: expected the key {name!r}, got {sorted(label)}")
@@ -301,7 +304,10 @@ def _check_masks(labels: Labels) -> None:
         if "masks" not in label:
             raise ValueError(f"labels[{i}]: expected the key 'masks', got {sorted(label)}")
         masks, count = label["masks"], len(label["class_labels"])
-        if masks.ndim != 3 or len(masks) != count:
+        if not isinstance(masks, Tensor):
+            got = type(masks).__name__
+            raise TypeError(f"labels[{i}]['masks']: expected a tensor, got {got}")
+        if masks.ndim != 3 or len(masks) != count or (count and 0 in masks.shape):
             shape = list(masks.shape)
             raise ValueError(f"labels[{i}]['masks']: expected [{count}, H, W], got {shape}")
 
@@ -325,7 +331,7 @@ def _report_non_finite(name: str, bad: np.ndarray) -> None:
     for layer, images in enumerate(bad):
         if images.any():
             logger.warning(
-                "non-finite %s of decoder layer %d of %d, images %s: not matched where others are left",
+                "non-finite %s of decoder layer %d of %d, images %s: matched last",
                 name,
                 layer,
                 len(bad),
@@ -354,8 +360,8 @@ def _mask_losses(
     width = max(label["masks"].shape[2] for label in labels)
     wanted = pad_sequence(
         [
-            F.pad(x["masks"], (0, width - x["masks"].shape[2], 0, height - x["masks"].shape[1]))
-            for x in labels
+            F.pad(masks != 0, (0, width - masks.shape[2], 0, height - masks.shape[1]))
+            for masks in (label["masks"] for label in labels)
         ],
         batch_first=True,
     ).to(pred_masks)  # [B, T, H, W]

@@ -27,7 +27,7 @@ TINY = {
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Draws all weights anew; layer norms and batch-norm statistics too, which hide defects else."""
+    """Draws all weights anew, norms and their statistics too, which hide defects else."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(tensor: Tensor, low: float, high: float) -> None:

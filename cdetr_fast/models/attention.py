@@ -16,8 +16,8 @@ from cdetr_kernels import conditional_attention
 def joint_linear(x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
     """Applies several linear layers to the same input in one matrix product.
 
-    Layers that are more than a plain `nn.Linear` (an adapter, a quantised weight, a hook) are called
-    one by one, so that nothing attached to them is passed over.
+    Layers that are more than a plain `nn.Linear` (an adapter, a quantised weight, a hook) are
+    called one by one, so that nothing attached to them is passed over.
     """
     if not all(_is_plain(projection) for projection in projections):
         return tuple(projection(x) for projection in projections)

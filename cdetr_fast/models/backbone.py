@@ -66,9 +66,9 @@ def freeze_batch_norm(module: nn.Module, faithful: bool = True) -> None:
 
     Args:
         module: Any module; its own class is left as it is.
-        faithful: Keep the norm's epsilon, and the activation of timm's `BatchNormAct2d`. transformers
-            keeps neither, which leaves MobileNet and EfficientNet backbones (nearly) linear, and those
-            with an epsilon of 1e-3 (`tf_*`) with another scale.
+        faithful: Keep the norm's epsilon, and the activation of timm's `BatchNormAct2d`.
+            transformers keeps neither, which leaves MobileNet and EfficientNet backbones (nearly)
+            linear, and those with an epsilon of 1e-3 (`tf_*`) with another scale.
     """
     for name, child in module.named_children():
         if not isinstance(child, nn.BatchNorm2d):
@@ -104,9 +104,9 @@ class BackboneFeatures(NamedTuple):
 class ConditionalDetrConvEncoder(nn.Module):
     """timm backbone with frozen batch norm.
 
-    Under `compat="paper"` the stem and the stages up to stride 4 do not train, for every backbone, as
-    the authors have it; `unfreeze_backbone()` of the model undoes that. transformers freezes nothing
-    of a timm backbone, and everything of its own ResNet.
+    Under `compat="paper"` the stem and the stages up to stride 4 do not train, for every backbone,
+    as the authors have it; `unfreeze_backbone()` of the model undoes that. transformers freezes
+    nothing of a timm backbone, and everything of its own ResNet.
 
     Args:
         config: The model's configuration; `config.backbone_config` names the backbone.
@@ -208,14 +208,13 @@ def _timm_resnet(backbone: BackboneConfig) -> tuple[str, list[int]]:
     for field, expected in standard.items():
         if (got := getattr(backbone, field)) != expected:
             raise ValueError(
-                f"backbone_config.{field}: expected {expected!r} (the ResNet that timm's weights fit),"
-                f" got {got!r}"
+                f"backbone_config.{field}: expected {expected!r} (timm's ResNet), got {got!r}"
             )
     name = _RESNETS.get((backbone.layer_type, tuple(backbone.depths)))
     if name is None:
         raise ValueError(
-            f"backbone_config.depths: expected one of {[list(k[1]) for k in _RESNETS]} with a layer "
-            f"type timm has, got {list(backbone.depths)} with {backbone.layer_type!r}"
+            f"backbone_config.depths: expected one of {[list(k[1]) for k in _RESNETS]}, "
+            f"of a layer type timm has, got {list(backbone.depths)} {backbone.layer_type!r}"
         )
     stages = ["stem", "stage1", "stage2", "stage3", "stage4"]
     names = backbone.out_features or ["stage4"]

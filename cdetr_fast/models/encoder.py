@@ -109,5 +109,5 @@ class ConditionalDetrEncoder(nn.Module):
 
 
 def skip_layer(training: bool, layerdrop: float) -> bool:
-    """Draws whether layer drop leaves this layer out of a training step (host generator, no sync)."""
+    """Draws whether layer drop leaves this layer out of a step (host generator, no sync)."""
     return training and layerdrop > 0.0 and bool(torch.rand(()) < layerdrop)

@@ -1,5 +1,7 @@
 """Prediction heads, and the box arithmetic that stays in fp32 under any dtype and autocast."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,8 +14,7 @@ class ConditionalDetrMLPPredictionHead(nn.Module):
         super().__init__()
         sizes = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
         self.layers = nn.ModuleList(
-            nn.Linear(size_in, size_out)
-            for size_in, size_out in zip(sizes[:-1], sizes[1:], strict=True)
+            nn.Linear(size_in, size_out) for size_in, size_out in pairwise(sizes)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -22,7 +23,7 @@ class ConditionalDetrMLPPredictionHead(nn.Module):
         return self.layers[-1](x)
 
     def forward_fp32(self, x: Tensor) -> Tensor:
-        """As `forward`, in fp32 (fp64 for fp64 parameters): bf16 boxes are off by several pixels."""
+        """As `forward`, in fp32 (fp64 for fp64 parameters): bf16 boxes are pixels off."""
         with torch.autocast(x.device.type, enabled=False):
             for i, layer in enumerate(self.layers):
                 dtype = torch.promote_types(layer.weight.dtype, torch.float32)

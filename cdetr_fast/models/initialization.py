@@ -46,8 +46,8 @@ def initialize_detection_heads(heads: nn.Module, config: ConditionalDetrConfig) 
     """Initialises the class and box heads.
 
     The paper starts every class at probability 0.01 (focal prior), and every box at its reference
-    point with half the image's size; with transformers' zero bias the first class loss at 91 classes
-    is about a thousand times larger.
+    point with half the image's size; with transformers' zero bias the first class loss at 91
+    classes is about a thousand times larger.
     """
     if config.compat == "paper":
         prior = 0.01
@@ -72,7 +72,7 @@ def initialize_mask_head(heads: nn.Module, config: ConditionalDetrConfig) -> Non
 
 
 def _initialize_like_multihead_attention(attention: ConditionalDetrSelfAttention) -> None:
-    """The authors' encoder holds q, k and v in one [3C, C] matrix, whose Xavier bound is smaller."""
+    """The authors' encoder has q, k, v in one [3C, C] matrix, whose Xavier bound is smaller."""
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         channels = projection.in_features
         bound = math.sqrt(6.0 / (channels + 3 * channels))

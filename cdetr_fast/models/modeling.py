@@ -88,7 +88,7 @@ class ConditionalDetrPreTrainedModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the first floating-point parameter."""
+        """The dtype of the first floating-point parameter."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -182,7 +182,7 @@ class _WithLoss(ConditionalDetrPreTrainedModel):
 
     @property
     def loss_function(self) -> Callable:
-        """The criterion; called as `(logits, labels, device, pred_boxes, [pred_masks], config, ...)`."""
+        """Criterion: `(logits, labels, device, pred_boxes, [pred_masks], config, ...)`."""
         return self._loss_function or type(self)._default_loss
 
     @loss_function.setter
@@ -256,16 +256,17 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
             pixel_mask: `[B, H, W]`, 1 = image and 0 = padding; None if nothing is padded.
             decoder_attention_mask: `[B, Q]`, 1 = object query takes part, 0 = the others do not
                 attend to it in self-attention. transformers ignores it.
-            encoder_outputs: Memory `[B, S, C]` in the first place, then (optionally) hidden states and
-                attentions; the encoder is not run.
+            encoder_outputs: Memory `[B, S, C]` in the first place, then (optionally) hidden states
+                and attentions; the encoder is not run.
             inputs_embeds: Refused: the size of the map is not known without the backbone.
                 transformers ignores it. Use `encoder_outputs`.
             decoder_inputs_embeds: Initial decoder state `[B, Q, C]` in place of zeros. transformers
                 ignores it in this class.
             output_attentions: Return attention maps (default: `config.output_attentions`).
-            output_hidden_states: Return the layers' states (default: `config.output_hidden_states`).
-            return_dict: Return a `ConditionalDetrModelOutput` (default: `config.return_dict`), else a
-                tuple.
+            output_hidden_states: Return the layers' states (default:
+                `config.output_hidden_states`).
+            return_dict: Return a `ConditionalDetrModelOutput` (default: `config.return_dict`), else
+                a tuple.
 
         Raises:
             TypeError: A dtype does not fit.
@@ -273,7 +274,7 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
         """
         if inputs_embeds is not None:
             raise ValueError(
-                "inputs_embeds: expected None, as the map's height and width are not known from it, "
+                "inputs_embeds: expected None, as the map's size is not known from it, "
                 f"got {list(inputs_embeds.shape)}; pass encoder_outputs or pixel_values instead"
             )
         output = self.transform(
@@ -320,12 +321,14 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
             _check_shape(
                 "decoder_inputs_embeds", decoder_inputs_embeds, (*query_shape, config.d_model)
             )
+            self._check_dtype("decoder_inputs_embeds", decoder_inputs_embeds)
         flat = features.projected.flatten(2).transpose(1, 2)  # [B, S, C]
         if encoder_outputs is None:
             encoded = self.encoder(flat, features.position, features.mask, attentions, states)
         else:
             encoded = EncoderOutput(*tuple(encoder_outputs[:3]))
             _check_shape("encoder_outputs[0]", encoded.last_hidden_state, tuple(flat.shape))
+            self._check_dtype("encoder_outputs[0]", encoded.last_hidden_state)
         decoded = self.decoder(
             self.query_position_embeddings.weight[None],
             encoded.last_hidden_state,
@@ -357,17 +360,20 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
                 f"pixel_values: expected [B, {self.backbone.num_channels}, H, W], "
                 f"got {list(pixel_values.shape)}"
             )
-        if pixel_values.shape[0] == 0:
-            raise ValueError("pixel_values: expected at least one image, got a batch of 0")
-        dtype = self.input_projection.weight.dtype
-        autocast = torch.is_autocast_enabled(pixel_values.device.type)
-        if pixel_values.dtype != dtype and not (autocast and pixel_values.is_floating_point()):
-            raise TypeError(
-                f"pixel_values: expected {dtype} as the model, got {pixel_values.dtype}"
-            )
+        if 0 in pixel_values.shape:
+            shape = list(pixel_values.shape)
+            raise ValueError(f"pixel_values: expected at least one image and pixel, got {shape}")
+        self._check_dtype("pixel_values", pixel_values)
         if pixel_mask is not None:
             batch, _, height, width = pixel_values.shape
             _check_shape("pixel_mask", pixel_mask, (batch, height, width))
+
+    def _check_dtype(self, name: str, tensor: Tensor) -> None:
+        dtype = self.input_projection.weight.dtype
+        if tensor.dtype == dtype:
+            return
+        if not (tensor.is_floating_point() and torch.is_autocast_enabled(tensor.device.type)):
+            raise TypeError(f"{name}: expected {dtype} as the model, got {tensor.dtype}")
 
 
 def _is_trivial(pixel_mask: Tensor) -> bool:
@@ -378,6 +384,9 @@ def _is_trivial(pixel_mask: Tensor) -> bool:
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        got = type(tensor).__name__
+        raise TypeError(f"{name}: expected a tensor {list(shape)}, got {got}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
 
@@ -414,7 +423,8 @@ class ConditionalDetrForObjectDetection(_WithLoss):
         """Detects objects; with labels, also computes the loss.
 
         Args:
-            pixel_values: As in `ConditionalDetrModel.forward`; so are the arguments not listed here.
+            pixel_values: As in `ConditionalDetrModel.forward`; so are the arguments not listed
+                here.
             pixel_mask: `[B, H, W]` or None.
             decoder_attention_mask: `[B, Q]` or None.
             encoder_outputs: Memory `[B, S, C]` first, or None.
@@ -482,7 +492,7 @@ class ConditionalDetrForObjectDetection(_WithLoss):
     def predict_auxiliary(
         self, outputs: ConditionalDetrModelOutput, use_reference_points: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Applies the heads to every decoder layer, or returns (None, None) without auxiliary loss."""
+        """Applies the heads to every decoder layer; (None, None) without auxiliary loss."""
         if not self.config.auxiliary_loss:
             return None, None
         reference_points = outputs.reference_points if use_reference_points else None

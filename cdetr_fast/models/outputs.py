@@ -137,8 +137,8 @@ class ConditionalDetrObjectDetectionOutput(ModelOutput):
         loss_dict: Each loss by name, `_i` appended for decoder layer i < L-1; with labels.
         logits: Class logits `[B, Q, K]`.
         pred_boxes: Centre and size relative to the unpadded image, fp32 `[B, Q, 4]`.
-        auxiliary_outputs: `{"logits", "pred_boxes"}` of each decoder layer but the last; with labels
-            and `config.auxiliary_loss`.
+        auxiliary_outputs: `{"logits", "pred_boxes"}` of each decoder layer but the last; with
+            labels and `config.auxiliary_loss`.
         last_hidden_state: `[B, Q, C]`; this and the rest as in `ConditionalDetrModelOutput`.
     """
 

@@ -26,7 +26,8 @@ class ConditionalDetrSinePositionEmbedding(nn.Module):
             dtype: dtype of the code.
 
         Returns:
-            `[B, h*w, channels]`; the batch size is 1 without a mask, as the code is the same for all.
+            `[B, h*w, channels]`; the batch size is 1 without a mask, as the code is the same for
+            all.
         """
         if mask is None:
             height, width = feature_map.shape[-2:]

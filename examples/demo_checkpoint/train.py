@@ -1,14 +1,14 @@
 """Train the embedded demo checkpoint from scratch on procedurally drawn scenes, on a CPU.
 
-    python examples/demo_checkpoint/train.py --minutes 55 --output cdetr_fast/assets/demo
+    python examples/demo_checkpoint/train.py --minutes 59 --bf16 --output cdetr_fast/assets/demo
 
-Everything is learnt here, the backbone included. Three things make this possible in an hour on a CPU:
+Everything is learnt here, the backbone included. Three things make that possible in an hour:
 
-- scenes are drawn once and then seen under new flips, turns and colours, so that no time goes into drawing;
-- batch norm is live while training (the model itself always freezes it) and frozen again before saving;
-- a linear head on the encoder output predicts class and box at each map position (`DenseHead`). It teaches the
-  backbone and the encoder from the first step on, while the decoder still looks for its objects, fades out
-  over the first half of the run, and is thrown away.
+- Scenes are drawn once, and then seen under new flips, turns and colours.
+- Batch norm is live in training (the model itself always freezes it), and frozen again to be saved.
+- A linear head on the encoder output predicts class and box at each map position (`DenseHead`). It
+  teaches the backbone and the encoder from the first step on, while the decoder still looks for its
+  objects. It fades out over the first half of the run and is then thrown away.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cdetr_fast import ConditionalDetrConfig, ConditionalDetrForObjectDetection
-
+from cdetr_fast import (
+    ConditionalDetrConfig,
+    ConditionalDetrForObjectDetection,
+    ConditionalDetrImageProcessor,
+)
 from cdetr_fast.models.backbone import FrozenBatchNorm2d, FrozenBatchNormAct2d
 from cdetr_fast.scenes import CLASSES, SIZE, TRAIN_SEED, coco_ground_truth, draw_scene
 
@@ -40,8 +43,8 @@ NUM_QUERIES = 30
 HELD_OUT = range(200)  # seeds; training seeds start at TRAIN_SEED
 
 
-def build_model() -> ConditionalDetrForObjectDetection:
-    """A ResNet-18 cut at stride 8 below a two-layer encoder and a four-layer decoder."""
+def build_model(auxiliary_loss: bool) -> ConditionalDetrForObjectDetection:
+    """A ResNet-10 cut at stride 16 below a two-layer encoder and a four-layer decoder."""
     config = ConditionalDetrConfig(
         backbone_config={
             "model_type": "timm_backbone",
@@ -58,7 +61,7 @@ def build_model() -> ConditionalDetrForObjectDetection:
         encoder_ffn_dim=512,
         decoder_ffn_dim=512,
         dropout=0.0,
-        auxiliary_loss=True,
+        auxiliary_loss=auxiliary_loss,
         id2label=dict(enumerate(CLASSES)),
         label2id={name: label for label, name in enumerate(CLASSES)},
     )
@@ -67,7 +70,7 @@ def build_model() -> ConditionalDetrForObjectDetection:
     return model
 
 
-# --- batch norm, live while training --------------------------------------------------------------------------------
+# --- batch norm, live while training --------------------------------------------------------------
 
 
 class LiveBatchNorm2d(nn.BatchNorm2d):
@@ -98,7 +101,7 @@ def frozen_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
-# --- data -----------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 def _draw(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -121,7 +124,7 @@ class Scenes:
                 self.labels.append(torch.from_numpy(labels))
 
     def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """The batch of a step, a pure function of the arguments (so a resumed run goes on alike)."""
+        """The batch of a step: it depends on the arguments only, so a resumed run goes on alike."""
         per_epoch = len(self.labels) // size
         epoch, position = divmod(step, per_epoch)
         order = np.random.default_rng((seed, epoch)).permutation(len(self.labels))
@@ -137,9 +140,7 @@ class Scenes:
                 image, boxes = image.transpose(0, 1), boxes[:, [1, 0, 3, 2]]
             images.append(image[..., torch.from_numpy(rng.permutation(3))])
             centre, extent = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-            labels.append(
-                {"class_labels": self.labels[i], "boxes": torch.cat([centre, extent], 1)}
-            )
+            labels.append({"class_labels": self.labels[i], "boxes": torch.cat([centre, extent], 1)})
         return normalised(torch.stack(images)), labels
 
 
@@ -155,7 +156,7 @@ def normalised(images: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2)  # channels-last in memory
 
 
-# --- the dense head -------------------------------------------------------------------------------------------------
+# --- the dense head -------------------------------------------------------------------------------
 
 
 class DenseHead(nn.Module):
@@ -170,8 +171,8 @@ class DenseHead(nn.Module):
     def forward(self, memory: Tensor, labels: list[dict[str, Tensor]], grid: tuple[int, int]):
         """Focal and L1 loss of `memory` [B, h*w, C] against the objects, per object."""
         h, w = grid
-        y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
-        points = torch.stack([x, y], -1).reshape(-1, 2)
+        y, x = (torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w
+        points = torch.cartesian_prod(y, x).flip(1)
         target = torch.zeros(*memory.shape[:2], self.classes.out_features)
         where, boxes_cxcywh = [], []
         for b, label in enumerate(labels):
@@ -199,11 +200,11 @@ class DenseHead(nn.Module):
         return (2 * (weight * bce).sum() + 5 * l1) / max(len(where), 1)
 
 
-# --- evaluation -----------------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, processor) -> dict[str, Any]:
+def evaluate(model: nn.Module, processor: ConditionalDetrImageProcessor) -> dict[str, Any]:
     """AP of the frozen model on the held-out scenes, through the image processor, one at a time."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -219,8 +220,8 @@ def evaluate(model: nn.Module, processor) -> dict[str, Any]:
             outputs, threshold=0.0, target_sizes=[annotation["size"]]
         )[0]
         seconds.append(time.perf_counter() - start)
-        for score, label, box in zip(*(result[k].tolist() for k in ("scores", "labels", "boxes"))):
-            x0, y0, x1, y1 = box
+        columns = (result[key].tolist() for key in ("scores", "labels", "boxes"))
+        for score, label, (x0, y0, x1, y1) in zip(*columns, strict=True):
             detections.append(
                 {
                     "image_id": image_id,
@@ -244,57 +245,68 @@ def evaluate(model: nn.Module, processor) -> dict[str, Any]:
         "AP50": float(evaluation.stats[1]),
         "AP75": float(evaluation.stats[2]),
         "AP_small": float(evaluation.stats[3]),
-        "AP50_by_class": dict(zip(CLASSES, ap50.round(3).tolist())),
+        "AP50_by_class": dict(zip(CLASSES, ap50.round(3).tolist(), strict=True)),
         "ms_per_image": 1e3 * float(np.median(seconds)),
     }
 
 
-# --- training -------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def schedule(step: int, fraction: float) -> tuple[float, float]:
     """Factor of the learning rate (warm-up, then cosine) and weight of the dense head."""
     warm_up = min(1.0, (step + 1) / 300)
-    return warm_up * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fraction))), max(
-        0.0, 1 - 2 * fraction
-    )
+    cosine = 0.5 * (1 + math.cos(math.pi * fraction))
+    return warm_up * (0.01 + 0.99 * cosine), max(0.0, 1 - 2 * fraction)
 
 
 def train(args: argparse.Namespace) -> dict[str, Tensor]:
     """Train until the step or time budget is spent; returns the averaged weights."""
     torch.manual_seed(args.seed)
-    model = build_model()
+    model = build_model(auxiliary_loss=True)
     thaw_batch_norm(model)
     model.to(memory_format=torch.channels_last).train()
     dense = DenseHead(model.config.d_model, len(CLASSES))
-    parameters = [p for m in (model, dense) for p in m.parameters() if p.requires_grad]
+    parameters = [*model.parameters(), *dense.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=1e-4)
-    average = {k: v.clone() for k, v in model.state_dict().items()}
-    start, elapsed = 0, 0.0
+    average = {key: value.clone() for key, value in model.state_dict().items()}
+    step, elapsed = 0, 0.0
     if args.resume:
         state = torch.load(args.state, weights_only=True)
         model.load_state_dict(state["model"])
         dense.load_state_dict(state["dense"])
         optimizer.load_state_dict(state["optimizer"])
-        average, start, elapsed = state["average"], state["step"], state["elapsed"]
+        average, step, elapsed = state["average"], state["step"], state["elapsed"]
 
-    clock = time.perf_counter()
-    scenes = Scenes(args.scenes, args.seed, args.threads)
-    print(f"{args.scenes} scenes drawn in {time.perf_counter() - clock:.0f} s", flush=True)
+    def save() -> None:
+        state = {
+            "model": model.state_dict(),
+            "dense": dense.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "average": average,
+            "step": step,
+            "elapsed": elapsed,
+        }
+        partial = args.state.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, args.state)  # a stop while writing leaves the old state
 
+    def progress() -> float:
+        return max(step / args.steps, elapsed / (60 * args.minutes))
+
+    if progress() < 1:
+        clock = time.perf_counter()
+        scenes = Scenes(args.scenes, args.seed, args.threads)
+        print(f"{args.scenes} scenes drawn in {time.perf_counter() - clock:.0f} s", flush=True)
+    grid = tuple(-(-side // STRIDE) for side in SIZE)
     clock, recent = time.perf_counter() - elapsed, []
-    for step in range(start, args.steps):
-        elapsed = time.perf_counter() - clock
-        fraction = max(step / args.steps, elapsed / (60 * args.minutes))
-        if fraction >= 1:
-            break
+    while (fraction := progress()) < 1:
         factor, dense_weight = schedule(step, fraction)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * factor
         pixels, labels = scenes.batch(step, args.batch_size, args.seed)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             outputs = model(pixels, labels=labels)
-        grid = tuple(-(-s // STRIDE) for s in SIZE)
         dense_loss = dense(outputs.encoder_last_hidden_state.float(), labels, grid)
         optimizer.zero_grad(set_to_none=True)
         (outputs.loss + dense_weight * dense_loss).backward()
@@ -309,72 +321,47 @@ def train(args: argparse.Namespace) -> dict[str, Tensor]:
                 if value.is_floating_point():
                     average[key].lerp_(value, 1 - decay)
         recent.append((outputs.loss.item(), dense_loss.item(), norm.item()))
-        if (step + 1) % 100 == 0:
+        step, elapsed = step + 1, time.perf_counter() - clock
+        if step % 100 == 0:
             loss, dense_mean, norm_mean = np.mean(recent, axis=0)
             recent.clear()
             print(
-                f"step {step + 1:6d}  {100 * fraction:5.1f} %  {elapsed / 60:5.1f} min  "
+                f"step {step:6d}  {100 * fraction:5.1f} %  {elapsed / 60:5.1f} min  "
                 f"loss {loss:.3f}  dense {dense_mean:.3f}  gradient {norm_mean:.1f}",
                 flush=True,
             )
-        if (step + 1) % 500 == 0:
-            save_state(args.state, model, dense, optimizer, average, step + 1, elapsed)
-    steps_done = step if fraction >= 1 else step + 1
-    save_state(args.state, model, dense, optimizer, average, steps_done, elapsed)
-    print(f"{steps_done} steps, {steps_done * args.batch_size} images, {elapsed / 60:.1f} min")
+        if step % 500 == 0:
+            save()
+    save()
+    print(f"{step} steps, {step * args.batch_size} images, {elapsed / 60:.1f} min", flush=True)
     return average
-
-
-def save_state(
-    path: Path,
-    model: nn.Module,
-    dense: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor],
-    step: int,
-    elapsed: float,
-) -> None:
-    state = {
-        "model": model.state_dict(),
-        "dense": dense.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "average": average,
-        "step": step,
-        "elapsed": elapsed,
-    }
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)  # a stop while writing leaves the old state
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--minutes", type=float, default=math.inf, help="budget of time")
-    parser.add_argument("--steps", type=int, default=12_000, help="budget of steps")
+    parser.add_argument("--steps", type=int, default=1_000_000, help="budget of steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--scenes", type=int, default=20_000, help="different training scenes")
-    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--clip", type=float, default=0.1, help="largest norm of the gradient")
     parser.add_argument("--bf16", action="store_true", help="autocast (twice as fast if native)")
     parser.add_argument("--state", type=Path, default=Path("demo_checkpoint_state.pt"))
     parser.add_argument("--resume", action="store_true", help="continue from --state")
-
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     average = train(args)
-    model = build_model()
+    # Only training needs auxiliary outputs; without them transformers computes what the paper says.
+    model = build_model(auxiliary_loss=False)
     model.load_state_dict(frozen_state(average))
     model.half().save_pretrained(args.output)
-    height, width = SIZE
-    ConditionalDetrImageProcessor(
-        size={"shortest_edge": min(SIZE), "longest_edge": max(SIZE)},
-        image_mean=list(MEAN),
-        image_std=list(STD),
-    ).save_pretrained(args.output)
+    size = {"shortest_edge": min(SIZE), "longest_edge": max(SIZE)}
+    processor = ConditionalDetrImageProcessor(size=size, image_mean=list(MEAN), image_std=list(STD))
+    processor.save_pretrained(args.output)
 
     # What is measured is what lies in the folder.
     torch.set_num_threads(1)

@@ -1,7 +1,8 @@
 """Operators of Conditional DETR: attention, position codes, post-processing, matching and loss.
 
 Every operator is a plain function of tensors and knows nothing of models. The definition of each
-one is its PyTorch reference in `cdetr_kernels.reference`; `cdetr_kernels.dispatch` chooses the path.
+one is its PyTorch reference in `cdetr_kernels.reference`; `cdetr_kernels.dispatch` chooses the
+path.
 """
 
 from cdetr_kernels.ops import (

@@ -1,8 +1,8 @@
 """Which implementation of an operator runs, and why.
 
-Each operator has a table of paths. `backend="auto"` takes the best one there is; a path that is asked
-for by name and cannot run raises `RuntimeError` with the reason, so a request is never answered by
-another path in silence.
+Each operator has a table of paths. `backend="auto"` takes the best one there is; a path that is
+asked for by name and cannot run raises `RuntimeError` with the reason, so a request is never
+answered by another path in silence.
 """
 
 from collections.abc import Callable
@@ -61,7 +61,7 @@ class Operator:
 
 
 def report() -> list[Choice]:
-    """Returns, for every operator, the path that "auto" takes and why (`cdetr-fast info` prints it)."""
+    """Returns the path that "auto" takes, and why, for every operator (`cdetr-fast info`)."""
     from cdetr_kernels.ops import OPERATORS
 
     return [operator.choice() for operator in OPERATORS]

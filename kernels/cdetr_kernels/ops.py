@@ -57,7 +57,8 @@ def conditional_attention(
         return_attention: Also return the attention map (after dropout).
 
     Returns:
-        `[B, Q, N, Dv]` in the dtype of `value`, with `return_attention` also the map `[B, N, Q, S]`.
+        `[B, Q, N, Dv]` in the dtype of `value`, with `return_attention` also the map `[B, N, Q,
+        S]`.
 
     Raises:
         TypeError: A dtype differs from that of `q_content`, or `key_mask` is not bool.
@@ -198,8 +199,8 @@ def detection_topk(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The k best (query, class) pairs of each image, NMS-free, with boxes in pixels.
 
-    The sigmoid is monotone, so the selection is made on logits (upcast to fp32 at least). Equal logits
-    come in the order of their flat index `query * K + class`. NaN comes last, with score 0.
+    The sigmoid is monotone, so the selection is made on logits (upcast to fp32 at least). Equal
+    logits come in the order of their flat index `query * K + class`. NaN comes last, with score 0.
 
     Args:
         logits: Class logits `[B, Q, K]`.

@@ -104,7 +104,7 @@ def test_keys_shared_by_the_batch():
 
 
 def test_first_layer_identity():
-    """q_c (k_c + k_s) + q_s k_s = q_c k_c + (q_c + q_s) k_s: what the decoder's first layer uses."""
+    """q_c (k_c + k_s) + q_s k_s = q_c k_c + (q_c + q_s) k_s, as in the first layer."""
     t = inputs()
     added = t | {"k_content": t["k_content"] + t["k_spatial"]}
     moved = t | {"q_spatial": t["q_content"] + t["q_spatial"]}

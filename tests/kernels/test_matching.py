@@ -1,4 +1,4 @@
-"""Matching cost and set loss against transformers' matcher and criterion, and scipy by brute force."""
+"""Matching cost and set loss against transformers' criterion; scipy by brute force."""
 
 import itertools
 

@@ -1,7 +1,7 @@
 """Where transformers departs from the paper: the difference is real, and `compat` chooses the side.
 
-One test a row of the table in the README (compat modes); rows on data parallelism and on post-processing
-are tested beside those parts.
+One test a row of the table in the README (compat modes); rows on data parallelism and on
+post-processing are tested beside those parts.
 """
 
 import copy
@@ -173,7 +173,7 @@ def test_segmentation_boxes_have_reference_points(images):
 
 
 def test_segmentation_matches_by_the_focal_cost(images):
-    """An image whose best match differs between the two class costs: softmax has all classes compete."""
+    """An image whose best match differs between the costs: softmax has classes compete."""
     losses = {}
     for compat in ("paper", "transformers"):
         config = cdetr_fast.ConditionalDetrConfig(

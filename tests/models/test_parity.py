@@ -65,7 +65,8 @@ def test_gradients(case, task):
             assert got[name] is None, name
             continue
         error = (got[name] - parameter.grad).norm()
-        # Position codes have fp32 angles in transformers' double model: an error of 1e-7 of its own.
+        # Position codes have fp32 angles in transformers' double model: an error of 1e-7 of its
+        # own.
         assert error <= 1e-4 * parameter.grad.norm() + 1e-8 * total, (name, error)
         compared += 1
     assert compared > 100

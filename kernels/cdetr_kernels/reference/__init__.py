@@ -1,1 +1,1 @@
-"""The operators' definitions in plain PyTorch: readable, differentiable, valid in double precision."""
+"""The operators' definitions in plain PyTorch, valid in double precision."""

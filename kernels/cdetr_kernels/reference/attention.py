@@ -1,10 +1,12 @@
 """Conditional attention in plain PyTorch.
 
-    score[b,n,i,j] = scale * (q_content[b,i,n] . k_content[b,j,n] + q_spatial[b,i,n] . k_spatial[b,j,n])
+    score[b,n,i,j] = scale * (q_content[b,i,n] . k_content[b,j,n]
+                              + q_spatial[b,i,n] . k_spatial[b,j,n])
     out[b,i,n]     = sum_j softmax_j(score[b,n,i])[j] * value[b,j,n]
 
-The content and the spatial halves are never concatenated: two products add up into one score. Softmax
-statistics are in fp32 (fp64 for fp64 inputs). A row whose keys are all masked gives 0, never NaN.
+The content and the spatial halves are never concatenated: two products add up into one score.
+Softmax statistics are in fp32 (fp64 for fp64 inputs). A row whose keys are all masked gives 0,
+never NaN.
 
 Source: Meng et al., "Conditional DETR for Fast Training Convergence", section 3.3.
 """
@@ -62,7 +64,7 @@ def _plain_attention(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    """Attention without a spatial half is torch's own fused attention (same rule for masked rows)."""
+    """Without a spatial half this is torch's fused attention (same rule for masked rows)."""
     output = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),

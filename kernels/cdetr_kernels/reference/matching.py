@@ -2,8 +2,9 @@
 
     cost = class_weight * class_cost + bbox_weight * L1(cxcywh) + giou_weight * (-GIoU)
 
-An image's predictions meet only that image's own targets; transformers and the authors compute the cost
-of every image's predictions against the whole batch's targets and throw away all but the diagonal blocks.
+An image's predictions meet only that image's own targets; transformers and the authors compute the
+cost of every image's predictions against the whole batch's targets and throw away all but the
+diagonal blocks.
 
 Source: the authors' models/matcher.py.
 """

@@ -1,11 +1,12 @@
 """Sine position codes in plain PyTorch.
 
 Both codes turn a coordinate c (already times `scale`) into interleaved sines and cosines,
-`[sin(c/t_0), cos(c/t_0), sin(c/t_1), ...]` with `t_i = temperature ** (2 i / features)`, and put the
-y half before the x half. Angles are computed in fp32 at least, whatever the model's dtype: bf16 angles
-move boxes by pixels.
+`[sin(c/t_0), cos(c/t_0), sin(c/t_1), ...]` with `t_i = temperature ** (2 i / features)`, and put
+the y half before the x half. Angles are computed in fp32 at least, whatever the model's dtype:
+bf16 angles move boxes by pixels.
 
-Source: the authors' models/position_encoding.py and models/transformer.py (gen_sineembed_for_position).
+Source: the authors' models/position_encoding.py and models/transformer.py
+(gen_sineembed_for_position).
 """
 
 import torch

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.<name>` measures, checks accuracy and writes JSON rows."""

@@ -1,0 +1,116 @@
+"""What the benchmarks share: interleaved timing, peak memory, the machine, JSON rows."""
+
+import datetime
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(
+    providers: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2
+) -> dict[str, dict[str, float]]:
+    """Times the providers in turns, so that a busy moment of the machine hits all of them.
+
+    Returns:
+        For each provider the median, the fastest and the slowest call, in milliseconds.
+    """
+    times = {name: [] for name in providers}
+    for round_ in range(warmup + repeats):
+        for name, call in providers.items():
+            start = time.perf_counter()
+            call()
+            if round_ >= warmup:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {
+        name: {"ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
+        for name, values in times.items()
+    }
+
+
+def peak_memory(call: Callable[..., Any], *arguments: Any) -> dict[str, float]:
+    """Runs `call(*arguments)` in a process of its own.
+
+    `call` returns a function; what that function adds to the process's peak is the result.
+
+    Returns:
+        Added peak memory in MiB, and the function's time in milliseconds.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_peak, args=(sender, call, arguments))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"{call.__name__}: the process ended with {process.exitcode}") from None
+    process.join()
+    return result
+
+
+def _measure_peak(sender, call: Callable, arguments: tuple) -> None:
+    run = call(*arguments)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    run()
+    milliseconds = (time.perf_counter() - start) * 1e3
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sender.send({"peak_mib": (after - before) / 1024, "ms": milliseconds})
+
+
+def environment() -> dict[str, Any]:
+    """Returns what a reader needs to judge a figure: machine, versions, commit, command."""
+    import transformers
+
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": "python -m " + " ".join(["benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "commit": commit.stdout.strip(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def save(name: str, rows: list[dict[str, Any]]) -> Path:
+    """Writes the rows and the environment to `benchmarks/results/<name>.json`."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Prints rows of the same keys as aligned columns."""
+    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    cells.insert(0, list(rows[0]))
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    for row in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
