@@ -57,15 +57,18 @@ def _find_kernels_in_checkout() -> None:
     spec = importlib.util.spec_from_file_location(
         "cdetr_kernels", source, submodule_search_locations=[str(source.parent)]
     )
+    spec.loader = importlib.util.LazyLoader(spec.loader)  # loads at the first use of a name
     module = importlib.util.module_from_spec(spec)
     sys.modules["cdetr_kernels"] = module
     spec.loader.exec_module(module)
 
 
+_find_kernels_in_checkout()
+
+
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _find_kernels_in_checkout()
     value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

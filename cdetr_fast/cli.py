@@ -116,7 +116,8 @@ def detect(
                     batch.append((image_id, path, _read_image(path)))
                 except UserError as error:
                     skipped += 1
-                    _report(console, f"skipped: {error}")
+                    message = f"cdetr-fast: skipped: {error}"
+                    console.print(message, markup=False, highlight=False, soft_wrap=True)
             found = detector([image for _, _, image in batch], threshold, top_k) if batch else []
             for (image_id, path, image), detections in zip(batch, found, strict=True):
                 picture = names.take(path)
@@ -490,10 +491,6 @@ def _require_pycocotools() -> None:
 
     if find_spec("pycocotools") is None:
         raise UserError("demo scores with pycocotools: pip install 'cdetr-fast[eval]'")
-
-
-def _report(console: Console, message: str) -> None:
-    console.print(f"cdetr-fast: {message}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _first_line(error: Exception) -> str:

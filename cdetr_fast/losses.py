@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import sigmoid_focal_loss
@@ -256,6 +255,8 @@ def match(
     costs = np.nan_to_num(
         costs, nan=(worst := np.finfo(costs.dtype).max), posinf=worst, neginf=worst
     )
+    from scipy.optimize import linear_sum_assignment  # 0.2 s, and it changes warnings.filters
+
     pairs = []
     for layer in range(layers):
         for image, count in enumerate(targets.sizes):

@@ -190,7 +190,7 @@ class _Captioner:
             plates.append((left, y, left + width, y + height))
         plate = next((p for p in plates if not self._is_taken(p)), plates[0])
         self.taken.append(plate)
-        self.draw.rectangle(plate, fill=colour)
+        self.draw.rectangle((*plate[:2], plate[2] - 1, plate[3] - 1), fill=colour)
         luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
         origin = (plate[0] + self.padding - x0, plate[1] + self.padding - y0)
         ink = "black" if luminance > 128 else "white"
@@ -207,7 +207,7 @@ class _Captioner:
 
 
 def _line_width(size: tuple[int, int]) -> int:
-    return max(1, round(0.004 * min(size)))
+    return max(1, round(0.006 * min(size)))
 
 
 def _inner_edge(mask: np.ndarray) -> np.ndarray:
