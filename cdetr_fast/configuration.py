@@ -600,19 +600,19 @@ def _trained_with_departures(config: ConditionalDetrConfig) -> str | None:
             "predicts without reference points."
         )
     backbone = config.backbone_config
-    # freeze_batch_norm_2d freezes through timm, which keeps the activations
+    # freeze_batch_norm_2d freezes through timm, which keeps activations and epsilon
     timm_freezes = backbone.model_type != "timm_backbone" or backbone.freeze_batch_norm_2d
-    if not timm_freezes and _loses_activations(backbone.backbone):
+    if not timm_freezes and _changed_by_freezing(backbone.backbone):
         return (
             "This config.json was written by transformers with the backbone "
-            f"{backbone.backbone!r}, whose activations it removes when it freezes batch norm."
+            f"{backbone.backbone!r}, whose activations (or epsilon) it loses with the batch norms."
         )
     return None
 
 
 @functools.cache
-def _loses_activations(backbone: str) -> bool:
-    """Whether this timm model has batch norms with activations inside (`BatchNormAct2d`)."""
+def _changed_by_freezing(backbone: str) -> bool:
+    """Whether batch norms of this timm model have an activation inside, or another epsilon."""
     if re.fullmatch(r"resnet(18|34|50|101|152)(\..*)?", backbone):  # known: no need to build them
         return False
     import timm  # 1 s to import, and only some backbones need it
@@ -622,5 +622,9 @@ def _loses_activations(backbone: str) -> bool:
         check.refuse("backbone_config.backbone", "the name of a timm model", backbone)
     with torch.device("meta"):
         model = timm.create_model(backbone, features_only=True)
-    norms = [module for module in model.modules() if isinstance(module, BatchNormAct2d)]
-    return any(not isinstance(norm.act, torch.nn.Identity) for norm in norms)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    return any(
+        norm.eps != 1e-5
+        or (isinstance(norm, BatchNormAct2d) and not isinstance(norm.act, torch.nn.Identity))
+        for norm in norms
+    )

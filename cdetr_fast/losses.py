@@ -263,7 +263,8 @@ def match(
             query, target = linear_sum_assignment(costs[layer, image, :, :count])
             where = np.full_like(query, layer), np.full_like(query, image)
             pairs.append(np.stack([*where, query, target]))
-    return torch.from_numpy(np.concatenate(pairs, axis=1)).to(layer_logits.device)
+    matches = torch.from_numpy(np.concatenate(pairs, axis=1))
+    return matches.to(layer_logits.device, non_blocking=True)
 
 
 def _pad_targets(labels: Labels, device: torch.device, batch: int) -> Targets:

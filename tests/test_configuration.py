@@ -185,6 +185,7 @@ def test_new_configuration_is_paper():
         ({"auxiliary_loss": True}, "auxiliary_loss=True"),
         ({"backbone": "tf_mobilenetv3_small_075"}, "tf_mobilenetv3_small_075"),
         ({"backbone": "tf_efficientnet_lite0"}, "activations"),
+        ({"backbone": "nasnetalarge"}, "epsilon"),  # 1e-3, and no activation inside
         ({"architectures": ["ConditionalDetrForSegmentation"]}, "reference points"),
     ],
 )
@@ -209,7 +210,7 @@ def test_files_of_transformers_that_need_its_departures(fields, reason, tmp_path
         {"backbone": "resnet50.a1_in1k"},
         {"backbone": "resnet50d"},
         {"use_timm_backbone": False},
-        # timm freezes these itself, and keeps the activations
+        # timm freezes these itself, and keeps activations and epsilon
         {
             "backbone_config": {
                 "model_type": "timm_backbone",

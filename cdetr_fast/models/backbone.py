@@ -118,10 +118,12 @@ class ConditionalDetrConvEncoder(nn.Module):
     def __init__(self, config: ConditionalDetrConfig) -> None:
         super().__init__()
         paper = config.compat == "paper"
-        self.num_channels = config.num_channels
-        self.model = _create_backbone(config.backbone_config, config.num_channels, paper)
+        self.num_channels = config.backbone_config.num_channels
+        self.model = _create_backbone(config.backbone_config, paper)
         self.intermediate_channel_sizes = self.model.feature_info.channels()
-        freeze_batch_norm(self.model, faithful=paper)
+        # transformers too is faithful where it leaves the freezing to timm.
+        timm_freezes = getattr(config.backbone_config, "freeze_batch_norm_2d", False)
+        freeze_batch_norm(self.model, faithful=paper or timm_freezes)
         if paper:
             self._freeze_early_stages()
         elif config.backbone_config.model_type == "resnet":
@@ -165,7 +167,7 @@ def _is_within(name: str, modules: set[str]) -> bool:
     return any(name == module or name.startswith(module + ".") for module in modules)
 
 
-def _create_backbone(backbone: BackboneConfig, num_channels: int, paper: bool) -> nn.Module:
+def _create_backbone(backbone: BackboneConfig, paper: bool) -> nn.Module:
     name, out_indices = backbone.backbone, backbone.out_indices
     if backbone.model_type == "resnet":
         name, out_indices = _timm_resnet(backbone)
@@ -180,7 +182,7 @@ def _create_backbone(backbone: BackboneConfig, num_channels: int, paper: bool) -
         name,
         pretrained=bool(backbone.use_pretrained_backbone),
         features_only=True,
-        in_chans=num_channels,
+        in_chans=backbone.num_channels,
         out_indices=tuple(out_indices),
         **kwargs,
     )

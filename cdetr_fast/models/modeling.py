@@ -495,8 +495,11 @@ class ConditionalDetrForObjectDetection(_WithLoss):
         """Applies the heads to every decoder layer; (None, None) without auxiliary loss."""
         if not self.config.auxiliary_loss:
             return None, None
+        states = outputs.intermediate_hidden_states
+        if states is None:  # layer drop has left out all layers
+            states = outputs.last_hidden_state[None]
         reference_points = outputs.reference_points if use_reference_points else None
-        return self.predict_from(outputs.intermediate_hidden_states, reference_points)
+        return self.predict_from(states, reference_points)
 
 
 class ConditionalDetrForSegmentation(_WithLoss):

@@ -1,0 +1,320 @@
+"""What must not change a result: padding, batches, recomputation; and what must: dropout."""
+
+import pytest
+import torch
+from oracle import leaves, make_ours, random_labels, randomise
+from torch import nn
+
+from cdetr_fast.models.modeling import ImageFeatures
+
+SMALL = {
+    "backbone": "test_resnet",
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "num_queries": 6,
+}
+TASKS = pytest.mark.parametrize("task", ["detection", "segmentation"])
+
+
+def random_model(task="detection", **config):
+    model = make_ours(task, **(SMALL | config))
+    randomise(model)
+    for name, buffer in model.named_buffers():
+        if name.endswith("weight"):  # timm starts the last norm of each block at 0
+            buffer.fill_(1.0)
+    return model
+
+
+def random_images(batch, height, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, height, width, generator=generator)
+
+
+def padded(images, height, width, fill=0.0):
+    """Images `[3, h, w]` of several sizes as one batch, with its mask."""
+    pixel_values = torch.full((len(images), 3, height, width), fill)
+    pixel_mask = torch.zeros(len(images), height, width, dtype=torch.int64)
+    for i, image in enumerate(images):
+        pixel_values[i, :, : image.shape[1], : image.shape[2]] = image
+        pixel_mask[i, : image.shape[1], : image.shape[2]] = 1
+    return pixel_values, pixel_mask
+
+
+# Padding and batches -----------------------------------------------------------------------------
+
+
+class Patches(nn.Module):
+    """A backbone that sees no pixel outside its own cell of the map.
+
+    Convolutions with overlap carry what they make of the padding over the border, in any
+    implementation (0.25 in the logits of a random `test_resnet`, transformers' as ours).
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, channels, kernel_size=32, stride=32)
+
+    def forward(self, x):
+        return [self.convolution(x)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("position", ["sine", "learned"])
+@pytest.mark.parametrize("fill", [0.0, 100.0])
+def test_a_sample_alone_and_padded_in_a_batch(position, fill):
+    model = random_model(position_embedding_type=position).eval()
+    model.model.backbone.model = Patches(model.model.backbone.intermediate_channel_sizes[-1])
+    sizes = [(64, 96), (128, 32), (32, 128), (96, 96)]
+    images = [random_images(1, *size, seed)[0] for seed, size in enumerate(sizes)]
+    together = model(*padded(images, 160, 128, fill))
+    for i, image in enumerate(images):
+        alone = model(image[None])
+        for name in ("logits", "pred_boxes", "last_hidden_state"):
+            torch.testing.assert_close(together[name][i], alone[name][0], rtol=0, atol=1e-5)
+    assert not torch.allclose(together.logits[0], together.logits[1], atol=1e-2)
+
+
+@torch.no_grad()
+@TASKS
+def test_a_padded_sample_alone_and_in_a_batch(task):
+    model = random_model(task).eval()
+    sizes = [(61, 97), (128, 33), (100, 100)]
+    images = [random_images(1, *size, seed)[0] for seed, size in enumerate(sizes)]
+    pixel_values, pixel_mask = padded(images, 128, 100)
+    together = leaves(model(pixel_values, pixel_mask))
+    order = [2, 0, 1]
+    shuffled = leaves(model(pixel_values[order], pixel_mask[order]))
+    for name, batch in together.items():
+        torch.testing.assert_close(shuffled[name], batch[order], rtol=0, atol=1e-5)
+    for i in range(len(images)):
+        for name, alone in leaves(model(pixel_values[i : i + 1], pixel_mask[i : i + 1])).items():
+            expected = together[name][i]
+            tolerance = 1e-5 * max(1.0, expected.abs().max().item())  # mask logits are large
+            torch.testing.assert_close(alone[0], expected, rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+def test_features_of_the_padding_are_not_read():
+    model = random_model().model.eval()
+    features = model.embed_images(*padded([random_images(1, 64, 96)[0]], 128, 160))
+    position = features.position
+    expected = model.transform(features)
+    mask = features.mask.view(1, 1, 4, 5)
+    assert mask.sum() == 6
+    projected = features.projected.masked_fill(~mask, 1e4)
+    changed = ImageFeatures(features.maps, projected, features.mask, position)
+    got = model.transform(changed).last_hidden_state
+    torch.testing.assert_close(got, expected.last_hidden_state, rtol=0, atol=1e-5)
+
+    cropped = ImageFeatures(
+        [], features.projected[..., :2, :3], None, position.view(1, 4, 5, -1)[:, :2, :3].flatten(1, 2)
+    )
+    got = model.transform(cropped).last_hidden_state
+    torch.testing.assert_close(got, expected.last_hidden_state, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@TASKS
+def test_a_full_mask_is_no_mask(task):
+    model = random_model(task).eval()
+    images = random_images(2, 70, 90)
+    expected = leaves(model(images))
+    for name, got in leaves(model(images, torch.ones(2, 70, 90))).items():
+        assert torch.equal(got, expected[name])
+
+
+@TASKS
+def test_the_order_of_objects_does_not_count(task):
+    model = random_model(task, auxiliary_loss=True)
+    labels = random_labels((5, 3), masks=True)
+    shuffled = [{key: value.flip(0) for key, value in label.items()} for label in labels]
+    images = random_images(2, 64, 64)
+    expected, got = (leaves(model(images, labels=x).loss_dict) for x in (labels, shuffled))
+    torch.testing.assert_close(got, expected)
+
+
+@TASKS
+def test_repeatable(task):
+    model = random_model(task, dropout=0.1, attention_dropout=0.1, auxiliary_loss=True)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        results.append(gradients(model, random_labels((3, 1), masks=True)))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+# Gradient checkpointing --------------------------------------------------------------------------
+
+
+def gradients(model, labels):
+    model.zero_grad()
+    model(random_images(2, 64, 96), labels=labels).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def saved_bytes(model):
+    """Bytes of the tensors that a forward pass keeps for the backward pass."""
+    storages = {}
+
+    def count(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        kept = model(random_images(2, 256, 256)).logits
+    del kept
+    return sum(storages.values())
+
+
+@TASKS
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("compat", ["paper", "transformers"])
+def test_checkpointing_gives_the_same_gradients(task, dropout, compat):
+    model = random_model(
+        task, dropout=dropout, attention_dropout=dropout, auxiliary_loss=True, compat=compat
+    )
+    labels = random_labels((3, 1), masks=True)
+    results = []
+    for enable in (False, True):
+        (model.activation_checkpointing_enable if enable else model.activation_checkpointing_disable)()
+        assert model.is_activation_checkpointing is model.is_gradient_checkpointing is enable
+        torch.manual_seed(0)
+        results.append(gradients(model, labels))
+    assert results[0].keys() == results[1].keys()
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointing_keeps_less():
+    model = random_model(encoder_layers=4, encoder_ffn_dim=256)
+    model.model.freeze_backbone()
+    expected = saved_bytes(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert saved_bytes(model) < 0.7 * expected
+    model.gradient_checkpointing_disable()
+    assert saved_bytes(model) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, ["use_reentrant", "True"]),
+        ({"activation_checkpointing_kwargs": {"debug": True}}, ["debug"]),
+        ({"every_n_layers": 2}, ["every_n_layers", "2"]),
+        ({"offload": True}, ["offload", "True"]),
+    ],
+)
+def test_settings_of_checkpointing_that_are_refused(arguments, words):
+    model = random_model()
+    with pytest.raises(ValueError, match=".*".join(words)):
+        model.activation_checkpointing_enable(**arguments)
+    assert not model.is_activation_checkpointing
+
+
+def test_number_of_parameters():
+    model = random_model(position_embedding_type="learned")
+    everything = sum(p.numel() for p in model.parameters())
+    embeddings = 6 * 32 + 2 * 50 * 16
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert frozen > 0
+    assert model.num_parameters() == everything
+    assert model.num_parameters(exclude_embeddings=True) == everything - embeddings
+    assert model.num_parameters(only_trainable=True) == everything - frozen
+    assert (
+        model.num_parameters(only_trainable=True, exclude_embeddings=True)
+        == everything - frozen - embeddings
+    )
+
+
+# Dropout, layer drop, freezing -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dropout", "attention_dropout"])
+def test_images_have_their_own_dropout_from_the_first_decoder_layer_on(kind):
+    """Up to the first cross-attention nothing depends on the image: only dropout tells them apart."""
+    model = random_model(**{"dropout": 0.0, kind: 0.2}).model
+    seen = []
+    norm = model.decoder.layers[0].self_attn_layer_norm
+    norm.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    images = random_images(1, 64, 64).expand(3, -1, -1, -1)
+    torch.manual_seed(0)
+    model.train()(images)
+    (states,) = seen
+    assert states.shape[0] == 3
+    for i in range(3):
+        for j in range(i):
+            assert not torch.allclose(states[i], states[j])
+    seen.clear()
+    model.eval()(images)
+    assert all(torch.equal(state, seen[0][0]) for state in seen[0])
+
+
+@pytest.mark.parametrize("where", ["encoder", "decoder"])
+@pytest.mark.parametrize("kind", ["dropout", "attention_dropout", "activation_dropout"])
+def test_each_dropout_acts_in_training_only(where, kind):
+    """With the other part of the model in eval mode, equal images still get different states."""
+    model = random_model(**{"dropout": 0.0, kind: 0.2}).model.train()
+    getattr(model, "decoder" if where == "encoder" else "encoder").eval()
+    images = random_images(1, 64, 64).expand(2, -1, -1, -1)
+    torch.manual_seed(0)
+    states = model(images).last_hidden_state
+    assert (states[0] - states[1]).abs().max() > 1e-3
+    states = model.eval()(images).last_hidden_state
+    assert torch.equal(states[0], states[1])
+
+
+@TASKS
+@pytest.mark.parametrize("auxiliary_loss", [False, True], ids=["plain", "auxiliary"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_all_layers_dropped(task, auxiliary_loss, checkpointing):
+    model = random_model(
+        task, encoder_layerdrop=1.0, decoder_layerdrop=1.0, auxiliary_loss=auxiliary_loss
+    )
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    labels = random_labels((3, 1), masks=True)
+    grads = gradients(model, labels)
+    assert all(g.isfinite().all() for g in grads.values())
+    layers = [name for name in grads if ".layers." in name and "layers.0.self_attn" in name]
+    assert all(not grads[name].any() for name in layers)
+    assert grads[next(name for name in grads if name.endswith("bbox_predictor.layers.0.bias"))].any()
+    model.eval()
+    output = model(random_images(2, 64, 96), output_hidden_states=True)
+    assert len(output.decoder_hidden_states) == len(output.encoder_hidden_states) == 3
+
+
+def test_layers_are_dropped_at_random():
+    model = random_model(decoder_layers=4, encoder_layerdrop=0.5, decoder_layerdrop=0.5).model
+    torch.manual_seed(0)
+    counts = [
+        (len(output.encoder_hidden_states) - 1, len(output.decoder_hidden_states) - 1)
+        for output in (
+            model(random_images(1, 32, 32), output_hidden_states=True) for _ in range(30)
+        )
+    ]
+    encoder, decoder = zip(*counts, strict=True)
+    assert set(encoder) == {0, 1, 2}
+    assert len(set(decoder)) >= 4
+    assert 1 < sum(decoder) / 30 < 3
+
+
+@TASKS
+def test_freezing_the_backbone(task):
+    model = random_model(task)
+    base = (model if task == "detection" else model.conditional_detr).model
+    names = {name for name, _ in model.named_parameters() if ".backbone." in f".{name}"}
+    labels = random_labels((2, 1), masks=True)
+    start = set(gradients(model, labels))
+    assert start & names < names  # the early stages are frozen from the start
+
+    base.freeze_backbone()
+    frozen = set(gradients(model, labels))
+    assert not frozen & names
+    assert frozen == start - names
+
+    base.unfreeze_backbone()
+    grads = gradients(model, labels)
+    assert set(grads) == start | names
+    assert all(grads[name].any() for name in names)
