@@ -2,8 +2,8 @@
 
     python -m benchmarks.model --threads 2
 
-Weights are random (layer norms too), which takes the same time as trained ones. A row is printed only
-if both models agree.
+Weights are random (layer norms too), which takes the same time as trained ones. A row is printed
+only if both models agree.
 """
 
 import argparse

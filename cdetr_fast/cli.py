@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from cdetr_fast import assets
 from cdetr_fast.files import write_atomically
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ app = typer.Typer(
     help="Conditional DETR: detect objects, see a demonstration, ask what runs on this machine.",
 )
 
-DEMO_CHECKPOINT = Path(__file__).parent / "assets" / "demo"
-"""The checkpoint that comes with the package, trained on `cdetr_fast.scenes`."""
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
@@ -329,7 +328,7 @@ class _Detector:
 
         self.name = "embedded" if name is None else name
         self.device = _pick_device(device)
-        source = str(DEMO_CHECKPOINT) if name is None else name
+        source = str(assets.DEMO) if name is None else name
         options = {} if revision is None else {"revision": revision}
         try:
             model = ConditionalDetrForObjectDetection.from_pretrained(

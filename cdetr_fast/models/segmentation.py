@@ -94,8 +94,8 @@ def conv3x3_of_upsampled(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Te
 
     Where each pixel is doubled, three taps of the kernel fall on two pixels. So each of the four
     phases of the output is a 2x2 convolution of the small map: 4 products an output pixel in place
-    of 9, and the large map is written once. A map of size 2n - 1 is that of size 2n without its last
-    row or column, whose share in its neighbour is taken off again.
+    of 9, and the large map is written once. A map of size 2n - 1 is that of size 2n without its
+    last row or column, whose share in its neighbour is taken off again.
 
     Args:
         x: `[M, C, h, w]`.

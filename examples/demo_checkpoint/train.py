@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cdetr_fast import (
@@ -123,14 +124,16 @@ class Scenes:
                 self.boxes_xyxy.append(torch.from_numpy(boxes_xyxy))
                 self.labels.append(torch.from_numpy(labels))
 
-    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    def batch(
+        self, step: int, size: int, seed: int, rank: int, world: int
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """The batch of a step: it depends on the arguments only, so a resumed run goes on alike."""
         per_epoch = len(self.labels) // size
         epoch, position = divmod(step, per_epoch)
         order = np.random.default_rng((seed, epoch)).permutation(len(self.labels))
-        rng = np.random.default_rng((seed, epoch, position))
+        rng = np.random.default_rng((seed, epoch, position, rank))
         images, labels = [], []
-        for i in order[position * size : (position + 1) * size]:
+        for i in order[position * size : (position + 1) * size][rank::world]:
             image, boxes = self.images[i], self.boxes_xyxy[i]
             if rng.random() < 0.5:
                 image, boxes = image.flip(1), _mirrored(boxes, 0)
@@ -260,8 +263,20 @@ def schedule(step: int, fraction: float) -> tuple[float, float]:
     return warm_up * (0.01 + 0.99 * cosine), max(0.0, 1 - 2 * fraction)
 
 
+def average_over_ranks(parameters: list[nn.Parameter], elapsed: float) -> float:
+    """Average the gradients in place; returns the mean time, so that all ranks stop together."""
+    message = torch.cat([*(p.grad.reshape(-1) for p in parameters), torch.tensor([elapsed])])
+    dist.all_reduce(message)
+    message /= dist.get_world_size()
+    parts = message[:-1].split([p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad.copy_(part.view_as(parameter))
+    return message[-1].item()
+
+
 def train(args: argparse.Namespace) -> dict[str, Tensor]:
     """Train until the step or time budget is spent; returns the averaged weights."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(args.seed)
     model = build_model(auxiliary_loss=True)
     thaw_batch_norm(model)
@@ -279,6 +294,8 @@ def train(args: argparse.Namespace) -> dict[str, Tensor]:
         average, step, elapsed = state["average"], state["step"], state["elapsed"]
 
     def save() -> None:
+        if rank > 0:
+            return
         state = {
             "model": model.state_dict(),
             "dense": dense.state_dict(),
@@ -291,25 +308,32 @@ def train(args: argparse.Namespace) -> dict[str, Tensor]:
         torch.save(state, partial)
         os.replace(partial, args.state)  # a stop while writing leaves the old state
 
+    def report(line: str) -> None:
+        if rank == 0:
+            print(line, flush=True)
+
     def progress() -> float:
         return max(step / args.steps, elapsed / (60 * args.minutes))
 
     if progress() < 1:
         clock = time.perf_counter()
         scenes = Scenes(args.scenes, args.seed, args.threads)
-        print(f"{args.scenes} scenes drawn in {time.perf_counter() - clock:.0f} s", flush=True)
+        report(f"{args.scenes} scenes drawn in {time.perf_counter() - clock:.0f} s")
     grid = tuple(-(-side // STRIDE) for side in SIZE)
     clock, recent = time.perf_counter() - elapsed, []
     while (fraction := progress()) < 1:
         factor, dense_weight = schedule(step, fraction)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * factor
-        pixels, labels = scenes.batch(step, args.batch_size, args.seed)
+        pixels, labels = scenes.batch(step, args.batch_size, args.seed, rank, world)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             outputs = model(pixels, labels=labels)
         dense_loss = dense(outputs.encoder_last_hidden_state.float(), labels, grid)
         optimizer.zero_grad(set_to_none=True)
         (outputs.loss + dense_weight * dense_loss).backward()
+        elapsed = time.perf_counter() - clock
+        if world > 1:
+            elapsed = average_over_ranks(parameters, elapsed)
         norm = nn.utils.clip_grad_norm_(parameters, args.clip)
         if not norm.isfinite():
             raise RuntimeError(f"gradient norm {norm} at step {step}: training has diverged")
@@ -321,19 +345,18 @@ def train(args: argparse.Namespace) -> dict[str, Tensor]:
                 if value.is_floating_point():
                     average[key].lerp_(value, 1 - decay)
         recent.append((outputs.loss.item(), dense_loss.item(), norm.item()))
-        step, elapsed = step + 1, time.perf_counter() - clock
+        step += 1
         if step % 100 == 0:
             loss, dense_mean, norm_mean = np.mean(recent, axis=0)
             recent.clear()
-            print(
+            report(
                 f"step {step:6d}  {100 * fraction:5.1f} %  {elapsed / 60:5.1f} min  "
-                f"loss {loss:.3f}  dense {dense_mean:.3f}  gradient {norm_mean:.1f}",
-                flush=True,
+                f"loss {loss:.3f}  dense {dense_mean:.3f}  gradient {norm_mean:.1f}"
             )
         if step % 500 == 0:
             save()
     save()
-    print(f"{step} steps, {step * args.batch_size} images, {elapsed / 60:.1f} min", flush=True)
+    report(f"{step} steps, {step * args.batch_size} images, {elapsed / 60:.1f} min")
     return average
 
 
@@ -343,7 +366,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="budget of time")
     parser.add_argument("--steps", type=int, default=1_000_000, help="budget of steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="for each process")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--scenes", type=int, default=20_000, help="different training scenes")
     parser.add_argument("--lr", type=float, default=3e-4)
@@ -353,8 +376,14 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="continue from --state")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
 
     average = train(args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        if os.environ["RANK"] != "0":
+            return
     # Only training needs auxiliary outputs; without them transformers computes what the paper says.
     model = build_model(auxiliary_loss=False)
     model.load_state_dict(frozen_state(average))

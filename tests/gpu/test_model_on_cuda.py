@@ -1,4 +1,4 @@
-"""The model on a CUDA device: the numbers of the CPU, and how often the host waits for the device."""
+"""The model on a CUDA device: the numbers of the CPU, and how often the host waits for it."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = [
 
 @pytest.fixture
 def ieee_products():
-    """fp32 products without TF32, which is torch's default for matrices but not for convolutions."""
+    """fp32 products without TF32, which convolutions have by default."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield

@@ -3,6 +3,7 @@
 This file is also the program that each of the processes runs.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-
-ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import cdetr_fast
 
@@ -90,14 +87,17 @@ def run_process(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def distributed(tmp_path_factory):
+def distributed(root, tmp_path_factory):
     """Gradients of all cases, computed by two processes."""
     folder = tmp_path_factory.mktemp("distributed")
+    paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), str(folder)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            env=environment,
             text=True,
         )
         for rank in range(PROCESSES)

@@ -24,7 +24,8 @@ SMALL = TINY | {
     "auxiliary_loss": True,
 }
 del SMALL["num_labels"]
-# States of 0 enter the first decoder layer: all its queries have one value, whatever they attend to.
+# States of 0 enter the first decoder layer: all its queries have one value, whatever they
+# attend to.
 WITHOUT_GRADIENT = re.compile(r"decoder\.layers\.0\.self_attn\.([qk]_|v_proj\.weight)")
 COUNTS = (2, 0, 1, 3)  # objects in each image
 
@@ -196,7 +197,7 @@ def test_trains_with_checkpointing_and_accumulation(model, data, tmp_path):
 
 
 def test_saves_resumes_and_loads(model, data, processor, tmp_path):
-    """Trainer writes weights alone for a model that is not transformers': the config is ours to keep."""
+    """Trainer writes no config.json for a model that is not transformers'."""
     trainer = make_trainer(model, data, tmp_path, save_strategy="steps", save_steps=1)
     trainer.train()
     checkpoint = tmp_path / "checkpoint-2"

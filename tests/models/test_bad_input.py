@@ -171,7 +171,7 @@ def test_configuration_of_another_class(task):
     expected = "config.*cdetr_fast.ConditionalDetrConfig.*got transformers.*ConditionalDetrConfig"
     with pytest.raises(TypeError, match=expected):
         getattr(cdetr_fast, CLASSES[task])(theirs)
-    with pytest.raises(TypeError, match="config.*dict"):
+    with pytest.raises(TypeError, match=r"config.*dict"):
         getattr(cdetr_fast, CLASSES[task])(theirs.to_dict())
 
 
@@ -433,7 +433,7 @@ def test_finite_predictions_are_not_reported(detector, caplog):
 
 @pytest.mark.parametrize("where", [0, 3])
 def test_nan_predictions_are_matched_last(detector, where):
-    """With finite predictions left, a query that is NaN gets no target: its boxes' loss is finite."""
+    """With finite predictions left, a query that is NaN gets no target: the loss is finite."""
     logits, boxes_cxcywh = torch.zeros(2, 5, 7), torch.full((2, 5, 4), 0.5)
     boxes_cxcywh[:, where] = NAN
     boxes_cxcywh.requires_grad_()

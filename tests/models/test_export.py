@@ -39,8 +39,8 @@ def without_traces_of_other_tests():
     torch._dynamo.reset()
 
 
-def random_model(task):
-    model = make_ours(task, **SMALL)
+def random_model(task, **config):
+    model = make_ours(task, **(SMALL | config))
     randomise(model)
     return model.eval()
 
@@ -120,18 +120,19 @@ def test_compile_makes_one_graph(model):
     assert counter.frame_count == 1  # neither a break nor a second compilation
 
 
-@pytest.mark.slow
-def test_compile_for_training(detector):
-    """One graph, and the gradients of eager mode (dropout 0)."""
+def test_compile_for_training():
+    """One graph, and the gradients of eager mode, dropout included."""
     counter = CompileCounterWithBackend("aot_eager")
-    detector.train()
+    model = random_model("detection", dropout=0.1, attention_dropout=0.1).train()
     gradients = []
-    for forward in (detector, torch.compile(detector, fullgraph=True, backend=counter)):
-        detector.zero_grad()
+    for forward in (model, torch.compile(model, fullgraph=True, backend=counter)):
+        model.zero_grad()
         for seed in (0, 1):
+            torch.manual_seed(seed)
             output = forward(*inputs(seed=seed))
             (output.logits.square().sum() + output.pred_boxes.sum()).backward()
-        gradients.append({n: p.grad.clone() for n, p in detector.named_parameters() if p.requires_grad})
-    detector.eval()
+        gradients.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        )
     assert counter.frame_count == 1
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)

@@ -62,7 +62,7 @@ def test_fields_without_value_are_attributes_only(cls):
     with pytest.raises(KeyError, match="loss_dict"):
         output["loss_dict"]
     with pytest.raises(AttributeError, match="no_such_field"):
-        output.no_such_field
+        _ = output.no_such_field
     with pytest.raises(TypeError, match="no_such_field"):
         cls(no_such_field=torch.ones(1))
     with pytest.raises(IndexError):
