@@ -7,7 +7,7 @@ reproduces transformers, whose segmentation functions take a softmax and throw t
 Dimensions: B batch, Q queries, K classes, n segments kept, H x W the requested size of an image.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,14 @@ def detections(
     outputs: Any, threshold: float, target_sizes: TargetSizes | None, top_k: int
 ) -> list[dict[str, Tensor]]:
     """Implements `ConditionalDetrImageProcessor.post_process_object_detection`."""
-    logits = outputs.logits
+    logits = _field(outputs, "logits")
     _check_count(target_sizes, len(logits))
     if target_sizes is not None and not isinstance(target_sizes, Tensor):
         target_sizes = torch.tensor([[float(side) for side in size] for size in target_sizes])
     k = min(top_k, logits.shape[1] * logits.shape[2])
-    scores, labels, boxes_xyxy, _ = detection_topk(logits, outputs.pred_boxes, target_sizes, k=k)
+    scores, labels, boxes_xyxy, _ = detection_topk(
+        logits, _field(outputs, "pred_boxes"), target_sizes, k=k
+    )
     # Scores descend, so those above the threshold come first: one transfer for the whole batch.
     counts = (scores > threshold).sum(dim=1).tolist()
     return [
@@ -39,11 +41,16 @@ def detections(
     ]
 
 
+def _field(outputs: Any, name: str) -> Tensor:
+    """Reads a field of a model output, or of the plain dict that transformers' pipelines make."""
+    return outputs[name] if isinstance(outputs, Mapping) else getattr(outputs, name)
+
+
 def semantic_maps(
     outputs: Any, target_sizes: TargetSizes | None, return_scores: bool, compat: str
 ) -> list[Tensor] | list[BatchFeature]:
     """Implements `ConditionalDetrImageProcessor.post_process_semantic_segmentation`."""
-    logits, masks = _upcast(outputs.logits), _upcast(outputs.pred_masks)
+    logits, masks = _upcast(_field(outputs, "logits")), _upcast(_field(outputs, "pred_masks"))
     sizes = _sizes(target_sizes, len(logits))
     class_scores = logits.sigmoid() if compat == "paper" else logits.softmax(dim=-1)
     scores = torch.einsum("bqk,bqhw->bkhw", class_scores, masks.sigmoid())
@@ -70,7 +77,7 @@ def segments(
     compat: str,
 ) -> list[dict[str, Any]]:
     """Implements the instance and panoptic functions of `ConditionalDetrImageProcessor`."""
-    logits, masks = _upcast(outputs.logits), outputs.pred_masks
+    logits, masks = _upcast(_field(outputs, "logits")), _field(outputs, "pred_masks")
     sizes = _sizes(target_sizes, len(logits))
     if compat == "paper":
         best_logits, labels = logits.max(dim=-1)

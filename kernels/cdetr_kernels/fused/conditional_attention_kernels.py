@@ -1,0 +1,395 @@
+"""Conditional attention, tile by tile: forward, both backward kernels, the map, the merge.
+
+    score[i,j] = scale * (q_content[i] . k_content[j] + q_spatial[i] . k_spatial[j])    per b, n
+    P          = softmax over the keys j that are attended to
+    out[i]     = sum_j keep[i,j] P[i,j] / (1 - p) value[j]
+
+Two dot products add up into one tile of scores that never leaves the chip; the softmax over keys is
+kept up to date tile by tile (pivot, sum, output), in fp32 and to base 2. The log-sum-exp of each row
+is all that backward needs to have P again:
+
+    delta[i]   = dout[i] . out[i]
+    dscore     = P (keep / (1 - p) dout . value - delta)
+    dq_*       = scale dscore k_*       dk_* = scale dscore^T q_*       dvalue = (keep P / (1 - p))^T dout
+
+Queries and keys have a backward kernel each, so that every sum has one owner and one order: no atomic
+additions, the same bits in every run. Masks enter as a bias of 0 or -inf, in the multiply-add that
+scales the scores. The pivot starts finite, so a row without keys is 0 / 1 and never NaN.
+
+Names: queries Q, keys S, heads N, sizes D and DV, padded BD and BV; see STYLE in CONTRIBUTING.
+Source: Meng et al., section 3.3; Dao, "FlashAttention-2", 2023 (the order of the work).
+"""
+
+import triton
+import triton.language as tl
+
+from cdetr_kernels.fused.random import keep, row_streams
+
+# Below every score, and finite: -inf minus -inf would be NaN.
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def _load(p, o_rows, rows, stride_row, o_columns, stride_column, COLUMNS: tl.constexpr):
+    """Rows `o_rows` (those below `rows`) of a matrix of COLUMNS columns; zeros around it."""
+    # 64-bit offsets: a row may lie more than 2^31 elements after the first one.
+    p_rows = p + o_rows.to(tl.int64)[:, None] * stride_row
+    m_rows = (o_rows < rows)[:, None]
+    if COLUMNS < o_columns.shape[0]:
+        m_rows = m_rows & (o_columns < COLUMNS)[None, :]
+    return tl.load(p_rows + o_columns.to(tl.int64)[None, :] * stride_column, m_rows, other=0.0)
+
+
+@triton.jit
+def _store(p, b_x, o_rows, rows, stride_row, o_columns, COLUMNS: tl.constexpr):
+    """Writes what `_load` reads, columns contiguous."""
+    p_rows = p + o_rows.to(tl.int64)[:, None] * stride_row
+    m_rows = (o_rows < rows)[:, None]
+    if COLUMNS < o_columns.shape[0]:
+        m_rows = m_rows & (o_columns < COLUMNS)[None, :]
+    tl.store(p_rows + o_columns[None, :], b_x.to(p.dtype.element_ty), m_rows)
+
+
+@triton.jit
+def _bias(p_mask, o_s, S, stride_s, MASKED: tl.constexpr):
+    """0 for keys that are attended to, -inf for others and beyond S."""
+    m_s = o_s < S
+    if MASKED:
+        m_s = tl.load(p_mask + o_s.to(tl.int64) * stride_s, m_s, other=0) != 0
+    return tl.where(m_s, 0.0, float("-inf"))  # [BS]
+
+
+@triton.jit
+def _extent(p_mask, S, stride_s, MASKED: tl.constexpr):
+    """One more than the last key that is attended to: tiles after it are never visited."""
+    extent = S
+    if MASKED:
+        BLOCK: tl.constexpr = 1024
+        last = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, S, BLOCK):
+            o_s = start + tl.arange(0, BLOCK)
+            attended = tl.load(p_mask + o_s.to(tl.int64) * stride_s, o_s < S, other=0) != 0
+            last = tl.maximum(last, tl.where(attended, o_s + 1, 0))
+        extent = tl.max(last, 0)
+    return extent
+
+
+@triton.jit
+def _program(rows, BLOCK: tl.constexpr, N):
+    """Tile, head and image of this program. Neighbours share a head, and so its keys in the L2."""
+    tiles = tl.cdiv(rows, BLOCK)
+    i = tl.program_id(0)
+    return i % tiles, (i // tiles) % N, i // tiles // N
+
+
+_SIZES = ["N", "Q", "S", "threshold", "mask_b"]
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "B", "splits"])
+def forward_kernel(
+    p_qc,  # [B, Q, N, D]
+    p_qs,  # [B, Q, N, D]
+    p_kc,  # [B, S, N, D]
+    p_ks,  # [B, S, N, D]
+    p_v,  # [B, S, N, DV]
+    p_mask,  # [B, S]
+    p_seed,  # [1]
+    p_out,  # [splits * B, Q, N, DV], contiguous
+    p_lse,  # [splits * B, N, Q], contiguous
+    qc_b, qc_q, qc_n, qc_d,
+    qs_b, qs_q, qs_n, qs_d,
+    kc_b, kc_s, kc_n, kc_d,
+    ks_b, ks_s, ks_n, ks_d,
+    v_b, v_s, v_n, v_d,
+    mask_b, mask_s,
+    B, N, Q, S,
+    splits,
+    scale,  # times log2(e)
+    threshold,
+    inverse_keep,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BQ: tl.constexpr, BS: tl.constexpr,
+    SPATIAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_q, i_n, i_out = _program(Q, BQ, N)
+    i_b, i_split = (i_out % B).to(tl.int64), i_out // B
+    o_q = i_q * BQ + tl.arange(0, BQ)
+    o_d, o_v = tl.arange(0, BD), tl.arange(0, BV)
+
+    b_qc = _load(p_qc + i_b * qc_b + i_n.to(tl.int64) * qc_n, o_q, Q, qc_q, o_d, qc_d, D)
+    p_kc += i_b * kc_b + i_n.to(tl.int64) * kc_n
+    p_v += i_b * v_b + i_n.to(tl.int64) * v_n
+    if SPATIAL:
+        b_qs = _load(p_qs + i_b * qs_b + i_n.to(tl.int64) * qs_n, o_q, Q, qs_q, o_d, qs_d, D)
+        p_ks += i_b * ks_b + i_n.to(tl.int64) * ks_n
+    if MASKED:
+        p_mask += i_b * mask_b
+    if DROPOUT:
+        start, step = row_streams(p_seed, (i_b * N + i_n).to(tl.int32), o_q)
+
+    b_m = tl.full([BQ], LOWEST, tl.float32)
+    b_l = tl.zeros([BQ], tl.float32)
+    b_acc = tl.zeros([BQ, BV], tl.float32)
+    extent = _extent(p_mask, S, mask_s, MASKED)
+    part = tl.cdiv(tl.cdiv(extent, BS), splits) * BS
+    first = i_split * part
+    bias = _bias(p_mask, first + tl.arange(0, BS), S, mask_s, MASKED)
+    for i_s in range(first, tl.minimum(first + part, extent), BS):
+        o_s = i_s + tl.arange(0, BS)
+        # A tile ahead: bytes of a mask are too narrow for the asynchronous copies of the pipeline.
+        next_bias = _bias(p_mask, o_s + BS, S, mask_s, MASKED)
+        b_kc = _load(p_kc, o_s, S, kc_s, o_d, kc_d, D)
+        b_s = tl.dot(b_qc, tl.trans(b_kc), input_precision=PRECISION)  # [BQ, BS]
+        if SPATIAL:
+            b_ks = _load(p_ks, o_s, S, ks_s, o_d, ks_d, D)
+            b_s = tl.dot(b_qs, tl.trans(b_ks), b_s, input_precision=PRECISION)
+        b_s = b_s * scale + bias[None, :]
+        b_m_next = tl.maximum(b_m, tl.max(b_s, 1))
+        b_p = tl.exp2(b_s - b_m_next[:, None])
+        shrink = tl.exp2(b_m - b_m_next)
+        b_l = b_l * shrink + tl.sum(b_p, 1)
+        if DROPOUT:
+            b_p = tl.where(keep(start[:, None], step[:, None], o_s[None, :], threshold), b_p, 0.0)
+        b_v = _load(p_v, o_s, S, v_s, o_v, v_d, DV)
+        b_acc = tl.dot(
+            b_p.to(b_v.dtype), b_v, b_acc * shrink[:, None], input_precision=PRECISION
+        )
+        b_m = b_m_next
+        bias = next_bias
+
+    empty = b_l == 0.0
+    b_l = tl.where(empty, 1.0, b_l)
+    b_out = b_acc * (inverse_keep / b_l)[:, None]
+    p_out += i_out.to(tl.int64) * Q * N * DV + i_n * DV
+    _store(p_out, b_out, o_q, Q, N * DV, o_v, DV)
+    # A row without keys has +inf: exp2(score - inf) is 0 for any score.
+    b_lse = tl.where(empty, float("inf"), b_m + tl.log2(b_l))
+    tl.store(p_lse + (i_out.to(tl.int64) * N + i_n) * Q + o_q, b_lse, o_q < Q)
+
+
+@triton.jit(do_not_specialize=["rows", "N", "Q", "splits"])
+def merge_kernel(
+    p_part,  # [splits, B, Q, N, DV]
+    p_part_lse,  # [splits, B, N, Q]
+    p_out,  # [B, Q, N, DV]
+    p_lse,  # [B, N, Q]
+    rows,  # B * Q * N
+    N, Q, splits,
+    DV: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    o_r = tl.program_id(0) * BR + tl.arange(0, BR)
+    o_v = tl.arange(0, BV)
+    m_r = o_r < rows
+    o_lse = (o_r // (Q * N)) * (Q * N) + (o_r % N) * Q + (o_r // N) % Q
+    b_m = tl.full([BR], LOWEST, tl.float32)
+    b_l = tl.zeros([BR], tl.float32)
+    b_acc = tl.zeros([BR, BV], tl.float32)
+    for i in range(0, splits):
+        offset = i.to(tl.int64) * rows
+        b_lse = tl.load(p_part_lse + offset + o_lse, m_r, other=float("inf"))
+        b_lse = tl.where(b_lse == float("inf"), float("-inf"), b_lse)
+        b_m_next = tl.maximum(b_m, b_lse)
+        shrink, weight = tl.exp2(b_m - b_m_next), tl.exp2(b_lse - b_m_next)
+        b_part = _load(p_part + offset * DV, o_r, rows, DV, o_v, 1, DV)
+        b_acc = b_acc * shrink[:, None] + b_part * weight[:, None]
+        b_l = b_l * shrink + weight
+        b_m = b_m_next
+    empty = b_l == 0.0
+    b_l = tl.where(empty, 1.0, b_l)
+    _store(p_out, b_acc / b_l[:, None], o_r, rows, DV, o_v, DV)
+    tl.store(p_lse + o_lse, tl.where(empty, float("inf"), b_m + tl.log2(b_l)), m_r)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def backward_queries_kernel(
+    p_qc, p_qs, p_kc, p_ks, p_v, p_mask, p_seed,  # as in forward
+    p_out,  # [B, Q, N, DV], contiguous
+    p_lse,  # [B, N, Q], contiguous
+    p_do,  # [B, Q, N, DV]
+    p_delta,  # [B, N, Q], contiguous; written for the other kernel
+    p_dqc,  # [B, Q, N, D], contiguous
+    p_dqs,  # [B, Q, N, D], contiguous
+    qc_b, qc_q, qc_n, qc_d,
+    qs_b, qs_q, qs_n, qs_d,
+    kc_b, kc_s, kc_n, kc_d,
+    ks_b, ks_s, ks_n, ks_d,
+    v_b, v_s, v_n, v_d,
+    mask_b, mask_s,
+    do_b, do_q, do_n, do_d,
+    N, Q, S,
+    scale, scale_log2, threshold, inverse_keep,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BQ: tl.constexpr, BS: tl.constexpr,
+    SPATIAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_q, i_n, i_b = _program(Q, BQ, N)
+    i_b, i_n = i_b.to(tl.int64), i_n.to(tl.int64)
+    o_q = i_q * BQ + tl.arange(0, BQ)
+    o_d, o_v = tl.arange(0, BD), tl.arange(0, BV)
+    m_q = o_q < Q
+    o_row = (i_b * N + i_n) * Q + o_q
+
+    b_qc = _load(p_qc + i_b * qc_b + i_n * qc_n, o_q, Q, qc_q, o_d, qc_d, D)
+    b_do = _load(p_do + i_b * do_b + i_n * do_n, o_q, Q, do_q, o_v, do_d, DV)
+    b_out = _load(p_out + i_b * Q * N * DV + i_n * DV, o_q, Q, N * DV, o_v, 1, DV)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
+    tl.store(p_delta + o_row, b_delta, m_q)
+    b_lse = tl.load(p_lse + o_row, m_q, other=float("inf"))
+    p_kc += i_b * kc_b + i_n * kc_n
+    p_v += i_b * v_b + i_n * v_n
+    if SPATIAL:
+        b_qs = _load(p_qs + i_b * qs_b + i_n * qs_n, o_q, Q, qs_q, o_d, qs_d, D)
+        p_ks += i_b * ks_b + i_n * ks_n
+        b_dqs = tl.zeros([BQ, BD], tl.float32)
+    if MASKED:
+        p_mask += i_b * mask_b
+    if DROPOUT:
+        start, step = row_streams(p_seed, (i_b * N + i_n).to(tl.int32), o_q)
+
+    b_dqc = tl.zeros([BQ, BD], tl.float32)
+    bias = _bias(p_mask, tl.arange(0, BS), S, mask_s, MASKED)
+    for i_s in range(0, _extent(p_mask, S, mask_s, MASKED), BS):
+        o_s = i_s + tl.arange(0, BS)
+        next_bias = _bias(p_mask, o_s + BS, S, mask_s, MASKED)
+        b_kc = _load(p_kc, o_s, S, kc_s, o_d, kc_d, D)
+        b_s = tl.dot(b_qc, tl.trans(b_kc), input_precision=PRECISION)  # [BQ, BS]
+        if SPATIAL:
+            b_ks = _load(p_ks, o_s, S, ks_s, o_d, ks_d, D)
+            b_s = tl.dot(b_qs, tl.trans(b_ks), b_s, input_precision=PRECISION)
+        b_p = tl.exp2(b_s * scale_log2 + bias[None, :] - b_lse[:, None])
+        b_v = _load(p_v, o_s, S, v_s, o_v, v_d, DV)
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        if DROPOUT:
+            kept = keep(start[:, None], step[:, None], o_s[None, :], threshold)
+            b_dp = tl.where(kept, b_dp * inverse_keep, 0.0)
+        b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_kc.dtype)
+        b_dqc = tl.dot(b_ds, b_kc, b_dqc, input_precision=PRECISION)
+        if SPATIAL:
+            b_dqs = tl.dot(b_ds, b_ks, b_dqs, input_precision=PRECISION)
+        bias = next_bias
+
+    offset = i_b * Q * N * D + i_n * D
+    _store(p_dqc + offset, b_dqc * scale, o_q, Q, N * D, o_d, D)
+    if SPATIAL:
+        _store(p_dqs + offset, b_dqs * scale, o_q, Q, N * D, o_d, D)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def backward_keys_kernel(
+    p_qc, p_qs, p_kc, p_ks, p_v, p_mask, p_seed,  # as in forward
+    p_lse,  # [B, N, Q], contiguous
+    p_do,  # [B, Q, N, DV]
+    p_delta,  # [B, N, Q], contiguous
+    p_dkc,  # [B, S, N, D], contiguous
+    p_dks,  # [B, S, N, D], contiguous
+    p_dv,  # [B, S, N, DV], contiguous
+    qc_b, qc_q, qc_n, qc_d,
+    qs_b, qs_q, qs_n, qs_d,
+    kc_b, kc_s, kc_n, kc_d,
+    ks_b, ks_s, ks_n, ks_d,
+    v_b, v_s, v_n, v_d,
+    mask_b, mask_s,
+    do_b, do_q, do_n, do_d,
+    N, Q, S,
+    scale, scale_log2, threshold, inverse_keep,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BQ: tl.constexpr, BS: tl.constexpr,
+    SPATIAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_s, i_n, i_b = _program(S, BS, N)
+    i_b, i_n = i_b.to(tl.int64), i_n.to(tl.int64)
+    o_s = i_s * BS + tl.arange(0, BS)
+    o_d, o_v = tl.arange(0, BD), tl.arange(0, BV)
+    o_row = (i_b * N + i_n) * Q
+
+    b_kc = _load(p_kc + i_b * kc_b + i_n * kc_n, o_s, S, kc_s, o_d, kc_d, D)
+    b_v = _load(p_v + i_b * v_b + i_n * v_n, o_s, S, v_s, o_v, v_d, DV)
+    p_qc += i_b * qc_b + i_n * qc_n
+    p_do += i_b * do_b + i_n * do_n
+    if SPATIAL:
+        b_ks = _load(p_ks + i_b * ks_b + i_n * ks_n, o_s, S, ks_s, o_d, ks_d, D)
+        p_qs += i_b * qs_b + i_n * qs_n
+        b_dks = tl.zeros([BS, BD], tl.float32)
+    if MASKED:
+        p_mask += i_b * mask_b
+
+    b_dkc = tl.zeros([BS, BD], tl.float32)
+    b_dv = tl.zeros([BS, BV], tl.float32)
+    bias = _bias(p_mask, o_s, S, mask_s, MASKED)
+    # A tile of padding has gradients of zero: nothing to visit.
+    queries = tl.where(tl.max(bias, 0) == 0.0, Q, 0)
+    for i_q in range(0, queries, BQ):
+        o_q = i_q + tl.arange(0, BQ)
+        b_qc = _load(p_qc, o_q, Q, qc_q, o_d, qc_d, D)
+        b_s = tl.dot(b_kc, tl.trans(b_qc), input_precision=PRECISION)  # [BS, BQ]
+        if SPATIAL:
+            b_qs = _load(p_qs, o_q, Q, qs_q, o_d, qs_d, D)
+            b_s = tl.dot(b_ks, tl.trans(b_qs), b_s, input_precision=PRECISION)
+        b_lse = tl.load(p_lse + o_row + o_q, o_q < Q, other=float("inf"))
+        b_p = tl.exp2(b_s * scale_log2 + bias[:, None] - b_lse[None, :])
+        b_do = _load(p_do, o_q, Q, do_q, o_v, do_d, DV)
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        b_weight = b_p
+        if DROPOUT:
+            start, step = row_streams(p_seed, (i_b * N + i_n).to(tl.int32), o_q)
+            kept = keep(start[None, :], step[None, :], o_s[:, None], threshold)
+            b_weight = tl.where(kept, b_p * inverse_keep, 0.0)
+            b_dp = tl.where(kept, b_dp * inverse_keep, 0.0)
+        b_dv = tl.dot(b_weight.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_delta = tl.load(p_delta + o_row + o_q, o_q < Q, other=0.0)
+        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_qc.dtype)
+        b_dkc = tl.dot(b_ds, b_qc, b_dkc, input_precision=PRECISION)
+        if SPATIAL:
+            b_dks = tl.dot(b_ds, b_qs, b_dks, input_precision=PRECISION)
+
+    offset = i_b * S * N * D + i_n * D
+    _store(p_dkc + offset, b_dkc * scale, o_s, S, N * D, o_d, D)
+    if SPATIAL:
+        _store(p_dks + offset, b_dks * scale, o_s, S, N * D, o_d, D)
+    _store(p_dv + i_b * S * N * DV + i_n * DV, b_dv, o_s, S, N * DV, o_v, DV)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def attention_map_kernel(
+    p_qc, p_qs, p_kc, p_ks, p_mask, p_seed,  # as in forward
+    p_lse,  # [B, N, Q], contiguous
+    p_map,  # [B, N, Q, S], contiguous
+    qc_b, qc_q, qc_n, qc_d,
+    qs_b, qs_q, qs_n, qs_d,
+    kc_b, kc_s, kc_n, kc_d,
+    ks_b, ks_s, ks_n, ks_d,
+    mask_b, mask_s,
+    N, Q, S,
+    scale_log2, threshold, inverse_keep,
+    D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr,
+    SPATIAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_tile, i_n, i_b = _program(tl.cdiv(Q, BQ) * tl.cdiv(S, BS), 1, N)
+    i_b, i_n = i_b.to(tl.int64), i_n.to(tl.int64)
+    o_s = (i_tile % tl.cdiv(S, BS)) * BS + tl.arange(0, BS)
+    o_q = (i_tile // tl.cdiv(S, BS)) * BQ + tl.arange(0, BQ)
+    o_d = tl.arange(0, BD)
+    if MASKED:
+        p_mask += i_b * mask_b
+
+    b_qc = _load(p_qc + i_b * qc_b + i_n * qc_n, o_q, Q, qc_q, o_d, qc_d, D)
+    b_kc = _load(p_kc + i_b * kc_b + i_n * kc_n, o_s, S, kc_s, o_d, kc_d, D)
+    b_s = tl.dot(b_qc, tl.trans(b_kc), input_precision=PRECISION)  # [BQ, BS]
+    if SPATIAL:
+        b_qs = _load(p_qs + i_b * qs_b + i_n * qs_n, o_q, Q, qs_q, o_d, qs_d, D)
+        b_ks = _load(p_ks + i_b * ks_b + i_n * ks_n, o_s, S, ks_s, o_d, ks_d, D)
+        b_s = tl.dot(b_qs, tl.trans(b_ks), b_s, input_precision=PRECISION)
+    b_lse = tl.load(p_lse + (i_b * N + i_n) * Q + o_q, o_q < Q, other=float("inf"))
+    bias = _bias(p_mask, o_s, S, mask_s, MASKED)
+    b_p = tl.exp2(b_s * scale_log2 + bias[None, :] - b_lse[:, None])
+    if DROPOUT:
+        start, step = row_streams(p_seed, (i_b * N + i_n).to(tl.int32), o_q)
+        kept = keep(start[:, None], step[:, None], o_s[None, :], threshold)
+        b_p = tl.where(kept, b_p * inverse_keep, 0.0)
+    p_map += (i_b * N + i_n) * Q * S
+    p_tile = p_map + o_q.to(tl.int64)[:, None] * S + o_s[None, :]
+    tl.store(p_tile, b_p.to(p_map.dtype.element_ty), (o_q < Q)[:, None] & (o_s < S)[None, :])

@@ -1,0 +1,70 @@
+"""What the launchers share: the architecture of a device, the precision of dots, the launch."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from cdetr_kernels.fused.configurations import Tile
+
+# triton decides when it decorates a kernel, that is when this package is imported.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with its grid, arguments and tile: what runs, and what the audit compiles."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    tile: Tile
+
+    def run(self, device: torch.device) -> None:
+        """Launches on the current stream of `device`."""
+        if self.programs == 0:
+            return
+        with torch.cuda.device(device.index if device.type == "cuda" else -1):
+            self.kernel[(self.programs,)](
+                **self.arguments, num_warps=self.tile.warps, num_stages=self.tile.stages
+            )
+
+
+def reason_against(tensor: Tensor) -> str | None:
+    """Says why kernels cannot run on this tensor, None if they can."""
+    if not tensor.is_cuda and not INTERPRETED:
+        return (
+            f"the tensors are on {tensor.device}, and triton kernels run on GPUs "
+            "(on CPUs only under TRITON_INTERPRET=1)"
+        )
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernels are for float16, bfloat16 and float32, not {tensor.dtype}"
+    return None
+
+
+@functools.lru_cache
+def architecture(device: torch.device) -> str:
+    """Returns "sm_90", "gfx942" and the like, or "interpreter" for a CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Returns how many programs run side by side at least."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Returns "tf32" for fp32 where torch is allowed to use it in matrix products, else "ieee"."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed and not torch.version.hip else "ieee"
