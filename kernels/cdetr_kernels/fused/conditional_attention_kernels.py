@@ -30,6 +30,15 @@ LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
+def _dot(a, b, PRECISION: tl.constexpr, acc=None):
+    """a times b plus acc in fp32; fp32 operands are rounded to tf32 or not, as PRECISION says."""
+    if PRECISION == "upcast":
+        # The interpreter would multiply the integers that hold the bits of bf16.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="tf32" if PRECISION == "tf32" else "ieee")
+
+
+@triton.jit
 def _load(p, o_rows, rows, stride_row, o_columns, stride_column, COLUMNS: tl.constexpr):
     """Rows `o_rows` (those below `rows`) of a matrix of COLUMNS columns; zeros around it."""
     # 64-bit offsets: a row may lie more than 2^31 elements after the first one.
@@ -140,10 +149,10 @@ def forward_kernel(
         # A tile ahead: bytes of a mask are too narrow for the asynchronous copies of the pipeline.
         next_bias = _bias(p_mask, o_s + BS, S, mask_s, MASKED)
         b_kc = _load(p_kc, o_s, S, kc_s, o_d, kc_d, D)
-        b_s = tl.dot(b_qc, tl.trans(b_kc), input_precision=PRECISION)  # [BQ, BS]
+        b_s = _dot(b_qc, tl.trans(b_kc), PRECISION)  # [BQ, BS]
         if SPATIAL:
             b_ks = _load(p_ks, o_s, S, ks_s, o_d, ks_d, D)
-            b_s = tl.dot(b_qs, tl.trans(b_ks), b_s, input_precision=PRECISION)
+            b_s = _dot(b_qs, tl.trans(b_ks), PRECISION, b_s)
         b_s = b_s * scale + bias[None, :]
         b_m_next = tl.maximum(b_m, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_m_next[:, None])
@@ -152,9 +161,7 @@ def forward_kernel(
         if DROPOUT:
             b_p = tl.where(keep(start[:, None], step[:, None], o_s[None, :], threshold), b_p, 0.0)
         b_v = _load(p_v, o_s, S, v_s, o_v, v_d, DV)
-        b_acc = tl.dot(
-            b_p.to(b_v.dtype), b_v, b_acc * shrink[:, None], input_precision=PRECISION
-        )
+        b_acc = _dot(b_p.to(b_v.dtype), b_v, PRECISION, b_acc * shrink[:, None])
         b_m = b_m_next
         bias = next_bias
 
@@ -254,20 +261,20 @@ def backward_queries_kernel(
         o_s = i_s + tl.arange(0, BS)
         next_bias = _bias(p_mask, o_s + BS, S, mask_s, MASKED)
         b_kc = _load(p_kc, o_s, S, kc_s, o_d, kc_d, D)
-        b_s = tl.dot(b_qc, tl.trans(b_kc), input_precision=PRECISION)  # [BQ, BS]
+        b_s = _dot(b_qc, tl.trans(b_kc), PRECISION)  # [BQ, BS]
         if SPATIAL:
             b_ks = _load(p_ks, o_s, S, ks_s, o_d, ks_d, D)
-            b_s = tl.dot(b_qs, tl.trans(b_ks), b_s, input_precision=PRECISION)
+            b_s = _dot(b_qs, tl.trans(b_ks), PRECISION, b_s)
         b_p = tl.exp2(b_s * scale_log2 + bias[None, :] - b_lse[:, None])
         b_v = _load(p_v, o_s, S, v_s, o_v, v_d, DV)
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        b_dp = _dot(b_do, tl.trans(b_v), PRECISION)
         if DROPOUT:
             kept = keep(start[:, None], step[:, None], o_s[None, :], threshold)
             b_dp = tl.where(kept, b_dp * inverse_keep, 0.0)
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_kc.dtype)
-        b_dqc = tl.dot(b_ds, b_kc, b_dqc, input_precision=PRECISION)
+        b_dqc = _dot(b_ds, b_kc, PRECISION, b_dqc)
         if SPATIAL:
-            b_dqs = tl.dot(b_ds, b_ks, b_dqs, input_precision=PRECISION)
+            b_dqs = _dot(b_ds, b_ks, PRECISION, b_dqs)
         bias = next_bias
 
     offset = i_b * Q * N * D + i_n * D
@@ -324,26 +331,26 @@ def backward_keys_kernel(
     for i_q in range(0, queries, BQ):
         o_q = i_q + tl.arange(0, BQ)
         b_qc = _load(p_qc, o_q, Q, qc_q, o_d, qc_d, D)
-        b_s = tl.dot(b_kc, tl.trans(b_qc), input_precision=PRECISION)  # [BS, BQ]
+        b_s = _dot(b_kc, tl.trans(b_qc), PRECISION)  # [BS, BQ]
         if SPATIAL:
             b_qs = _load(p_qs, o_q, Q, qs_q, o_d, qs_d, D)
-            b_s = tl.dot(b_ks, tl.trans(b_qs), b_s, input_precision=PRECISION)
+            b_s = _dot(b_ks, tl.trans(b_qs), PRECISION, b_s)
         b_lse = tl.load(p_lse + o_row + o_q, o_q < Q, other=float("inf"))
         b_p = tl.exp2(b_s * scale_log2 + bias[:, None] - b_lse[None, :])
         b_do = _load(p_do, o_q, Q, do_q, o_v, do_d, DV)
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        b_dp = _dot(b_v, tl.trans(b_do), PRECISION)
         b_weight = b_p
         if DROPOUT:
             start, step = row_streams(p_seed, (i_b * N + i_n).to(tl.int32), o_q)
             kept = keep(start[None, :], step[None, :], o_s[:, None], threshold)
             b_weight = tl.where(kept, b_p * inverse_keep, 0.0)
             b_dp = tl.where(kept, b_dp * inverse_keep, 0.0)
-        b_dv = tl.dot(b_weight.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_dv = _dot(b_weight.to(b_do.dtype), b_do, PRECISION, b_dv)
         b_delta = tl.load(p_delta + o_row + o_q, o_q < Q, other=0.0)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_qc.dtype)
-        b_dkc = tl.dot(b_ds, b_qc, b_dkc, input_precision=PRECISION)
+        b_dkc = _dot(b_ds, b_qc, PRECISION, b_dkc)
         if SPATIAL:
-            b_dks = tl.dot(b_ds, b_qs, b_dks, input_precision=PRECISION)
+            b_dks = _dot(b_ds, b_qs, PRECISION, b_dks)
 
     offset = i_b * S * N * D + i_n * D
     _store(p_dkc + offset, b_dkc * scale, o_s, S, N * D, o_d, D)
@@ -378,11 +385,11 @@ def attention_map_kernel(
 
     b_qc = _load(p_qc + i_b * qc_b + i_n * qc_n, o_q, Q, qc_q, o_d, qc_d, D)
     b_kc = _load(p_kc + i_b * kc_b + i_n * kc_n, o_s, S, kc_s, o_d, kc_d, D)
-    b_s = tl.dot(b_qc, tl.trans(b_kc), input_precision=PRECISION)  # [BQ, BS]
+    b_s = _dot(b_qc, tl.trans(b_kc), PRECISION)  # [BQ, BS]
     if SPATIAL:
         b_qs = _load(p_qs + i_b * qs_b + i_n * qs_n, o_q, Q, qs_q, o_d, qs_d, D)
         b_ks = _load(p_ks + i_b * ks_b + i_n * ks_n, o_s, S, ks_s, o_d, ks_d, D)
-        b_s = tl.dot(b_qs, tl.trans(b_ks), b_s, input_precision=PRECISION)
+        b_s = _dot(b_qs, tl.trans(b_ks), PRECISION, b_s)
     b_lse = tl.load(p_lse + (i_b * N + i_n) * Q + o_q, o_q < Q, other=float("inf"))
     bias = _bias(p_mask, o_s, S, mask_s, MASKED)
     b_p = tl.exp2(b_s * scale_log2 + bias[None, :] - b_lse[:, None])

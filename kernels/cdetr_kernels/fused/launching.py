@@ -65,6 +65,8 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Returns "tf32" for fp32 where torch is allowed to use it in matrix products, else "ieee"."""
+    """Returns how kernels multiply: "tf32" for fp32 where torch is allowed to, else "ieee"."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        return "upcast"
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if dtype == torch.float32 and allowed and not torch.version.hip else "ieee"
