@@ -238,8 +238,9 @@ def match(
     flags = (
         (targets.labels < 0) | (targets.labels >= classes),  # [B, T]
         bad_boxes,  # [B, T]
-        ~layer_logits.isfinite().flatten(2).all(-1),  # [L, B]
-        ~layer_boxes_cxcywh.isfinite().flatten(2).all(-1),  # [L, B]
+        # A sum is finite only if all its terms are; one pass in place of four.
+        ~layer_logits.flatten(2).sum(-1, dtype=torch.float32).isfinite(),  # [L, B]
+        ~layer_boxes_cxcywh.flatten(2).sum(-1, dtype=torch.float32).isfinite(),  # [L, B]
     )
     packed = torch.cat([cost.flatten(), *(flag.flatten().to(cost.dtype) for flag in flags)])
     sizes = [cost.numel(), *(flag.numel() for flag in flags)]

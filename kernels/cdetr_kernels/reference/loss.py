@@ -28,9 +28,11 @@ def set_loss(
     logits = logits.to(dtype)
     layer, image, query, target = matches  # [M] each
 
-    wanted_classes = torch.zeros_like(logits)
-    wanted_classes[layer, image, query, target_labels[image, target]] = 1.0
-    classification = sigmoid_focal_loss(logits, wanted_classes, alpha, gamma).sum((1, 2, 3))
+    # All pairs (query, class) count as negative at first; the few matched ones are put right after.
+    classification = _focal_negative(logits, alpha, gamma).sum((1, 2, 3))
+    matched = logits[layer, image, query, target_labels[image, target]]  # [M]
+    correction = _focal_positive(matched, alpha, gamma) - _focal_negative(matched, alpha, gamma)
+    classification = classification.index_add(0, layer, correction)
 
     predicted = boxes_cxcywh.to(dtype)[layer, image, query]  # [M, 4]
     wanted = target_boxes_cxcywh.to(dtype)[image, target]
@@ -48,10 +50,11 @@ def set_loss(
     }
 
 
-def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Focal loss of every element, the shape of `logits`; `targets` holds 0 or 1."""
-    probability = logits.sigmoid()
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    p_t = probability * targets + (1 - probability) * (1 - targets)
-    weight = alpha * targets + (1 - alpha) * (1 - targets)
-    return weight * cross_entropy * (1 - p_t) ** gamma
+def _focal_positive(logits: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Focal loss of pairs that belong together, of the shape of `logits`."""
+    return alpha * (-logits).sigmoid() ** gamma * F.softplus(-logits)
+
+
+def _focal_negative(logits: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Focal loss of pairs that do not belong together, of the shape of `logits`."""
+    return (1 - alpha) * logits.sigmoid() ** gamma * F.softplus(logits)

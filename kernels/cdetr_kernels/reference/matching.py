@@ -41,7 +41,8 @@ def matching_cost(
 
     predicted = boxes_cxcywh.to(dtype)[:, :, :, None, :]  # [L, B, Q, 1, 4]
     wanted = target_boxes_cxcywh.to(dtype)[None, :, None, :, :]  # [1, B, 1, T, 4]
-    bbox_cost = (predicted - wanted).abs().sum(-1)
+    planes = zip(_planes(predicted), _planes(wanted), strict=True)
+    bbox_cost = sum((a - b).abs() for a, b in planes)
     giou_cost = -generalized_iou(corners(predicted), corners(wanted))
 
     cost = class_weight * class_cost + bbox_weight * bbox_cost + giou_weight * giou_cost
@@ -60,17 +61,19 @@ def generalized_iou(boxes_xyxy: Tensor, other_xyxy: Tensor) -> Tensor:
 
     Source: Rezatofighi et al., "Generalized Intersection over Union".
     """
-    area = _area(boxes_xyxy[..., 2:] - boxes_xyxy[..., :2])
-    other_area = _area(other_xyxy[..., 2:] - other_xyxy[..., :2])
-    top_left = torch.maximum(boxes_xyxy[..., :2], other_xyxy[..., :2])
-    bottom_right = torch.minimum(boxes_xyxy[..., 2:], other_xyxy[..., 2:])
-    intersection = _area((bottom_right - top_left).clamp(min=0))
-    union = area + other_area - intersection
-    hull_top_left = torch.minimum(boxes_xyxy[..., :2], other_xyxy[..., :2])
-    hull_bottom_right = torch.maximum(boxes_xyxy[..., 2:], other_xyxy[..., 2:])
-    hull = _area(hull_bottom_right - hull_top_left)
+    left, top, right, bottom = _planes(boxes_xyxy)
+    other_left, other_top, other_right, other_bottom = _planes(other_xyxy)
+    width = torch.minimum(right, other_right) - torch.maximum(left, other_left)
+    height = torch.minimum(bottom, other_bottom) - torch.maximum(top, other_top)
+    intersection = width.clamp(min=0) * height.clamp(min=0)
+    areas = (right - left) * (bottom - top)
+    union = areas + (other_right - other_left) * (other_bottom - other_top) - intersection
+    hull_width = torch.maximum(right, other_right) - torch.minimum(left, other_left)
+    hull_height = torch.maximum(bottom, other_bottom) - torch.minimum(top, other_top)
+    hull = hull_width * hull_height
     return intersection / union - (hull - union) / hull
 
 
-def _area(size: Tensor) -> Tensor:
-    return size[..., 0] * size[..., 1]
+def _planes(boxes: Tensor) -> tuple[Tensor, ...]:
+    """[..., 4] -> four contiguous [...]: the pairs are many, and computed along contiguous rows."""
+    return boxes.movedim(-1, 0).contiguous().unbind(0)
