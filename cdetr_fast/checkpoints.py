@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cdetr_fast import validation as check
 from cdetr_fast.configuration import CONFIG_NAME, ConditionalDetrConfig
+from cdetr_fast.departures import departure_of
 from cdetr_fast.files import make_folder, replace_all, write_json
 from cdetr_fast.key_maps import (
     StateDict,
@@ -34,6 +35,27 @@ from cdetr_fast.key_maps import (
 from cdetr_fast.weight_files import find_weights, read_weights, weight_names
 
 Model = TypeVar("Model", bound=nn.Module)
+
+# Options of transformers' from_pretrained and the values at which they ask for nothing special.
+_TRANSFORMERS_OPTIONS: dict[str, tuple] = {
+    "adapter_kwargs": (None, {}),
+    "disable_mmap": (None, False, True),
+    "distributed_config": (None,),
+    "gguf_file": (None,),
+    "key_mapping": (None,),
+    "kernel_config": (None,),
+    "max_memory": (None,),
+    "offload_buffers": (None, False),
+    "offload_folder": (None,),
+    "proxies": (None,),
+    "quantization_config": (None,),
+    "state_dict": (None,),
+    "tp_plan": (None,),
+    "tp_size": (None,),
+    "trust_remote_code": (None, False, True),  # there is no remote code to run
+    "use_kernels": (None, False),
+    "weights_only": (None, True),
+}
 
 # Loading -----------------------------------------------------------------------------------------
 
@@ -88,6 +110,8 @@ def load_pretrained(
         attn_implementation: "eager" or "sdpa", for the configuration; the model chooses itself.
         low_cpu_mem_usage: Accepted for callers of transformers, and without effect there and here.
         **config_overrides: Configuration fields that take the place of those in config.json.
+            Options of transformers for what this package does not do (`quantization_config`,
+            `tp_plan`, `trust_remote_code`, ...) are taken at the value that asks for nothing.
 
     Raises:
         OSError: A file is missing or broken; the message names it.
@@ -103,6 +127,8 @@ def load_pretrained(
         "force_download": force_download,
     }
     check.choice(None, "eager", "sdpa")("attn_implementation", attn_implementation)
+    for name in _TRANSFORMERS_OPTIONS.keys() & config_overrides.keys():
+        check.choice(*_TRANSFORMERS_OPTIONS[name])(name, config_overrides.pop(name))
     dtype = torch_dtype if dtype is None else dtype
     is_file = os.path.isfile(name_or_path)
     if config is not None or not is_file:
@@ -290,13 +316,15 @@ def _device(device_map: Any) -> torch.device | None:
 def save_pretrained(
     model: nn.Module,
     save_directory: str | os.PathLike,
-    *,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    push_to_hub: bool = False,
     max_shard_size: int | str = "50GB",
     variant: str | None = None,
-    state_dict: Mapping[str, Tensor] | None = None,
+    token: str | bool | None = None,
+    *,
     safe_serialization: bool = True,
-    is_main_process: bool = True,
-    push_to_hub: bool = False,
+    save_function: Callable | None = None,
     **push_options: Any,
 ) -> None:
     """Saves weights and configuration in a folder that transformers 4 and 5 and this package read.
@@ -307,18 +335,24 @@ def save_pretrained(
     Args:
         model: The model.
         save_directory: Folder, made if need be.
+        is_main_process: False writes nothing (for the other processes of a distributed run).
+        state_dict: Weights in the place of the model's own, with its names.
+        push_to_hub: Upload the folder's files too.
         max_shard_size: Weights of more bytes are split over several files; "50GB" and the like.
         variant: Part of the file name, as in `model.fp16.safetensors`.
-        state_dict: Weights in the place of the model's own, with its names.
+        token: Access token for the upload.
         safe_serialization: False writes pytorch_model.bin in the place of model.safetensors.
-        is_main_process: False writes nothing (for the other processes of a distributed run).
-        push_to_hub: Upload the folder's files too.
+        save_function: Accepted for callers of transformers (Accelerate's idiom passes
+            `accelerator.save`), and without effect there and here.
         **push_options: As in `push_to_hub`; `repo_id` is the folder's name unless given.
 
     Raises:
         TypeError: Options for an upload without push_to_hub=True.
         ValueError: The configuration's fields do not go together.
     """
+    for name in ("save_peft_format", "save_original_format", "distributed_checkpoint"):
+        neutral = (False,) if name == "distributed_checkpoint" else (True, False)
+        check.choice(*neutral)(name, push_options.pop(name, False))
     if push_options and not push_to_hub:
         raise TypeError(f"save_pretrained: unknown keyword {next(iter(push_options))!r}")
     if not is_main_process:
@@ -328,6 +362,12 @@ def save_pretrained(
     config.architectures = [type(model).__name__]
     config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     config.validate()
+    if config.compat == "paper" and (reason := departure_of(config)):
+        warnings.warn(
+            f"{save_directory}: transformers computes other numbers with these weights, as there "
+            f"{reason}. Models that go back and forth need compat='transformers'.",
+            stacklevel=3,
+        )
     weights = model.state_dict() if state_dict is None else state_dict
     weights = to_v4(weights, hf_resnet=config.backbone_config.model_type == "resnet")
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
@@ -354,7 +394,7 @@ def save_pretrained(
     _remove_stale(folder, variant, written)
     if push_to_hub:
         push_options.setdefault("repo_id", folder.resolve().name)
-        _upload(folder, written, **push_options)
+        _upload(folder, written, token=token, **push_options)
 
 
 def _remove_stale(folder: Path, variant: str | None, written: list[str]) -> None:

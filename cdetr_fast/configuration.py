@@ -5,10 +5,8 @@ and v5 (`backbone_config`). The v5 form is written. One field is ours: `compat` 
 """
 
 import copy
-import functools
 import json
 import os
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 
 from cdetr_fast import validation as check
 from cdetr_fast.backbone_configuration import ACTIVATION_NAMES, BackboneConfig
+from cdetr_fast.departures import departure_of
 from cdetr_fast.files import (
     DOWNLOAD_OPTIONS,
     make_folder,
@@ -417,9 +416,9 @@ class ConditionalDetrConfig:
     ) -> "ConditionalDetrConfig | tuple[ConditionalDetrConfig, dict[str, Any]]":
         """Makes a configuration from the content of a config.json (transformers v4, v5 or ours).
 
-        A dict without `compat` was written by transformers. Where its weights can only be right
-        with transformers' departures from the paper, the result has compat="transformers", with a
-        UserWarning that says why.
+        A dict without `compat`, or with `transformers_version`, was written by transformers. Where
+        its weights can only be right with transformers' departures from the paper, the result has
+        compat="transformers", with a UserWarning that says why.
 
         Args:
             config_dict: Fields; unknown ones are kept as attributes and written back.
@@ -450,12 +449,17 @@ class ConditionalDetrConfig:
         unused = {name: overrides.pop(name) for name in list(overrides) if name not in known}
         if unused and not return_unused_kwargs:
             raise check.unknown_keyword(cls.__name__, next(iter(unused)), known)
-        if "compat" not in fields and "compat" not in overrides:
-            reason = _trained_with_departures(config)
+        # transformers keeps our `compat` when it writes a file anew, but trains in its own way.
+        by_transformers = "compat" not in fields or config.transformers_version is not None
+        config.transformers_version = None
+        if by_transformers and config.compat == "paper" and "compat" not in overrides:
+            reason = departure_of(config)
             if reason:
                 config.compat = "transformers"
                 warnings.warn(
-                    f"{reason} Loaded with compat='transformers'; compat='paper' overrides this.",
+                    f"this config.json was written by transformers, and there {reason}: loaded "
+                    "with compat='transformers' (the argument compat='paper' overrides this). Give "
+                    "the image processor the same compat.",
                     stacklevel=3,
                 )
         config._override(overrides)
@@ -581,50 +585,3 @@ class ConditionalDetrConfig:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"
-
-
-# -------------------------------------------------------------------------------------------------
-# Which checkpoints of transformers need its departures from the paper
-
-
-def _trained_with_departures(config: ConditionalDetrConfig) -> str | None:
-    """Says why weights of transformers need compat="transformers", or returns None."""
-    if config.auxiliary_loss:
-        return (
-            "This config.json was written by transformers with auxiliary_loss=True, whose decoder "
-            "feeds the layer-normed state to the next layer."
-        )
-    if "ConditionalDetrForSegmentation" in (config.architectures or ()):
-        return (
-            "This config.json was written by transformers for a segmentation model, whose boxes it "
-            "predicts without reference points."
-        )
-    backbone = config.backbone_config
-    # freeze_batch_norm_2d freezes through timm, which keeps activations and epsilon
-    timm_freezes = backbone.model_type != "timm_backbone" or backbone.freeze_batch_norm_2d
-    if not timm_freezes and _changed_by_freezing(backbone.backbone):
-        return (
-            "This config.json was written by transformers with the backbone "
-            f"{backbone.backbone!r}, whose activations (or epsilon) it loses with the batch norms."
-        )
-    return None
-
-
-@functools.cache
-def _changed_by_freezing(backbone: str) -> bool:
-    """Whether batch norms of this timm model have an activation inside, or another epsilon."""
-    if re.fullmatch(r"resnet(18|34|50|101|152)(\..*)?", backbone):  # known: no need to build them
-        return False
-    import timm  # 1 s to import, and only some backbones need it
-    from timm.layers import BatchNormAct2d
-
-    if not timm.is_model(backbone):
-        check.refuse("backbone_config.backbone", "the name of a timm model", backbone)
-    with torch.device("meta"):
-        model = timm.create_model(backbone, features_only=True)
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    return any(
-        norm.eps != 1e-5
-        or (isinstance(norm, BatchNormAct2d) and not isinstance(norm.act, torch.nn.Identity))
-        for norm in norms
-    )

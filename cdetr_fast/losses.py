@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -238,9 +239,8 @@ def match(
     flags = (
         (targets.labels < 0) | (targets.labels >= classes),  # [B, T]
         bad_boxes,  # [B, T]
-        # A sum is finite only if all its terms are; one pass in place of four.
-        ~layer_logits.flatten(2).sum(-1, dtype=torch.float32).isfinite(),  # [L, B]
-        ~layer_boxes_cxcywh.flatten(2).sum(-1, dtype=torch.float32).isfinite(),  # [L, B]
+        ~_sum_is_finite(layer_logits),  # [L, B]
+        ~_sum_is_finite(layer_boxes_cxcywh),  # [L, B]
     )
     packed = torch.cat([cost.flatten(), *(flag.flatten().to(cost.dtype) for flag in flags)])
     sizes = [cost.numel(), *(flag.numel() for flag in flags)]
@@ -266,6 +266,14 @@ def match(
             pairs.append(np.stack([*where, query, target]))
     matches = torch.from_numpy(np.concatenate(pairs, axis=1))
     return matches.to(layer_logits.device, non_blocking=True)
+
+
+def _sum_is_finite(x: Tensor) -> Tensor:
+    """Whether `[L, B, ...]` is finite in each layer and image, in one pass (`isfinite` takes four).
+
+    Finite values of a size whose sum overflows count as not finite; no logit comes near.
+    """
+    return x.flatten(2).sum(-1, dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
 
 
 def _pad_targets(labels: Labels, device: torch.device, batch: int) -> Targets:
@@ -294,9 +302,10 @@ def _pad_targets(labels: Labels, device: torch.device, batch: int) -> Targets:
             expected, shape = [len(classes), 4], list(boxes.shape)
             raise ValueError(f"labels[{i}]['boxes']: expected {expected}, got {shape}")
     sizes = [len(label["class_labels"]) for label in labels]
+    box_dtype = reduce(torch.promote_types, (label["boxes"].dtype for label in labels))
     return Targets(
         labels=pad_sequence([x["class_labels"].to(device).long() for x in labels], True),
-        boxes_cxcywh=pad_sequence([x["boxes"].to(device) for x in labels], True),
+        boxes_cxcywh=pad_sequence([x["boxes"].to(device, box_dtype) for x in labels], True),
         counts=torch.tensor(sizes, dtype=torch.int64).to(device, non_blocking=True),
         sizes=sizes,
     )
@@ -357,8 +366,12 @@ def _average_num_boxes(num_boxes: int, device: torch.device, compat: str) -> Ten
 def _mask_losses(
     pred_masks: Tensor, labels: Labels, matches: Tensor, num_boxes: Tensor
 ) -> dict[str, Tensor]:
-    """Focal and dice loss of the matched masks, at the size of the (padded) target masks."""
+    """Focal and dice loss of the matched masks, at the size of the (padded) target masks.
+
+    In fp32 at least: sums over the pixels of a mask overflow fp16.
+    """
     image, query, target = matches
+    dtype = torch.promote_types(pred_masks.dtype, torch.float32)
     height = max(label["masks"].shape[1] for label in labels)
     width = max(label["masks"].shape[2] for label in labels)
     wanted = pad_sequence(
@@ -367,8 +380,8 @@ def _mask_losses(
             for masks in (label["masks"] for label in labels)
         ],
         batch_first=True,
-    ).to(pred_masks)  # [B, T, H, W]
-    predicted = pred_masks[image, query]
+    ).to(pred_masks.device, dtype)  # [B, T, H, W]
+    predicted = pred_masks[image, query].to(dtype)
     if len(image) == 0:
         zero = predicted.sum()
         return {"loss_mask": zero, "loss_dice": zero}

@@ -224,7 +224,7 @@ def test_levels(source, target):
 # transformers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:This config.json was written by transformers")
+@pytest.mark.filterwarnings("ignore:this config.json was written by transformers")
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_and_back(case, tmp_path):
     task, config = CASES[case]

@@ -6,35 +6,10 @@ Their parameters have the names of transformers' modules; the arithmetic is in
 
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdetr_fast.models.projections import joint_linear
 from cdetr_kernels import conditional_attention
-
-
-def joint_linear(x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
-    """Applies several linear layers to the same input in one matrix product.
-
-    Layers that are more than a plain `nn.Linear` (an adapter, a quantised weight, a hook) are
-    called one by one, so that nothing attached to them is passed over.
-    """
-    if not all(_is_plain(projection) for projection in projections):
-        return tuple(projection(x) for projection in projections)
-    weight = torch.cat([projection.weight for projection in projections])
-    bias = torch.cat([projection.bias for projection in projections])
-    return F.linear(x, weight, bias).split([p.out_features for p in projections], dim=-1)
-
-
-def _is_plain(projection: nn.Module) -> bool:
-    return (
-        type(projection) is nn.Linear
-        and type(projection.weight) is nn.Parameter
-        and not projection._forward_hooks
-        and not projection._forward_pre_hooks
-        and not projection._backward_hooks
-        and not projection._backward_pre_hooks
-    )
 
 
 class _Attention(nn.Module):

@@ -10,11 +10,11 @@ from cdetr_fast.models.attention import (
     ConditionalDetrDecoderCrossAttention,
     ConditionalDetrDecoderSelfAttention,
     MemoryKeys,
-    joint_linear,
 )
 from cdetr_fast.models.encoder import ConditionalDetrMLP, skip_layer
 from cdetr_fast.models.heads import ConditionalDetrMLPPredictionHead
 from cdetr_fast.models.outputs import DecoderOutput
+from cdetr_fast.models.projections import joint_linear
 from cdetr_kernels import sine_query
 
 
@@ -100,12 +100,11 @@ class ConditionalDetrDecoder(nn.Module):
         self.query_scale = ConditionalDetrMLPPredictionHead(
             config.d_model, config.d_model, config.d_model, 2
         )
-        self.ref_point_head = ConditionalDetrMLPPredictionHead(config.d_model, config.d_model, 2, 2)
-        self.d_model = config.d_model
+        self.ref_point_head = ConditionalDetrMLPPredictionHead(
+            config.d_model, config.d_model, 2, 2, fp32=True
+        )
+        self.config = config
         self.dropout = max(config.dropout, config.attention_dropout, config.activation_dropout)
-        self.layerdrop = config.decoder_layerdrop
-        self.auxiliary_loss = config.auxiliary_loss
-        self.feeds_normed_state = config.auxiliary_loss and config.compat == "transformers"
         self.gradient_checkpointing = False
 
     def forward(
@@ -131,6 +130,10 @@ class ConditionalDetrDecoder(nn.Module):
             output_attentions: Return the attention maps.
             output_hidden_states: Return the initial state and the output of every layer.
         """
+        # Read at each call, as transformers does: users switch the auxiliary loss on a loaded
+        #     model.
+        auxiliary_loss = self.config.auxiliary_loss
+        feeds_normed_state = auxiliary_loss and self.config.compat == "transformers"
         batch = memory.shape[0]
         if queries is None:
             # The initial state is the same for all images, and so is everything up to the first
@@ -139,16 +142,16 @@ class ConditionalDetrDecoder(nn.Module):
             queries = torch.zeros_like(query_position, dtype=memory.dtype)
             queries = queries.expand(batch if per_image else 1, -1, -1)
         hidden_states = queries
-        reference_points = self.ref_point_head.forward_fp32(query_position).sigmoid()  # [1, Q, 2]
+        reference_points = self.ref_point_head(query_position).sigmoid()  # [1, Q, 2]
 
         all_states, self_attentions, cross_attentions, normed_states = [queries], [], [], []
         projected = self._project_memory(memory, memory_position)
         for index, (layer, keys) in enumerate(zip(self.layers, projected, strict=True)):
-            if skip_layer(self.training, self.layerdrop):
+            if skip_layer(self.training, self.config.decoder_layerdrop):
                 continue
             query_sine = sine_query(
                 reference_points,
-                self.d_model,
+                self.config.d_model,
                 query_scale=self.query_scale(hidden_states) if index > 0 else None,
                 dtype=hidden_states.dtype,
             )
@@ -171,12 +174,12 @@ class ConditionalDetrDecoder(nn.Module):
             all_states.append(hidden_states)
             self_attentions.append(self_attention)
             cross_attentions.append(cross_attention)
-            if self.auxiliary_loss:
+            if auxiliary_loss:
                 normed_states.append(self.layernorm(hidden_states))
-                if self.feeds_normed_state:
+                if feeds_normed_state:
                     hidden_states = normed_states[-1]
 
-        if self.auxiliary_loss and normed_states and not self.feeds_normed_state:
+        if normed_states and not feeds_normed_state:
             last_hidden_state = normed_states[-1]
         else:
             last_hidden_state = self.layernorm(hidden_states)

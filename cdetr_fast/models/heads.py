@@ -6,35 +6,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdetr_fast.models.projections import linear_in_fp32
+
 
 class ConditionalDetrMLPPredictionHead(nn.Module):
-    """Perceptron with ReLU between its layers, `[..., input_dim] -> [..., output_dim]`."""
+    """Perceptron with ReLU between its layers, `[..., input_dim] -> [..., output_dim]`.
 
-    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int) -> None:
+    Args:
+        input_dim: Size of the input.
+        hidden_dim: Size between the layers.
+        output_dim: Size of the output.
+        num_layers: Number of linear layers.
+        fp32: Compute in fp32 (fp64 for fp64 parameters) whatever the model's dtype, and under
+            autocast too: bf16 boxes are pixels off.
+    """
+
+    def __init__(
+        self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int, fp32: bool = False
+    ) -> None:
         super().__init__()
         sizes = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
         self.layers = nn.ModuleList(
             nn.Linear(size_in, size_out) for size_in, size_out in pairwise(sizes)
         )
+        self.fp32 = fp32
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = layer(x).relu()
-        return self.layers[-1](x)
-
-    def forward_fp32(self, x: Tensor) -> Tensor:
-        """As `forward`, in fp32 (fp64 for fp64 parameters): bf16 boxes are pixels off."""
+        if not self.fp32:
+            for layer in self.layers[:-1]:
+                x = layer(x).relu()
+            return self.layers[-1](x)
         with torch.autocast(x.device.type, enabled=False):
-            for i, layer in enumerate(self.layers):
-                dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-                x = x.to(dtype)
-                if layer.weight.dtype == dtype:
-                    x = layer(x)
-                else:
-                    x = F.linear(x, layer.weight.to(dtype), layer.bias.to(dtype))
-                if i < len(self.layers) - 1:
-                    x = x.relu()
-        return x
+            for layer in self.layers[:-1]:
+                x = linear_in_fp32(x, layer).relu()
+            return linear_in_fp32(x, self.layers[-1])
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -44,7 +49,7 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def predict_boxes(
-    bbox_predictor: ConditionalDetrMLPPredictionHead,
+    bbox_predictor: nn.Module,
     hidden_states: Tensor,
     reference_points: Tensor | None,
 ) -> Tensor:
@@ -60,7 +65,8 @@ def predict_boxes(
 
     Source: Meng et al., equation 2.
     """
-    offset = bbox_predictor.forward_fp32(hidden_states)
+    offset = bbox_predictor(hidden_states)
+    offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
     if reference_points is not None:
         # Padding with zeros, not slice assignment: nothing is changed in place behind autograd.
         offset = offset + F.pad(inverse_sigmoid(reference_points), (0, 2))

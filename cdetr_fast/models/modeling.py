@@ -1,5 +1,6 @@
 """The models: backbone, encoder, decoder and heads composed, behind the API of transformers."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -169,7 +170,7 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
         if encoder_outputs is None:
             encoded = self.encoder(flat, features.position, features.mask, attentions, states)
         else:
-            encoded = EncoderOutput(*tuple(encoder_outputs[:3]))
+            encoded = _as_encoder_output(encoder_outputs)
             _check_shape("encoder_outputs[0]", encoded.last_hidden_state, tuple(flat.shape))
             self._check_dtype("encoder_outputs[0]", encoded.last_hidden_state)
         decoded = self.decoder(
@@ -219,6 +220,17 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
             raise TypeError(f"{name}: expected {dtype} as the model, got {tensor.dtype}")
 
 
+def _as_encoder_output(given: Any) -> EncoderOutput:
+    """Reads transformers' or our output by name, and a tuple by position."""
+    if isinstance(given, Mapping):
+        names = ("last_hidden_state", "hidden_states", "attentions")
+        return EncoderOutput(*(given.get(name) for name in names))
+    if not isinstance(given, (tuple, list)):
+        got = type(given).__name__
+        raise TypeError(f"encoder_outputs: expected a tuple or an encoder's output, got {got}")
+    return EncoderOutput(*given[:3])
+
+
 def _is_trivial(pixel_mask: Tensor) -> bool:
     """Whether nothing is padded, where that can be seen without a device synchronisation."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or pixel_mask.device.type != "cpu":
@@ -247,7 +259,9 @@ class ConditionalDetrForObjectDetection(ModelWithLoss):
         super().__init__(config)
         self.model = ConditionalDetrModel(config)
         self.class_labels_classifier = nn.Linear(config.d_model, config.num_labels)
-        self.bbox_predictor = ConditionalDetrMLPPredictionHead(config.d_model, config.d_model, 4, 3)
+        self.bbox_predictor = ConditionalDetrMLPPredictionHead(
+            config.d_model, config.d_model, 4, 3, fp32=True
+        )
         initialize_detection_heads(self, config)
 
     def forward(

@@ -5,6 +5,7 @@ clients read fields by name and by position.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -34,13 +35,13 @@ class ModelOutput(OrderedDict):
 
     def __post_init__(self) -> None:
         first, *rest = (field.name for field in fields(self))
-        if isinstance(getattr(self, first), dict) and all(getattr(self, x) is None for x in rest):
-            # Accelerate and transformers' pipelines rebuild a container as
-            # `type(output)({key: value, ...})`; pipelines add keys of their own.
-            values = getattr(self, first)
+        values = getattr(self, first)
+        if isinstance(values, (dict, Iterator)) and all(getattr(self, x) is None for x in rest):
+            # Accelerate and transformers' pipelines rebuild a container from a dictionary,
+            # DataParallel from an iterator of pairs; pipelines add keys of their own.
             super().__delitem__(first)
             object.__setattr__(self, first, None)
-            for name, value in values.items():
+            for name, value in dict(values).items():
                 if value is not None:
                     self[name] = value
 

@@ -1,5 +1,6 @@
 """What the models have in common: loading, saving, activation checkpointing, the criterion."""
 
+import os
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -39,23 +40,30 @@ class ConditionalDetrPreTrainedModel(nn.Module):
         self.name_or_path = config.name_or_path
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> Self:
         """Loads a model in eval mode; see `cdetr_fast.checkpoints.load_pretrained`."""
         from cdetr_fast.checkpoints import load_pretrained
 
         return load_pretrained(cls, pretrained_model_name_or_path, **kwargs)
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Saves weights and configuration; see `cdetr_fast.checkpoints.save_pretrained`."""
         from cdetr_fast.checkpoints import save_pretrained
 
-        save_pretrained(self, save_directory, **kwargs)
+        save_pretrained(self, save_directory, *args, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Uploads weights and configuration; see `cdetr_fast.checkpoints.push_to_hub`."""
         from cdetr_fast.checkpoints import push_to_hub
 
         return push_to_hub(self, repo_id, **kwargs)
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The model below the heads; the model itself if it has none."""
+        return getattr(self, self.base_model_prefix, self)
 
     @property
     def device(self) -> torch.device:

@@ -107,8 +107,12 @@ def conv3x3_of_upsampled(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Te
         `[M, C', H, W]`.
     """
     (height, width), (small_height, small_width) = size, x.shape[-2:]
-    doubled = (2 * small_height - height) in (0, 1) and (2 * small_width - width) in (0, 1)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not doubled:
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or 2 * small_height - height not in (0, 1)
+        or 2 * small_width - width not in (0, 1)
+    ):
         return F.conv2d(F.interpolate(x, size=size, mode="nearest"), weight, padding=1)
     channels = weight.shape[0]
     kernels = [k for rows in _fold_taps(weight, dim=2) for k in _fold_taps(rows, dim=3)]

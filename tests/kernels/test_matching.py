@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torchvision.ops import generalized_box_iou
+from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
 from transformers.loss import loss_deformable_detr, loss_for_object_detection
 
 from cdetr_fast import ConditionalDetrConfig
@@ -102,6 +102,35 @@ def test_loss_equals_transformers_criterion(queries):
         assert set(expected) == set(got)
         for name, value in expected.items():
             torch.testing.assert_close(got[name][layer], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("confidence", [2.0, 4.0, 8.0])
+def test_loss_of_confident_predictions(confidence):
+    """Near the end of a training: matched logits high, all others low, and the loss very small."""
+    exact, boxes, labels = batch(layers=1, queries=50, classes=20, dtype=torch.float64)
+    matches = match(exact, boxes, padded(labels), ConditionalDetrConfig(num_labels=20))
+    layer, image, query, target = matches
+    matched = (layer, image, query, padded(labels).labels[image, target])
+    exact = (0.1 * exact - confidence - 1).index_put(matched, torch.tensor(confidence).double())
+    wanted = torch.zeros_like(exact).index_put(matched, torch.tensor(1.0).double())
+    results = {}
+    for dtype in (torch.float64, torch.float32):
+        logits = exact.to(dtype, copy=True).requires_grad_()
+        loss = all_losses(logits, boxes.to(dtype), labels, matches, dtype)["loss_ce"].sum()
+        loss.backward()
+        results[dtype] = loss, logits.grad
+    expected_logits = exact.clone().requires_grad_()
+    expected = sigmoid_focal_loss(expected_logits, wanted, 0.25, 2.0, "sum") / 13.0
+    expected.backward()
+    for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-5)):
+        loss, gradient = results[dtype]
+        torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
+        torch.testing.assert_close(
+            gradient[matched].double(), expected_logits.grad[matched], rtol=tolerance, atol=0
+        )
+        torch.testing.assert_close(
+            gradient.double(), expected_logits.grad, rtol=tolerance, atol=tolerance * 1e-3
+        )
 
 
 def test_loss_gradients():

@@ -213,51 +213,61 @@ def test_a_nan_box_is_reported_and_training_goes_on(images, caplog):
     assert "pred_boxes of decoder layer 1 of 3, images [0, 1]" in messages[1]
 
 
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_trains(images, dtype):
-    theirs, ours = make_pair("detection", "paper", auxiliary_loss=True)
+def test_half_precision_trains(images, dtype, task):
+    theirs, ours = make_pair(task, "paper", auxiliary_loss=True)
     pixel_values, pixel_mask = images
+    labels = random_labels(masks=True)
+    labels[0]["masks"] = torch.ones(3, 400, 400, dtype=torch.bool)  # sums overflow fp16
     with pytest.raises((RuntimeError, NotImplementedError)):
-        theirs.to(dtype)(pixel_values.to(dtype), pixel_mask, labels=random_labels())
-    outputs = ours.to(dtype)(pixel_values.to(dtype), pixel_mask, labels=random_labels())
+        theirs.to(dtype)(pixel_values.to(dtype), pixel_mask, labels=labels)
+    outputs = ours.to(dtype)(pixel_values.to(dtype), pixel_mask, labels=labels)
+    assert all(loss.isfinite() for loss in outputs.loss_dict.values())
     assert outputs.pred_boxes.dtype == torch.float32
     outputs.loss.backward()
     assert all(p.grad.isfinite().all() for p in ours.parameters() if p.grad is not None)
 
 
 def test_boxes_keep_single_precision(images):
-    """Centres in pixels of a 1333-pixel image: bf16 rounds them away, fp32 does not."""
+    """Centres in pixels of a 1333-pixel image: bf16 rounds them away, fp32 does not.
+
+    The decoder's states are given, so that the box path alone is compared.
+    """
+    theirs, ours = (model.eval().bfloat16() for model in make_pair("detection", "paper"))
+    exact = copy.deepcopy(theirs).double()  # the same, already rounded weights
+    states = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     pixel_values, pixel_mask = images
-    error = {}
-    exact, ours = make_pair("detection", "paper")
-    theirs = copy.deepcopy(exact)
-    with torch.no_grad():
-        reference_points = exact.eval().double()(
-            pixel_values.double(), pixel_mask, output_hidden_states=True
+
+    def boxes(model, dtype):
+        decoder = model.model.decoder
+        handle = decoder.register_forward_hook(
+            lambda module, arguments, output: replace(output, states.to(dtype))
         )
-        for name, model in (("theirs", theirs), ("ours", ours)):
-            model = model.eval().bfloat16()
-            # The same decoder state for both: what is compared is the box path alone.
-            state = reference_points.last_hidden_state.bfloat16()
-            query = exact.model.query_position_embeddings.weight.bfloat16()
-            if name == "ours":
-                points = model.model.decoder.ref_point_head.forward_fp32(query[None]).sigmoid()
-                _, boxes = model.predict_from(state, points.transpose(0, 1))
-            else:
-                points = model.model.decoder.ref_point_head(query[None]).sigmoid()
-                offset = model.bbox_predictor(state)
-                logit = torch.log(points.clamp(1e-5) / (1 - points).clamp(1e-5))
-                offset[..., :2] += logit
-                boxes = offset.sigmoid()
-            weights = exact.float().bfloat16().double()
-            exact_points = weights.model.decoder.ref_point_head(query[None].double()).sigmoid()
-            offset = weights.bbox_predictor(state.double())
-            offset[..., :2] += torch.logit(exact_points, eps=1e-5)
-            exact = exact.double()
-            difference = (boxes.double() - offset.sigmoid())[..., :2].abs()
-            error[name] = difference.max().item() * 1333
-    assert error["ours"] < 0.01
-    assert error["theirs"] > 1.0
+        with torch.no_grad():
+            outputs = model(pixel_values.to(dtype), pixel_mask)
+        handle.remove()
+        return outputs.pred_boxes[..., :2].double()
+
+    def replace(output, hidden_state):
+        output.last_hidden_state = hidden_state
+        return output
+
+    expected = boxes(exact, torch.float64)
+    assert (boxes(ours, torch.bfloat16) - expected).abs().max() * 1333 < 0.01
+    assert (boxes(theirs, torch.bfloat16) - expected).abs().max() * 1333 > 1.0
+
+
+def test_reference_points_keep_single_precision(images):
+    _, ours = make_pair("base", "paper")
+    ours.eval().bfloat16()
+    exact = copy.deepcopy(ours).double()
+    pixel_values, pixel_mask = images
+    with torch.no_grad():
+        got = ours(pixel_values.bfloat16(), pixel_mask).reference_points
+        expected = exact(pixel_values.double(), pixel_mask).reference_points
+    assert got.dtype == torch.float32
+    assert (got - expected).abs().max() < 1e-6
 
 
 def test_decoder_inputs_are_honoured(images):

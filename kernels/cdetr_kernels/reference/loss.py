@@ -28,11 +28,12 @@ def set_loss(
     logits = logits.to(dtype)
     layer, image, query, target = matches  # [M] each
 
-    # All pairs (query, class) count as negative at first; the few matched ones are put right after.
-    classification = _focal_negative(logits, alpha, gamma).sum((1, 2, 3))
-    matched = logits[layer, image, query, target_labels[image, target]]  # [M]
-    correction = _focal_positive(matched, alpha, gamma) - _focal_negative(matched, alpha, gamma)
-    classification = classification.index_add(0, layer, correction)
+    # A matched pair is positive, every other one negative. The logit -inf takes the matched ones out
+    # of the negatives; subtracting them again would leave the difference of large numbers.
+    pairs = (layer, image, query, target_labels[image, target])
+    others = logits.index_put(pairs, logits.new_tensor(float("-inf")))
+    negatives = _focal_negative(others, alpha, gamma).sum((1, 2, 3))
+    positives = _focal_positive(logits[pairs], alpha, gamma)  # [M]
 
     predicted = boxes_cxcywh.to(dtype)[layer, image, query]  # [M, 4]
     wanted = target_boxes_cxcywh.to(dtype)[image, target]
@@ -43,7 +44,7 @@ def set_loss(
     predicted_counts = (logits.detach().amax(-1) > 0).sum(-1)  # sigmoid > 0.5, [L, B]
     cardinality = (predicted_counts.to(dtype) - target_counts.to(dtype)).abs().mean(-1)
     return {
-        "loss_ce": classification / num_boxes,
+        "loss_ce": negatives.index_add(0, layer, positives) / num_boxes,
         "loss_bbox": per_layer.index_add(0, layer, l1) / num_boxes,
         "loss_giou": per_layer.index_add(0, layer, giou) / num_boxes,
         "cardinality_error": cardinality,
