@@ -593,6 +593,43 @@ def test_options(tmp_path):
         load(tmp_path, num_querys=3)
 
 
+def test_options_of_transformers_that_ask_for_nothing(tmp_path):
+    model = _ours()
+    # Accelerate's idiom, and transformers' order of arguments.
+    model.save_pretrained(tmp_path, True, None, False, save_function=torch.save, token=None)
+    neutral = {
+        "trust_remote_code": False,
+        "weights_only": True,
+        "quantization_config": None,
+        "state_dict": None,
+        "tp_plan": None,
+        "use_kernels": False,
+    }
+    _assert_equal_outputs(_class("detection").from_pretrained(tmp_path, **neutral), model, 0)
+    for name, value in {"quantization_config": {"bits": 4}, "tp_plan": "auto"}.items():
+        with pytest.raises(ValueError, match=f"{name}: expected .*None"):
+            _class("detection").from_pretrained(tmp_path, **{name: value})
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "words"),
+    [
+        ("detection", {"auxiliary_loss": True}, "layer-normed state"),
+        ("segmentation", {}, "reference points"),
+        ("detection", {"backbone": "tf_mobilenetv3_small_075"}, "activations"),
+    ],
+)
+def test_saving_what_transformers_computes_otherwise_says_so(task, config, words, tmp_path):
+    with pytest.warns(UserWarning, match=f"other numbers.*{words}"):
+        _ours(task, **config).save_pretrained(tmp_path / "paper")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        _ours(task, compat="transformers", **config).save_pretrained(tmp_path / "transformers")
+        _ours().save_pretrained(tmp_path / "plain")
+
+
 def test_loading_never_fetches_backbone_weights(tmp_path, monkeypatch):
     _ours().save_pretrained(tmp_path)
     asked = []

@@ -210,7 +210,7 @@ def test_type_errors(argument, message):
 @pytest.mark.parametrize("backend", ["triton", "native"])
 def test_a_path_asked_for_by_name_is_not_replaced(backend):
     with pytest.raises(
-        RuntimeError, match=f"conditional_attention: backend '{backend}' cannot run"
+        RuntimeError, match=f"conditional_attention: backend '{backend}' cannot run: "
     ):
         conditional_attention(**inputs(), backend=backend)
 
@@ -226,3 +226,5 @@ def test_report_names_every_operator():
         "sine_query",
     }
     assert all(choice.path == "torch" and choice.reason for choice in choices.values())
+    reason = choices["conditional_attention"].reason
+    assert "the triton path has not been run on a GPU yet; ask for it by name" in reason

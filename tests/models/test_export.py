@@ -69,15 +69,15 @@ def test_static_export(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no-mask"])
-def test_dynamic_export(detector, masked):
+def test_dynamic_export(model, masked):
     pixel_values, pixel_mask = inputs()
     arguments = {"pixel_mask": pixel_mask} if masked else {}
     shapes = {name: DYNAMIC[name] for name in ("pixel_values", *arguments)}
-    exported = export(detector, (pixel_values,), arguments, dynamic_shapes=shapes).module()
+    exported = export(model, (pixel_values,), arguments, dynamic_shapes=shapes).module()
     for size in OTHER_SIZES:
         pixel_values, pixel_mask = inputs(*size)
         arguments = {"pixel_mask": pixel_mask} if masked else {}
-        assert_same(exported(pixel_values, **arguments), detector(pixel_values, **arguments))
+        assert_same(exported(pixel_values, **arguments), model(pixel_values, **arguments))
 
 
 @torch.no_grad()

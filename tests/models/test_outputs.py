@@ -208,3 +208,12 @@ def test_names_of_the_output_classes():
         expected = list(getattr(theirs, name).__dataclass_fields__)
         assert list(getattr(ours, name).__dataclass_fields__) == expected
     assert issubclass(theirs.ConditionalDetrModelOutput, transformers.utils.ModelOutput)
+
+
+def test_rebuilt_from_pairs():
+    """As `nn.DataParallel` gathers the outputs of its replicas."""
+    output = OurOutput(logits=torch.ones(1), pred_boxes=torch.zeros(1))
+    rebuilt = type(output)((key, output[key]) for key in output)
+    assert list(rebuilt) == ["logits", "pred_boxes"]
+    assert rebuilt.loss is None
+    assert rebuilt.logits is output.logits

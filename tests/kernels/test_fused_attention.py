@@ -1,0 +1,511 @@
+"""The triton kernels of `conditional_attention` against fp64, and their registration with torch.
+
+On a machine with a GPU the tests run there. Everywhere they run in triton's interpreter, in a
+process of its own: whether a kernel is interpreted is decided when triton is imported.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from cdetr_kernels import conditional_attention
+from cdetr_kernels.reference.attention import conditional_attention as reference
+
+triton = pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+NAMES = ("q_content", "q_spatial", "k_content", "k_spatial", "value")
+needs_kernels = pytest.mark.skipif(
+    not INTERPRETED and DEVICE == "cpu",
+    reason="run by test_in_the_interpreter, in a process of its own",
+)
+compiled_only = pytest.mark.skipif(INTERPRETED, reason="needs kernels that can be compiled")
+
+# batch, queries, keys, heads, size, value size, spatial, mask
+CASES = {
+    "one of each": (1, 1, 1, 1, 4, 4, True, None),
+    "padded": (2, 63, 100, 2, 32, 32, True, "padded"),
+    "no mask": (1, 100, 63, 1, 16, 32, True, None),
+    "odd sizes": (2, 5, 70, 1, 9, 20, True, "holes"),
+    "plain": (2, 33, 300, 1, 8, 16, False, "one row"),
+    "many queries": (1, 300, 40, 1, 32, 32, True, "holes"),
+    "widest": (1, 33, 40, 1, 128, 100, True, "holes"),
+}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """`torch.empty` is filled with NaN: what a kernel does not write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(case, dtype=torch.float32, seed=0):
+    """Five inputs by name (spatial ones may be None), the key mask, and the output's gradient."""
+    batch, queries, keys, heads, size, value_size, spatial, kind = CASES[case]
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    tensors = {
+        "q_content": normal(batch, queries, heads, size),
+        "q_spatial": normal(batch, queries, heads, size),
+        "k_content": normal(batch, keys, heads, size),
+        "k_spatial": normal(batch, keys, heads, size),
+        "value": normal(batch, keys, heads, value_size),
+    }
+    if not spatial:
+        tensors |= {"q_spatial": None, "k_spatial": None}
+    mask = None
+    if kind is not None:
+        mask = torch.rand(batch, keys, generator=generator) > 0.3
+        mask[:, 0] = True
+        if kind == "padded":
+            mask[:] = True
+            mask[-1, keys // 3 :] = False
+        elif kind == "one row":
+            mask[0] = False
+        mask = mask.to(DEVICE)
+    return tensors, mask, normal(batch, queries, heads, value_size)
+
+
+def differentiate(function, tensors, grad_output, dtype=None):
+    """Output and gradients by name of `function(**tensors)`, in another dtype if one is given."""
+    leaves = {
+        name: None if x is None else x.detach().to(dtype or x.dtype).requires_grad_()
+        for name, x in tensors.items()
+    }
+    output = function(**leaves)
+    output.backward(grad_output.to(output.dtype))
+    gradients = {name: x.grad for name, x in leaves.items() if x is not None}
+    return {"output": output.detach(), **gradients}
+
+
+def fused(mask, **options):
+    return lambda **tensors: conditional_attention(
+        **tensors, key_mask=mask, backend="triton", **options
+    )
+
+
+def concatenated(mask):
+    """The paper's form on torch's unfused attention."""
+
+    def attend(q_content, q_spatial, k_content, k_spatial, value):
+        query, key = q_content, k_content
+        if q_spatial is not None:
+            query = torch.cat((q_content, q_spatial), -1)
+            key = torch.cat((k_content.expand(len(value), -1, -1, -1),
+                             k_spatial.expand(len(value), -1, -1, -1)), -1)  # fmt: skip
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return torch.nn.functional.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (query, key, value)),
+                attn_mask=None if mask is None else mask[:, None, None, :],
+            ).transpose(1, 2)
+
+    return attend
+
+
+def assert_close(got: dict[str, Tensor], torchs: dict[str, Tensor], exact: dict[str, Tensor]):
+    """At most twice the error of torch in the same dtype, against fp64.
+
+    Torch may be exact by luck, as for a single key: the floor is one rounding of the result and the
+    cancellation of two fp32 sums.
+    """
+    assert got.keys() == exact.keys()
+    for name, expected in exact.items():
+        assert got[name].shape == expected.shape
+        assert got[name].dtype == torchs[name].dtype
+        error = (got[name] - expected).abs().max()
+        eps = torch.finfo(got[name].dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
+        floor = eps * max(1.0, expected.abs().max())
+        assert error <= 2 * (torchs[name] - expected).abs().max() + floor, name
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
+def test_in_the_interpreter(root):
+    """Runs the tests of this file that need kernels."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__)],
+        cwd=root,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-2000:]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_output_and_gradients(case, dtype):
+    tensors, mask, grad_output = draw(case, dtype)
+    before = {name: None if x is None else x.clone() for name, x in tensors.items()}
+    versions = {name: x._version for name, x in tensors.items() if x is not None}
+    got = differentiate(fused(mask), tensors, grad_output)
+    torchs = differentiate(concatenated(mask), tensors, grad_output)
+    exact = differentiate(concatenated(mask), tensors, grad_output, torch.float64)
+    assert_close(got, torchs, exact)
+    for name, version in versions.items():
+        assert torch.equal(tensors[name], before[name])
+        assert tensors[name]._version == version
+
+
+@needs_kernels
+def test_a_row_without_keys_is_zero_and_has_no_gradient():
+    tensors, mask, grad_output = draw("plain")
+    got = differentiate(fused(mask), tensors, grad_output)
+    for x in got.values():
+        assert (x[0] == 0).all()
+        assert (x[1] != 0).any()
+
+
+@needs_kernels
+@pytest.mark.parametrize("names", [("k_spatial",), ("k_content", "k_spatial")], ids=str)
+def test_keys_shared_by_the_batch(names):
+    tensors, mask, grad_output = draw("padded")
+    tensors |= {name: tensors[name][:1] for name in names}
+    got = differentiate(fused(mask), tensors, grad_output)
+    torchs = differentiate(concatenated(mask), tensors, grad_output)
+    exact = differentiate(concatenated(mask), tensors, grad_output, torch.float64)
+    assert_close(got, torchs, exact)
+    repeated = {
+        name: x.expand(2, -1, -1, -1) if name in names else x for name, x in tensors.items()
+    }
+    assert torch.equal(got["output"], fused(mask)(**repeated))
+
+
+def scattered(x: Tensor, order: tuple[int, ...], step: int, offset: int) -> Tensor:
+    """Equal to x, but with NaN between and around its elements and its axes stored in `order`."""
+    shape = [x.shape[axis] for axis in order]
+    buffer = torch.full([size + 2 for size in shape[:-1]] + [(shape[-1] + 2) * step + offset],
+                        math.nan if x.is_floating_point() else True,
+                        dtype=x.dtype, device=x.device)  # fmt: skip
+    view = buffer[tuple(slice(1, size + 1) for size in shape[:-1])]
+    view = view[..., offset : offset + shape[-1] * step : step]
+    view = view.permute([order.index(axis) for axis in range(x.ndim)])
+    return view.copy_(x)
+
+
+@needs_kernels
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 2, 3), (0, 2, 1, 3), (3, 2, 1, 0)], ids=str)
+def test_strides_and_what_lies_around_the_inputs(order, step):
+    tensors, mask, grad_output = draw("odd sizes")
+    expected = differentiate(fused(mask), tensors, grad_output)
+    views = {name: scattered(x, order, step, offset=3) for name, x in tensors.items()}
+    mask_view = scattered(mask, (1, 0), step, offset=1)
+    grad_view = scattered(grad_output, order, step, offset=5)
+    leaves = {name: x.requires_grad_() for name, x in views.items()}
+    output = fused(mask_view)(**leaves)
+    gradients = torch.autograd.grad(output, list(leaves.values()), grad_view)
+    for got, name in zip((output, *gradients), ("output", *NAMES), strict=True):
+        assert torch.equal(got, expected[name])
+
+
+@needs_kernels
+def test_offsets_beyond_32_bits():
+    tensors, _, _ = draw("odd sizes", torch.float16)
+    expected = fused(None)(**tensors)
+    rows = 2**31 // (tensors["value"].shape[1] - 1) + 1
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:  # virtual memory: only the pages with rows in them are ever touched
+        buffer = torch.empty(tensors["value"].shape[1], rows, dtype=torch.float16, device=DEVICE)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    for name in ("k_content", "value"):
+        x = tensors[name]
+        view = buffer[:, : x[:, 0].numel()].view(x.shape[1], x.shape[0], *x.shape[2:])
+        tensors[name] = view.transpose(0, 1).copy_(x) if name == "value" else x
+    assert torch.equal(fused(None)(**tensors), expected)
+
+
+@needs_kernels
+def test_the_same_bits_in_every_run():
+    tensors, mask, grad_output = draw("padded", torch.float16)
+    first = differentiate(fused(mask, dropout_p=0.2, seed=3), tensors, grad_output)
+    second = differentiate(fused(mask, dropout_p=0.2, seed=3), tensors, grad_output)
+    for name, x in first.items():
+        assert torch.equal(x, second[name])
+
+
+@contextlib.contextmanager
+def tiles_of(queries: int, keys: int):
+    from cdetr_kernels.fused import configurations
+
+    tile = configurations.Tile(queries, keys)
+    with mock.patch.object(configurations, "tile", return_value=tile):
+        yield
+
+
+def kept(case, dropout_p, seed):
+    """Which weights dropout keeps, read from the map."""
+    tensors, _, _ = draw(case)
+    _, attention = fused(None, dropout_p=dropout_p, seed=seed, return_attention=True)(**tensors)
+    return attention != 0
+
+
+@needs_kernels
+def test_dropout_keeps_what_it_should():
+    mask = kept("plain", 0.25, seed=7).double()  # [2, 1, 33, 300]
+    count = mask.numel()
+    assert abs(mask.mean() - 0.75) < 4 * math.sqrt(0.1875 / count)
+    # Rows, columns and neighbours are as independent as coin tosses are.
+    centred = mask - 0.75
+    for axis in (2, 3):
+        sums = centred.sum(axis)
+        variance = (sums**2).mean() / mask.shape[axis]
+        assert abs(variance / 0.1875 - 1) < 5 * math.sqrt(2 / sums.numel())
+        neighbours = centred.narrow(axis, 1, mask.shape[axis] - 1) * centred.narrow(
+            axis, 0, mask.shape[axis] - 1
+        )
+        assert abs(neighbours.mean()) < 4 * 0.1875 / math.sqrt(neighbours.numel())
+    assert abs((centred[0] * centred[1]).mean()) < 4 * 0.1875 / math.sqrt(count / 2)
+    for seed in (8, 7 + 2**32, -1):
+        other = kept("plain", 0.25, seed).double() - 0.75
+        assert abs((centred * other).mean()) < 4 * 0.1875 / math.sqrt(count)
+
+
+@needs_kernels
+def test_dropout_is_the_same_in_tiles_of_any_size():
+    expected = kept("padded", 0.5, seed=1)
+    with tiles_of(16, 64):
+        assert torch.equal(kept("padded", 0.5, seed=1), expected)
+
+
+@needs_kernels
+def test_dropout_draws_from_the_generator_of_torch_without_a_seed():
+    tensors, mask, _ = draw("odd sizes")
+    outputs = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        outputs.append(fused(mask, dropout_p=0.5)(**tensors))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", ["padded", "plain"])
+def test_dropout_output_and_gradients(case):
+    """The mask of the map is that of the output, and of both backward kernels."""
+    tensors, mask, grad_output = draw(case)
+    multiplier = kept(case, 0.25, seed=11).double() / 0.75
+
+    def expected(**tensors):
+        _, attention = reference(
+            *(tensors[name] for name in NAMES), mask, _scale(tensors), 0.0, None, True
+        )
+        return ((attention * multiplier) @ tensors["value"].transpose(1, 2)).transpose(1, 2)
+
+    got = differentiate(fused(mask, dropout_p=0.25, seed=11), tensors, grad_output)
+    exact = differentiate(expected, tensors, grad_output, torch.float64)
+    for name, x in exact.items():
+        torch.testing.assert_close(got[name].double(), x, rtol=1e-5, atol=1e-5)
+
+
+def _scale(tensors):
+    halves = 1 if tensors["q_spatial"] is None else 2
+    return 1 / math.sqrt(halves * tensors["q_content"].shape[-1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", ["one of each", "padded", "plain"])
+def test_attention_map_and_its_gradients(case):
+    tensors, mask, _ = draw(case)
+
+    def maps(backend):
+        def attend(**tensors):
+            _, attention = conditional_attention(
+                **tensors, key_mask=mask, return_attention=True, backend=backend
+            )
+            return attention
+
+        return attend
+
+    batch, queries, keys, heads = CASES[case][:4]
+    generator = torch.Generator().manual_seed(1)
+    grad_map = torch.randn(batch, heads, queries, keys, generator=generator).to(DEVICE)
+    del tensors["value"]
+    value = torch.zeros(batch, keys, heads, 4, device=DEVICE)
+    got = differentiate(lambda **x: maps("triton")(**x, value=value), tensors, grad_map)
+    exact = differentiate(
+        lambda **x: maps("torch")(**x, value=value.double()), tensors, grad_map, torch.float64
+    )
+    for name, x in exact.items():
+        torch.testing.assert_close(got[name].double(), x, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+def test_map_and_output_agree_under_dropout():
+    tensors, mask, _ = draw("padded")
+    options = {"dropout_p": 0.3, "seed": 2, "return_attention": True}
+    output, attention = fused(mask, **options)(**tensors)
+    expected = (attention @ tensors["value"].transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", ["padded", "plain", "widest"])
+def test_split_over_keys(case):
+    """The parts put together are the whole, rows without keys and parts without keys included."""
+    from cdetr_kernels.fused import configurations
+
+    tensors, mask, grad_output = draw(case)
+    whole = differentiate(fused(mask), tensors, grad_output)
+    with mock.patch.object(configurations, "parts", return_value=3):
+        split = differentiate(fused(mask), tensors, grad_output)
+    for name, x in whole.items():
+        torch.testing.assert_close(split[name], x, rtol=1e-6, atol=1e-6)
+
+
+def test_number_of_parts():
+    from cdetr_kernels.fused.configurations import parts
+
+    assert parts(programs=40, tiles_of_keys=66, multiprocessors=132) == 3
+    assert parts(programs=40, tiles_of_keys=17, multiprocessors=132) == 2
+    assert parts(programs=40, tiles_of_keys=5, multiprocessors=132) == 1
+    assert parts(programs=320, tiles_of_keys=66, multiprocessors=132) == 1
+
+
+def operators(mask_case, dropout_p=0.0):
+    """Arguments of the three registered operators."""
+    tensors, mask, grad_output = draw(mask_case)
+    seed = torch.tensor([3], device=DEVICE) if dropout_p else None
+    inputs = [tensors[name] for name in NAMES]
+    output, logsumexp = torch.ops.cdetr_fast.conditional_attention(
+        *inputs, mask, seed, 0.2, dropout_p
+    )
+    saved = (output, logsumexp)
+    return {
+        "conditional_attention": (*inputs, mask, seed, 0.2, dropout_p),
+        "conditional_attention_backward": (
+            grad_output, *inputs, mask, seed, 0.2, dropout_p, *saved,
+        ),
+        "conditional_attention_map": (*inputs[:4], mask, seed, logsumexp, 0.2, dropout_p),
+    }  # fmt: skip
+
+
+@needs_kernels
+@pytest.mark.parametrize(("case", "dropout_p"), [("odd sizes", 0.2), ("plain", 0.0)])
+@pytest.mark.parametrize(
+    "name",
+    ["conditional_attention", "conditional_attention_backward", "conditional_attention_map"],
+)
+def test_registration(name, case, dropout_p):
+    from cdetr_kernels.fused import conditional_attention as _registered  # noqa: F401
+
+    arguments = operators(case, dropout_p)[name]
+    differentiable = name != "conditional_attention_backward"
+    arguments = tuple(
+        x.detach().requires_grad_(differentiable)
+        if isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 4
+        else x
+        for x in arguments
+    )
+    torch.library.opcheck(getattr(torch.ops.cdetr_fast, name).default, arguments)
+
+
+@needs_kernels
+def test_compiles_into_one_graph():
+    tensors, mask, grad_output = draw("odd sizes")
+    function = fused(mask, dropout_p=0.2, seed=4)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected = differentiate(function, tensors, grad_output)
+    got = differentiate(compiled, tensors, grad_output)
+    for name, x in expected.items():
+        assert torch.equal(got[name], x)
+
+
+@needs_kernels
+def test_exports():
+    class Attention(torch.nn.Module):
+        def forward(self, *inputs):
+            return conditional_attention(*inputs, backend="triton")
+
+    tensors, mask, _ = draw("odd sizes")
+    inputs = (*tensors.values(), mask)
+    exported = torch.export.export(Attention(), inputs).module()
+    assert torch.equal(exported(*inputs), Attention()(*inputs))
+
+
+@needs_kernels
+def test_a_gradient_of_the_gradient_is_refused():
+    tensors, mask, _ = draw("odd sizes")
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    output = fused(mask)(**leaves)
+    (gradient,) = torch.autograd.grad(output.sum(), leaves["value"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="use backend='torch'"):
+        torch.autograd.grad(gradient.sum(), leaves["q_content"])
+
+
+@needs_kernels
+def test_what_the_kernels_cannot_do_is_said():
+    tensors, _, _ = draw("odd sizes", torch.float64)
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run: .* not torch.float64"):
+        fused(None)(**tensors)
+    tensors, _, _ = draw("odd sizes")
+    tensors["value"] = torch.zeros(2, 70, 1, 129, device=DEVICE)
+    with pytest.raises(RuntimeError, match="heads of up to 128, not 129"):
+        fused(None)(**tensors)
+
+
+@compiled_only
+def test_tensors_on_a_cpu_are_refused():
+    tensors, _, _ = draw("odd sizes")
+    with pytest.raises(RuntimeError, match="cannot run: the tensors are on cpu"):
+        fused(None)(**{name: x.cpu() for name, x in tensors.items()})
+
+
+@compiled_only
+def test_precision_of_dots_follows_torch():
+    from cdetr_kernels.fused.launching import dot_precision
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert dot_precision(torch.float32) == "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert dot_precision(torch.float32) == "tf32"
+        assert dot_precision(torch.float16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_every_kernel_has_a_tile_on_every_architecture():
+    from cdetr_kernels.fused import configurations as c
+
+    kinds = [("ieee", torch.float32), ("ieee", torch.float16)]
+    for architecture in (*c.TABLE, "sm_86", "sm_120", "gfx950", "a new one"):
+        tf32 = [] if architecture.startswith("gfx") else [("tf32", torch.float32)]
+        for precision, dtype in kinds + tf32:
+            for size, kernel in itertools.product((1, 32, 33, 128), c.KERNELS):
+                tile = c.tile(kernel, architecture, dtype, precision, size)
+                assert tile.queries >= 16
+                assert tile.keys >= 16
+    assert [c.padded(size) for size in (1, 16, 17, 64, 65, 128)] == [16, 16, 32, 64, 128, 128]
+
+
+@compiled_only
+def test_audit_of_machine_code():
+    """One kernel here, all of them by `python -m benchmarks.audit`."""
+    from benchmarks import audit
+
+    case = audit.Case(32, "half")
+    launch = audit.launches(case, "sm_90")["forward"]
+    used = audit.examine(launch, "sm_90")
+    assert audit.complaints(used, launch, case, "sm_90") == []
+    worse = dict.fromkeys(used, 0) | {"registers": 256, "spills": 8, "shared": 2**20}
+    assert len(audit.complaints(worse, launch, case, "sm_90")) == 6
