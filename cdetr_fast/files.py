@@ -100,7 +100,10 @@ def replace_all(folder: Path) -> Iterator[Callable[[str], Path]]:
         old.mkdir()
         yield lambda name: new / name
         names = sorted(path.name for path in new.iterdir())
+        # safetensors makes files that only their owner may read; users expect what open() makes.
+        (ordinary := Path(staging, "ordinary")).touch()
         for name in names:
+            (new / name).chmod(ordinary.stat().st_mode)
             with (new / name).open("rb+") as stream:
                 os.fsync(stream.fileno())
             if (folder / name).exists():

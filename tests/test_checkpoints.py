@@ -593,6 +593,13 @@ def test_options(tmp_path):
         load(tmp_path, num_querys=3)
 
 
+def test_files_can_be_read_by_whom_the_umask_allows(tmp_path):
+    _ours().save_pretrained(tmp_path)
+    (tmp_path / "ordinary").touch()
+    for path in tmp_path.iterdir():
+        assert path.stat().st_mode == (tmp_path / "ordinary").stat().st_mode, path.name
+
+
 def test_options_of_transformers_that_ask_for_nothing(tmp_path):
     model = _ours()
     # Accelerate's idiom, and transformers' order of arguments.

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -187,3 +188,30 @@ def test_import_is_cheap(root):
 def test_import_itself_loads_no_torch(root):
     code = WITHOUT_INSTALLATION + "import cdetr_fast; print('torch' in sys.modules)"
     assert run_python(code, root, PYTHONPATH="") == "False"
+
+
+@pytest.mark.slow
+def test_wheel(root, tmp_path):
+    """A wheel holds both packages and the demo checkpoint, and works without the checkout."""
+    source = tmp_path / "source"
+    shutil.copytree(
+        root,
+        source,
+        ignore=shutil.ignore_patterns(".git", ".venv", "build", "output", "*.egg-info", "tests"),
+    )
+    wheels, target = tmp_path / "wheels", tmp_path / "target"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, source]
+    subprocess.run(build, check=True)
+    (wheel,) = wheels.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True)
+    code = (
+        "import cdetr_fast, cdetr_kernels\n"
+        "from cdetr_fast.assets import DEMO\n"
+        "model = cdetr_fast.ConditionalDetrForObjectDetection.from_pretrained(DEMO)\n"
+        "print(cdetr_fast.__file__, cdetr_kernels.__file__, DEMO, sep='\\n')"
+    )
+    # -P and an empty folder: nothing of the checkout is importable.
+    found = run_python(code, tmp_path, "-P", PYTHONPATH=str(target)).split()
+    assert len(found) == 3
+    assert all(Path(path).is_relative_to(target) for path in found)

@@ -1,6 +1,7 @@
-"""Train the embedded demo checkpoint from scratch on procedurally drawn scenes, on a CPU.
+r"""Train the embedded demo checkpoint from scratch on procedurally drawn scenes, on a CPU.
 
-    python examples/demo_checkpoint/train.py --minutes 59 --bf16 --output cdetr_fast/assets/demo
+    torchrun --nproc-per-node 2 examples/demo_checkpoint/train.py \
+        --bf16 --steps 12548 --output cdetr_fast/assets/demo
 
 Everything is learnt here, the backbone included. Three things make that possible in an hour:
 
