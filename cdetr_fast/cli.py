@@ -160,7 +160,7 @@ def demo(
         Path | None, typer.Option(help="A photograph, in place of the scenes.", show_default=False)
     ] = None,
     model: ModelOption = None,
-    threshold: ThresholdOption = 0.5,
+    threshold: ThresholdOption = 0.4,
     device: DeviceOption = None,
 ) -> None:
     """Draw scenes that no training has seen, detect their objects, and score the result."""
