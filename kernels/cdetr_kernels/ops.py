@@ -8,8 +8,22 @@ from torch import Tensor
 from cdetr_kernels.dispatch import Operator
 from cdetr_kernels.reference import attention, loss, matching, position, topk
 
+
+def _conditional_attention_triton(*args):
+    """Imports triton at the first call only: it is slow to import, and not everywhere."""
+    try:
+        from cdetr_kernels.fused.conditional_attention import conditional_attention
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"conditional_attention: backend 'triton' cannot run: there is no {error.name} here"
+        ) from error
+    return conditional_attention(*args)
+
+
 _CONDITIONAL_ATTENTION = Operator(
-    "conditional_attention", {"torch": attention.conditional_attention}
+    "conditional_attention",
+    {"torch": attention.conditional_attention, "triton": _conditional_attention_triton},
+    {"triton": "the triton path has not been run on a GPU yet; ask for it by name"},
 )
 _SINE_POSITION_2D = Operator("sine_position_2d", {"torch": position.sine_position_2d})
 _SINE_QUERY = Operator("sine_query", {"torch": position.sine_query})

@@ -245,8 +245,9 @@ def test_the_same_bits_in_every_run():
 @contextlib.contextmanager
 def tiles_of(queries: int, keys: int):
     from cdetr_kernels.fused import configurations
+    from cdetr_kernels.fused.tiles import Tile
 
-    tile = configurations.Tile(queries, keys)
+    tile = Tile(queries, keys)
     with mock.patch.object(configurations, "tile", return_value=tile):
         yield
 
@@ -469,6 +470,16 @@ def test_tensors_on_a_cpu_are_refused():
         fused(None)(**{name: x.cpu() for name, x in tensors.items()})
 
 
+def test_a_machine_without_triton_says_so():
+    tensors, _, _ = draw("odd sizes")
+    module = "cdetr_kernels.fused.conditional_attention"
+    with (
+        mock.patch.dict(sys.modules, {module: None}),
+        pytest.raises(RuntimeError, match=f"cannot run: there is no {module} here"),
+    ):
+        fused(None)(**tensors)
+
+
 @compiled_only
 def test_precision_of_dots_follows_torch():
     from cdetr_kernels.fused.launching import dot_precision
@@ -485,16 +496,15 @@ def test_precision_of_dots_follows_torch():
 
 
 def test_every_kernel_has_a_tile_on_every_architecture():
+    from benchmarks.audit import TARGETS
     from cdetr_kernels.fused import configurations as c
 
-    kinds = [("ieee", torch.float32), ("ieee", torch.float16)]
-    for architecture in (*c.TABLE, "sm_86", "sm_120", "gfx950", "a new one"):
-        tf32 = [] if architecture.startswith("gfx") else [("tf32", torch.float32)]
-        for precision, dtype in kinds + tf32:
-            for size, kernel in itertools.product((1, 32, 33, 128), c.KERNELS):
-                tile = c.tile(kernel, architecture, dtype, precision, size)
-                assert tile.queries >= 16
-                assert tile.keys >= 16
+    for architecture in (*TARGETS, "interpreter", "sm_86", "sm_120", "gfx950", "a new one"):
+        precisions = ("half", "ieee") + (() if architecture.startswith("gfx") else ("tf32",))
+        for options in itertools.product(precisions, (1, 32, 33, 128)):
+            for kernel in c.KERNELS:
+                tile = c.tile(kernel, architecture, *options)
+                assert min(tile.queries, tile.keys) >= 16
     assert [c.padded(size) for size in (1, 16, 17, 64, 65, 128)] == [16, 16, 32, 64, 128, 128]
 
 

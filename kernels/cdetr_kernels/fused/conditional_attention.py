@@ -12,9 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
-from cdetr_kernels.fused import configurations, launching, random
 from cdetr_kernels.fused import conditional_attention_kernels as kernels
+from cdetr_kernels.fused import configurations, launching, random
 from cdetr_kernels.fused.launching import Launch
+from cdetr_kernels.fused.tiles import Tile
 
 LOG2_E = 1.0 / math.log(2.0)
 MERGED_ROWS = 32
@@ -65,8 +66,9 @@ def merge_launch(part: Tensor, part_logsumexp: Tensor, output: Tensor, logsumexp
         "DV": value_size,
         "BV": configurations.padded(value_size),
         "BR": MERGED_ROWS,
+        "PRECISION": launching.dot_precision(output.dtype),
     }
-    tile = configurations.Tile(MERGED_ROWS, 1, stages=1)
+    tile = Tile(MERGED_ROWS, 1, stages=1)
     return Launch(kernels.merge_kernel, triton.cdiv(rows, MERGED_ROWS), arguments, tile)
 
 
@@ -95,6 +97,9 @@ def backward_launches(
         "p_do": grad_output,
         "p_lse": logsumexp,
         "p_delta": torch.empty_like(logsumexp),
+        "p_streams": (
+            logsumexp.new_empty(*logsumexp.shape, 2, dtype=torch.int32) if dropout_p > 0.0 else None
+        ),
         "scale": scale,
         "scale_log2": scale * LOG2_E,
     }
@@ -116,7 +121,7 @@ def backward_launches(
         kernels.backward_keys_kernel,
         triton.cdiv(keys, tile.keys) * heads * batch,
         {
-            **shared,
+            **{name: x for name, x in shared.items() if name != "p_seed"},
             "p_dkc": dk_content,
             "p_dks": dk_spatial,
             "p_dv": dvalue,
@@ -154,12 +159,12 @@ def map_launch(
     return Launch(kernels.attention_map_kernel, tiles * heads * batch, arguments, tile)
 
 
-def _tile(kernel: str, q_content: Tensor, value: Tensor) -> configurations.Tile:
+def _tile(kernel: str, q_content: Tensor, value: Tensor) -> Tile:
+    half = q_content.dtype != torch.float32
     return configurations.tile(
         kernel,
         launching.architecture(q_content.device),
-        q_content.dtype,
-        launching.dot_precision(q_content.dtype),
+        "half" if half else launching.dot_precision(q_content.dtype),
         max(q_content.shape[-1], value.shape[-1]),
     )
 
@@ -211,7 +216,7 @@ def _inputs(
     return arguments
 
 
-def _tiling(tile: configurations.Tile, q_content: Tensor, value: Tensor | None) -> dict[str, int]:
+def _tiling(tile: Tile, q_content: Tensor, value: Tensor | None) -> dict[str, int]:
     size = q_content.shape[-1]
     sizes = {"D": size, "BD": configurations.padded(size)}
     if value is not None:
@@ -334,6 +339,13 @@ def _gradients(ctx, grad_output, _):
     return (*_by_name(gradients, tensors[1]), None, None, None, None)
 
 
+def _refuse_second_derivative(ctx, *_):
+    raise NotImplementedError(
+        "conditional_attention_backward has no derivative: use backend='torch' for a gradient of "
+        "the gradient"
+    )
+
+
 def _save_for_map_backward(ctx, inputs, output) -> None:
     *tensors, ctx.scale, ctx.dropout_p = inputs
     ctx.save_for_backward(*tensors, output)
@@ -341,7 +353,7 @@ def _save_for_map_backward(ctx, inputs, output) -> None:
 
 def _map_gradients(ctx, grad_attention):
     """In plain torch: a gradient that comes in through the map is as large as the map anyway."""
-    q_content, q_spatial, k_content, k_spatial, key_mask, seed, lse, attention = ctx.saved_tensors
+    q_content, q_spatial, k_content, k_spatial, key_mask, _, lse, attention = ctx.saved_tensors
     undropped = attention
     if ctx.dropout_p > 0.0:
         undropped = torch.ops.cdetr_fast.conditional_attention_map(
@@ -376,6 +388,9 @@ torch.library.register_autograd(
     _gradients,
     setup_context=_save_for_backward,
     lib=LIBRARY,
+)
+torch.library.register_autograd(
+    "cdetr_fast::conditional_attention_backward", _refuse_second_derivative, lib=LIBRARY
 )
 torch.library.register_autograd(
     "cdetr_fast::conditional_attention_map",

@@ -4,38 +4,34 @@
     P          = softmax over the keys j that are attended to
     out[i]     = sum_j keep[i,j] P[i,j] / (1 - p) value[j]
 
-Two dot products add up into one tile of scores that never leaves the chip; the softmax over keys is
-kept up to date tile by tile (pivot, sum, output), in fp32 and to base 2. The log-sum-exp of each row
-is all that backward needs to have P again:
+Two dot products add up into one tile of scores that never leaves the chip; the softmax over keys
+is kept up to date tile by tile (pivot, sum, output), in fp32 and to base 2. The log-sum-exp of each
+row is all that backward needs to have P again:
 
-    delta[i]   = dout[i] . out[i]
-    dscore     = P (keep / (1 - p) dout . value - delta)
-    dq_*       = scale dscore k_*       dk_* = scale dscore^T q_*       dvalue = (keep P / (1 - p))^T dout
+    delta[i] = dout[i] . out[i]
+    dscore   = P (keep / (1 - p) dout . value - delta)
+    dq_*     = scale dscore k_*
+    dk_*     = scale dscore^T q_*
+    dvalue   = (keep P / (1 - p))^T dout
 
-Queries and keys have a backward kernel each, so that every sum has one owner and one order: no atomic
-additions, the same bits in every run. Masks enter as a bias of 0 or -inf, in the multiply-add that
-scales the scores. The pivot starts finite, so a row without keys is 0 / 1 and never NaN.
+Queries and keys have a backward kernel each, so that every sum has one owner and one order: no
+atomic additions, the same bits in every run. Masks enter as a bias of 0 or -inf, in the
+multiply-add that scales the scores. The pivot starts finite, so a row without keys is 0 / 1 and
+never NaN.
 
-Names: queries Q, keys S, heads N, sizes D and DV, padded BD and BV; see STYLE in CONTRIBUTING.
+Names: B images, Q queries, S keys, N heads, D and DV their sizes, padded to BD and BV; tiles of BQ
+queries and BS keys. `i_` an index, `o_` offsets, `m_` masks, `p_` pointers, `b_` blocks.
 Source: Meng et al., section 3.3; Dao, "FlashAttention-2", 2023 (the order of the work).
 """
 
 import triton
 import triton.language as tl
 
+from cdetr_kernels.fused.arithmetic import dot, rounded
 from cdetr_kernels.fused.random import keep, row_streams
 
 # Below every score, and finite: -inf minus -inf would be NaN.
 LOWEST = tl.constexpr(-3.0e38)
-
-
-@triton.jit
-def _dot(a, b, PRECISION: tl.constexpr, acc=None):
-    """a times b plus acc in fp32; fp32 operands are rounded to tf32 or not, as PRECISION says."""
-    if PRECISION == "upcast":
-        # The interpreter would multiply the integers that hold the bits of bf16.
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="tf32" if PRECISION == "tf32" else "ieee")
 
 
 @triton.jit
@@ -44,19 +40,22 @@ def _load(p, o_rows, rows, stride_row, o_columns, stride_column, COLUMNS: tl.con
     # 64-bit offsets: a row may lie more than 2^31 elements after the first one.
     p_rows = p + o_rows.to(tl.int64)[:, None] * stride_row
     m_rows = (o_rows < rows)[:, None]
-    if COLUMNS < o_columns.shape[0]:
+    if o_columns.shape[0] > COLUMNS:
         m_rows = m_rows & (o_columns < COLUMNS)[None, :]
     return tl.load(p_rows + o_columns.to(tl.int64)[None, :] * stride_column, m_rows, other=0.0)
 
 
 @triton.jit
-def _store(p, b_x, o_rows, rows, stride_row, o_columns, COLUMNS: tl.constexpr):
+def _store(
+    p, b_x, o_rows, rows, stride_row, o_columns, COLUMNS: tl.constexpr, PRECISION: tl.constexpr
+):
     """Writes what `_load` reads, columns contiguous."""
     p_rows = p + o_rows.to(tl.int64)[:, None] * stride_row
     m_rows = (o_rows < rows)[:, None]
-    if COLUMNS < o_columns.shape[0]:
+    if o_columns.shape[0] > COLUMNS:
         m_rows = m_rows & (o_columns < COLUMNS)[None, :]
-    tl.store(p_rows + o_columns[None, :], b_x.to(p.dtype.element_ty), m_rows)
+    b_x = rounded(b_x, p.dtype.element_ty, PRECISION)
+    tl.store(p_rows + o_columns[None, :], b_x, m_rows)
 
 
 @triton.jit
@@ -121,6 +120,7 @@ def forward_kernel(
     SPATIAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """One tile of queries of one head and image, against one part of the keys."""
     i_q, i_n, i_out = _program(Q, BQ, N)
     i_b, i_split = (i_out % B).to(tl.int64), i_out // B
     o_q = i_q * BQ + tl.arange(0, BQ)
@@ -144,15 +144,16 @@ def forward_kernel(
     part = tl.cdiv(tl.cdiv(extent, BS), splits) * BS
     first = i_split * part
     bias = _bias(p_mask, first + tl.arange(0, BS), S, mask_s, MASKED)
-    for i_s in range(first, tl.minimum(first + part, extent), BS):
-        o_s = i_s + tl.arange(0, BS)
+    # From 0: triton 3.9 does not pipeline a loop whose start comes from memory, as extent does.
+    for i_s in range(0, tl.minimum(part, extent - first), BS):
+        o_s = first + i_s + tl.arange(0, BS)
         # A tile ahead: bytes of a mask are too narrow for the asynchronous copies of the pipeline.
         next_bias = _bias(p_mask, o_s + BS, S, mask_s, MASKED)
         b_kc = _load(p_kc, o_s, S, kc_s, o_d, kc_d, D)
-        b_s = _dot(b_qc, tl.trans(b_kc), PRECISION)  # [BQ, BS]
+        b_s = dot(b_qc, tl.trans(b_kc), PRECISION)  # [BQ, BS]
         if SPATIAL:
             b_ks = _load(p_ks, o_s, S, ks_s, o_d, ks_d, D)
-            b_s = _dot(b_qs, tl.trans(b_ks), PRECISION, b_s)
+            b_s = dot(b_qs, tl.trans(b_ks), PRECISION, b_s)
         b_s = b_s * scale + bias[None, :]
         b_m_next = tl.maximum(b_m, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_m_next[:, None])
@@ -161,7 +162,7 @@ def forward_kernel(
         if DROPOUT:
             b_p = tl.where(keep(start[:, None], step[:, None], o_s[None, :], threshold), b_p, 0.0)
         b_v = _load(p_v, o_s, S, v_s, o_v, v_d, DV)
-        b_acc = _dot(b_p.to(b_v.dtype), b_v, PRECISION, b_acc * shrink[:, None])
+        b_acc = dot(rounded(b_p, b_v.dtype, PRECISION), b_v, PRECISION, b_acc * shrink[:, None])
         b_m = b_m_next
         bias = next_bias
 
@@ -169,7 +170,7 @@ def forward_kernel(
     b_l = tl.where(empty, 1.0, b_l)
     b_out = b_acc * (inverse_keep / b_l)[:, None]
     p_out += i_out.to(tl.int64) * Q * N * DV + i_n * DV
-    _store(p_out, b_out, o_q, Q, N * DV, o_v, DV)
+    _store(p_out, b_out, o_q, Q, N * DV, o_v, DV, PRECISION)
     # A row without keys has +inf: exp2(score - inf) is 0 for any score.
     b_lse = tl.where(empty, float("inf"), b_m + tl.log2(b_l))
     tl.store(p_lse + (i_out.to(tl.int64) * N + i_n) * Q + o_q, b_lse, o_q < Q)
@@ -184,7 +185,9 @@ def merge_kernel(
     rows,  # B * Q * N
     N, Q, splits,
     DV: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Puts the parts of the keys together, each by its log-sum-exp."""
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     o_v = tl.arange(0, BV)
     m_r = o_r < rows
@@ -192,19 +195,20 @@ def merge_kernel(
     b_m = tl.full([BR], LOWEST, tl.float32)
     b_l = tl.zeros([BR], tl.float32)
     b_acc = tl.zeros([BR, BV], tl.float32)
-    for i in range(0, splits):
-        offset = i.to(tl.int64) * rows
-        b_lse = tl.load(p_part_lse + offset + o_lse, m_r, other=float("inf"))
+    for _ in range(splits):
+        b_lse = tl.load(p_part_lse + o_lse, m_r, other=float("inf"))
         b_lse = tl.where(b_lse == float("inf"), float("-inf"), b_lse)
         b_m_next = tl.maximum(b_m, b_lse)
         shrink, weight = tl.exp2(b_m - b_m_next), tl.exp2(b_lse - b_m_next)
-        b_part = _load(p_part + offset * DV, o_r, rows, DV, o_v, 1, DV)
+        b_part = _load(p_part, o_r, rows, DV, o_v, 1, DV)
         b_acc = b_acc * shrink[:, None] + b_part * weight[:, None]
         b_l = b_l * shrink + weight
         b_m = b_m_next
+        p_part_lse += rows
+        p_part += rows.to(tl.int64) * DV
     empty = b_l == 0.0
     b_l = tl.where(empty, 1.0, b_l)
-    _store(p_out, b_acc / b_l[:, None], o_r, rows, DV, o_v, DV)
+    _store(p_out, b_acc / b_l[:, None], o_r, rows, DV, o_v, DV, PRECISION)
     tl.store(p_lse + o_lse, tl.where(empty, float("inf"), b_m + tl.log2(b_l)), m_r)
 
 
@@ -214,7 +218,8 @@ def backward_queries_kernel(
     p_out,  # [B, Q, N, DV], contiguous
     p_lse,  # [B, N, Q], contiguous
     p_do,  # [B, Q, N, DV]
-    p_delta,  # [B, N, Q], contiguous; written for the other kernel
+    p_delta,  # [B, N, Q], contiguous; written for the other kernel, as is
+    p_streams,  # [B, N, Q, 2], contiguous: start and step of each row's dropout
     p_dqc,  # [B, Q, N, D], contiguous
     p_dqs,  # [B, Q, N, D], contiguous
     qc_b, qc_q, qc_n, qc_d,
@@ -231,6 +236,7 @@ def backward_queries_kernel(
     SPATIAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """One tile of queries against all keys: dq_content, dq_spatial, and delta."""
     i_q, i_n, i_b = _program(Q, BQ, N)
     i_b, i_n = i_b.to(tl.int64), i_n.to(tl.int64)
     o_q = i_q * BQ + tl.arange(0, BQ)
@@ -254,6 +260,8 @@ def backward_queries_kernel(
         p_mask += i_b * mask_b
     if DROPOUT:
         start, step = row_streams(p_seed, (i_b * N + i_n).to(tl.int32), o_q)
+        tl.store(p_streams + o_row * 2, start.to(tl.int32, bitcast=True), m_q)
+        tl.store(p_streams + o_row * 2 + 1, step.to(tl.int32, bitcast=True), m_q)
 
     b_dqc = tl.zeros([BQ, BD], tl.float32)
     bias = _bias(p_mask, tl.arange(0, BS), S, mask_s, MASKED)
@@ -261,34 +269,35 @@ def backward_queries_kernel(
         o_s = i_s + tl.arange(0, BS)
         next_bias = _bias(p_mask, o_s + BS, S, mask_s, MASKED)
         b_kc = _load(p_kc, o_s, S, kc_s, o_d, kc_d, D)
-        b_s = _dot(b_qc, tl.trans(b_kc), PRECISION)  # [BQ, BS]
+        b_s = dot(b_qc, tl.trans(b_kc), PRECISION)  # [BQ, BS]
         if SPATIAL:
             b_ks = _load(p_ks, o_s, S, ks_s, o_d, ks_d, D)
-            b_s = _dot(b_qs, tl.trans(b_ks), PRECISION, b_s)
+            b_s = dot(b_qs, tl.trans(b_ks), PRECISION, b_s)
         b_p = tl.exp2(b_s * scale_log2 + bias[None, :] - b_lse[:, None])
         b_v = _load(p_v, o_s, S, v_s, o_v, v_d, DV)
-        b_dp = _dot(b_do, tl.trans(b_v), PRECISION)
+        b_dp = dot(b_do, tl.trans(b_v), PRECISION)
         if DROPOUT:
             kept = keep(start[:, None], step[:, None], o_s[None, :], threshold)
             b_dp = tl.where(kept, b_dp * inverse_keep, 0.0)
-        b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_kc.dtype)
-        b_dqc = _dot(b_ds, b_kc, PRECISION, b_dqc)
+        b_ds = rounded(b_p * (b_dp - b_delta[:, None]), b_kc.dtype, PRECISION)
+        b_dqc = dot(b_ds, b_kc, PRECISION, b_dqc)
         if SPATIAL:
-            b_dqs = _dot(b_ds, b_ks, PRECISION, b_dqs)
+            b_dqs = dot(b_ds, b_ks, PRECISION, b_dqs)
         bias = next_bias
 
     offset = i_b * Q * N * D + i_n * D
-    _store(p_dqc + offset, b_dqc * scale, o_q, Q, N * D, o_d, D)
+    _store(p_dqc + offset, b_dqc * scale, o_q, Q, N * D, o_d, D, PRECISION)
     if SPATIAL:
-        _store(p_dqs + offset, b_dqs * scale, o_q, Q, N * D, o_d, D)
+        _store(p_dqs + offset, b_dqs * scale, o_q, Q, N * D, o_d, D, PRECISION)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def backward_keys_kernel(
-    p_qc, p_qs, p_kc, p_ks, p_v, p_mask, p_seed,  # as in forward
+    p_qc, p_qs, p_kc, p_ks, p_v, p_mask,  # as in forward
     p_lse,  # [B, N, Q], contiguous
     p_do,  # [B, Q, N, DV]
     p_delta,  # [B, N, Q], contiguous
+    p_streams,  # [B, N, Q, 2], contiguous
     p_dkc,  # [B, S, N, D], contiguous
     p_dks,  # [B, S, N, D], contiguous
     p_dv,  # [B, S, N, DV], contiguous
@@ -306,6 +315,7 @@ def backward_keys_kernel(
     SPATIAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """One tile of keys against all queries: dk_content, dk_spatial, dvalue."""
     i_s, i_n, i_b = _program(S, BS, N)
     i_b, i_n = i_b.to(tl.int64), i_n.to(tl.int64)
     o_s = i_s * BS + tl.arange(0, BS)
@@ -331,32 +341,34 @@ def backward_keys_kernel(
     for i_q in range(0, queries, BQ):
         o_q = i_q + tl.arange(0, BQ)
         b_qc = _load(p_qc, o_q, Q, qc_q, o_d, qc_d, D)
-        b_s = _dot(b_kc, tl.trans(b_qc), PRECISION)  # [BS, BQ]
+        b_s = dot(b_kc, tl.trans(b_qc), PRECISION)  # [BS, BQ]
         if SPATIAL:
             b_qs = _load(p_qs, o_q, Q, qs_q, o_d, qs_d, D)
-            b_s = _dot(b_ks, tl.trans(b_qs), PRECISION, b_s)
+            b_s = dot(b_ks, tl.trans(b_qs), PRECISION, b_s)
         b_lse = tl.load(p_lse + o_row + o_q, o_q < Q, other=float("inf"))
         b_p = tl.exp2(b_s * scale_log2 + bias[:, None] - b_lse[None, :])
         b_do = _load(p_do, o_q, Q, do_q, o_v, do_d, DV)
-        b_dp = _dot(b_v, tl.trans(b_do), PRECISION)
+        b_dp = dot(b_v, tl.trans(b_do), PRECISION)
         b_weight = b_p
         if DROPOUT:
-            start, step = row_streams(p_seed, (i_b * N + i_n).to(tl.int32), o_q)
+            p_stream = p_streams + (o_row + o_q) * 2
+            start = tl.load(p_stream, o_q < Q, other=0).to(tl.uint32, bitcast=True)
+            step = tl.load(p_stream + 1, o_q < Q, other=0).to(tl.uint32, bitcast=True)
             kept = keep(start[None, :], step[None, :], o_s[:, None], threshold)
             b_weight = tl.where(kept, b_p * inverse_keep, 0.0)
             b_dp = tl.where(kept, b_dp * inverse_keep, 0.0)
-        b_dv = _dot(b_weight.to(b_do.dtype), b_do, PRECISION, b_dv)
+        b_dv = dot(rounded(b_weight, b_do.dtype, PRECISION), b_do, PRECISION, b_dv)
         b_delta = tl.load(p_delta + o_row + o_q, o_q < Q, other=0.0)
-        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_qc.dtype)
-        b_dkc = _dot(b_ds, b_qc, PRECISION, b_dkc)
+        b_ds = rounded(b_p * (b_dp - b_delta[None, :]), b_qc.dtype, PRECISION)
+        b_dkc = dot(b_ds, b_qc, PRECISION, b_dkc)
         if SPATIAL:
-            b_dks = _dot(b_ds, b_qs, PRECISION, b_dks)
+            b_dks = dot(b_ds, b_qs, PRECISION, b_dks)
 
     offset = i_b * S * N * D + i_n * D
-    _store(p_dkc + offset, b_dkc * scale, o_s, S, N * D, o_d, D)
+    _store(p_dkc + offset, b_dkc * scale, o_s, S, N * D, o_d, D, PRECISION)
     if SPATIAL:
-        _store(p_dks + offset, b_dks * scale, o_s, S, N * D, o_d, D)
-    _store(p_dv + i_b * S * N * DV + i_n * DV, b_dv, o_s, S, N * DV, o_v, DV)
+        _store(p_dks + offset, b_dks * scale, o_s, S, N * D, o_d, D, PRECISION)
+    _store(p_dv + i_b * S * N * DV + i_n * DV, b_dv, o_s, S, N * DV, o_v, DV, PRECISION)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -375,6 +387,7 @@ def attention_map_kernel(
     SPATIAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """One tile of queries against one tile of keys: P, after dropout."""
     i_tile, i_n, i_b = _program(tl.cdiv(Q, BQ) * tl.cdiv(S, BS), 1, N)
     i_b, i_n = i_b.to(tl.int64), i_n.to(tl.int64)
     o_s = (i_tile % tl.cdiv(S, BS)) * BS + tl.arange(0, BS)
@@ -385,11 +398,11 @@ def attention_map_kernel(
 
     b_qc = _load(p_qc + i_b * qc_b + i_n * qc_n, o_q, Q, qc_q, o_d, qc_d, D)
     b_kc = _load(p_kc + i_b * kc_b + i_n * kc_n, o_s, S, kc_s, o_d, kc_d, D)
-    b_s = _dot(b_qc, tl.trans(b_kc), PRECISION)  # [BQ, BS]
+    b_s = dot(b_qc, tl.trans(b_kc), PRECISION)  # [BQ, BS]
     if SPATIAL:
         b_qs = _load(p_qs + i_b * qs_b + i_n * qs_n, o_q, Q, qs_q, o_d, qs_d, D)
         b_ks = _load(p_ks + i_b * ks_b + i_n * ks_n, o_s, S, ks_s, o_d, ks_d, D)
-        b_s = _dot(b_qs, tl.trans(b_ks), PRECISION, b_s)
+        b_s = dot(b_qs, tl.trans(b_ks), PRECISION, b_s)
     b_lse = tl.load(p_lse + (i_b * N + i_n) * Q + o_q, o_q < Q, other=float("inf"))
     bias = _bias(p_mask, o_s, S, mask_s, MASKED)
     b_p = tl.exp2(b_s * scale_log2 + bias[None, :] - b_lse[:, None])
@@ -399,4 +412,8 @@ def attention_map_kernel(
         b_p = tl.where(kept, b_p * inverse_keep, 0.0)
     p_map += (i_b * N + i_n) * Q * S
     p_tile = p_map + o_q.to(tl.int64)[:, None] * S + o_s[None, :]
-    tl.store(p_tile, b_p.to(p_map.dtype.element_ty), (o_q < Q)[:, None] & (o_s < S)[None, :])
+    tl.store(
+        p_tile,
+        rounded(b_p, p_map.dtype.element_ty, PRECISION),
+        (o_q < Q)[:, None] & (o_s < S)[None, :],
+    )

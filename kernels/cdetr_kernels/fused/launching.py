@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from cdetr_kernels.fused.configurations import Tile
+from cdetr_kernels.fused.tiles import Tile
 
 # triton decides when it decorates a kernel, that is when this package is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -23,14 +23,22 @@ class Launch:
     arguments: dict[str, Any]
     tile: Tile
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told beside the arguments."""
+        # Multiply-adds with one rounding, as in every library; triton 3.10 has another default.
+        return {
+            "num_warps": self.tile.warps,
+            "num_stages": self.tile.stages,
+            "enable_fp_fusion": True,
+        }
+
     def run(self, device: torch.device) -> None:
         """Launches on the current stream of `device`."""
         if self.programs == 0:
             return
         with torch.cuda.device(device.index if device.type == "cuda" else -1):
-            self.kernel[(self.programs,)](
-                **self.arguments, num_warps=self.tile.warps, num_stages=self.tile.stages
-            )
+            self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 def reason_against(tensor: Tensor) -> str | None:
@@ -67,6 +75,6 @@ def multiprocessors(device: torch.device) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """Returns how kernels multiply: "tf32" for fp32 where torch is allowed to, else "ieee"."""
     if INTERPRETED and dtype == torch.bfloat16:
-        return "upcast"
+        return "interpreted_bf16"
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if dtype == torch.float32 and allowed and not torch.version.hip else "ieee"

@@ -28,8 +28,8 @@ def set_loss(
     logits = logits.to(dtype)
     layer, image, query, target = matches  # [M] each
 
-    # A matched pair is positive, every other one negative. The logit -inf takes the matched ones out
-    # of the negatives; subtracting them again would leave the difference of large numbers.
+    # A matched pair is positive, every other one negative. The logit -inf takes the matched ones
+    # out of the negatives; subtracting them again would leave the difference of large numbers.
     pairs = (layer, image, query, target_labels[image, target])
     others = logits.index_put(pairs, logits.new_tensor(float("-inf")))
     negatives = _focal_negative(others, alpha, gamma).sum((1, 2, 3))

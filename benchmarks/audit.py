@@ -1,0 +1,284 @@
+"""Compiles every kernel for GPUs that need not be there, and holds it to its budgets.
+
+    python -m benchmarks.audit                      all architectures, all entries of the table
+    python -m benchmarks.audit --quick sm_90        heads of 32 only, one architecture
+
+What is compiled is what a launcher would launch: its arguments are made from meta tensors. Of the
+machine code it counts registers, spills, shared memory, tensor-core instructions and 16-byte loads.
+The exit status is 1 if a kernel spills, exceeds a budget of its entry in
+`cdetr_kernels.fused.configurations`, or lacks an instruction that it is supposed to use.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import unittest.mock
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cdetr_kernels.fused import conditional_attention, configurations, launching
+from cdetr_kernels.fused.conditional_attention_kernels import merge_kernel
+from cdetr_kernels.fused.launching import Launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Per multiprocessor: KiB of shared memory that programs can have, and threads.
+CAPACITY = {"sm_80": (164, 2048), "sm_90": (228, 2048), "sm_100": (228, 2048)}
+# Instructions of the tensor cores: for tiles of 64 rows and more, and for smaller ones.
+TENSOR_CORE = {
+    "sm_80": (r"\bHMMA\.", r"\bHMMA\."),
+    "sm_90": (r"\bHGMMA\.", r"\bHMMA\."),
+    "sm_100": (r"\bUTC[A-Z]*MMA", r"\bHMMA\."),
+    "gfx942": (r"\bv_mfma_", r"\bv_mfma_"),
+}
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
+            torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kind of call: what a launcher decides on, and the options that change the code."""
+
+    size: int
+    precision: str
+    spatial: bool = True
+    dropout_p: float = 0.0
+
+    def __str__(self) -> str:
+        kind = "" if self.spatial else " plain"
+        return f"{self.precision} {self.size}{kind}{' dropout' if self.dropout_p else ''}"
+
+
+# Dropout, as in training, needs the most registers.
+CASES = (
+    Case(32, "half"),
+    Case(32, "half", spatial=False),
+    *(
+        Case(size, precision, dropout_p=0.1)
+        for precision in ("half", "tf32", "ieee")
+        for size in configurations.WIDTHS
+    ),
+)
+
+
+def launches(case: Case, architecture: str) -> dict[str, Launch]:
+    """Returns what a training step at 800x1066 launches, and the map, on meta tensors."""
+    batch, queries, heads, keys = 8, 300, 8, 1050
+    dtype = torch.bfloat16 if case.precision == "half" else torch.float32
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    query = empty(batch, queries, heads, case.size)
+    key = empty(batch, keys, heads, case.size)
+    shared = empty(1, keys, heads, case.size)
+    value = empty(batch, keys, heads, case.size)
+    spatial = (query, shared) if case.spatial else (None, None)
+    logsumexp = empty(batch, heads, queries, dtype=torch.float32)
+    queries_and_keys = (query, spatial[0], key, spatial[1])
+    mask = empty(batch, keys, dtype=torch.bool)
+    seed = empty(1, dtype=torch.int64) if case.dropout_p else None
+    options = (0.1, case.dropout_p)
+    precision = "tf32" if case.precision == "tf32" else "ieee"
+    with (
+        unittest.mock.patch.object(launching, "architecture", return_value=architecture),
+        unittest.mock.patch.object(launching, "dot_precision", return_value=precision),
+    ):
+        inputs = (*queries_and_keys, value, mask, seed, *options)
+        gradients = [x for x in (*queries_and_keys, value) if x is not None]
+        backward = conditional_attention.backward_launches(
+            query, *inputs, query, logsumexp, gradients
+        )
+        return {
+            "forward": conditional_attention.forward_launch(*inputs, query, logsumexp),
+            "backward_queries": backward[0],
+            "backward_keys": backward[1],
+            "attention_map": conditional_attention.map_launch(
+                *queries_and_keys,
+                mask,
+                seed,
+                logsumexp,
+                *options,
+                empty(batch, heads, queries, keys),
+            ),
+            "merge": conditional_attention.merge_launch(
+                empty(3 * batch, queries, heads, case.size, dtype=torch.float32),
+                empty(3 * batch, heads, queries, dtype=torch.float32),
+                query,
+                logsumexp,
+            ),
+        }
+
+
+def source(launch: Launch) -> ASTSource:
+    """Specialises a kernel on the arguments of a launch, as triton does when it is called."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        divisible = False
+        if parameter.is_constexpr or value is None:
+            kind = "constexpr"
+        elif isinstance(value, torch.Tensor):
+            kind, divisible = POINTERS[value.dtype], True
+        elif isinstance(value, float):
+            kind = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            kind = "constexpr"
+        else:
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = value % 16 == 0 and not parameter.do_not_specialize
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[(i,)] = value
+        if divisible:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def examine(launch: Launch, architecture: str) -> dict:
+    """Compiles a launch and returns what its machine code uses."""
+    compiled = triton.compile(source(launch), target=TARGETS[architecture], options=launch.options)
+    shared = compiled.metadata.shared
+    if architecture.startswith("gfx"):
+        code = compiled.asm["amdgcn"]
+
+        def number(name):
+            return int(re.search(rf"\.{name}: +(\d+)", code)[1])
+
+        registers = number("vgpr_count")
+        # Scalar registers spill into lanes of vector registers, which costs no memory.
+        spills = number("vgpr_spill_count")
+        # A compute unit has four SIMDs of 512 registers a lane, and 64 KiB of local memory.
+        waves = min(8, 512 // max(registers, 1)) * 4
+        programs = min(waves // launch.tile.warps, 65536 // max(shared, 1))
+        wide = r"(global|buffer)_load_dwordx4"
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            tool = triton.knobs.nvidia.cuobjdump.path
+            usage = _output(tool, "--dump-resource-usage", cubin)
+            code = _output(tool, "--dump-sass", cubin)
+        registers = int(re.search(r"REG:(\d+)", usage)[1])
+        stack = sum(int(x) for x in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+        spills = stack + len(re.findall(r"\b(?:LDL|STL)\b", code))
+        memory, threads = CAPACITY[architecture]
+        per_warp = 32 * 8 * -(-registers // 8)
+        programs = min(
+            65536 // (per_warp * launch.tile.warps),
+            memory * 1024 // (shared + 1024),
+            threads // (32 * launch.tile.warps),
+        )
+        wide = r"\b(LDG|LDGSTS)\S*\.128"
+    rows = launch.tile.keys if "p_dkc" in launch.arguments else launch.tile.queries
+    return {
+        "registers": registers,
+        "spills": spills,
+        "shared": shared,
+        "programs": programs,
+        "tensor": len(re.findall(TENSOR_CORE[architecture][rows < 64], code)),
+        "load16": len(re.findall(wide, code)),
+        "async": len(re.findall(r"\bLDGSTS\b", code)),
+    }
+
+
+def _output(*command) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def complaints(used: dict, launch: Launch, case: Case, architecture: str) -> list[str]:
+    """Says what a kernel does that its entry does not allow."""
+    found = []
+    if used["spills"] > launch.tile.spills:
+        found.append(f"{used['spills']} spills > {launch.tile.spills}")
+    if used["registers"] > launch.tile.registers:
+        found.append(f"{used['registers']} registers > {launch.tile.registers}")
+    if used["shared"] > launch.tile.shared * 1024:
+        found.append(f"{used['shared']} bytes shared > {launch.tile.shared} KiB")
+    multiplies = launch.kernel is not merge_kernel
+    if multiplies and case.precision != "ieee" and not used["tensor"]:
+        found.append("no tensor cores")
+    if not used["load16"]:
+        found.append("no 16-byte loads")
+    if launch.tile.stages > 1 and not used["async"] and not architecture.startswith("gfx"):
+        found.append("no asynchronous copies")
+    return found
+
+
+def write_table(rows: list[dict], page: Path) -> None:
+    """Puts a table, a row for each kernel and case, between the marks in `page`."""
+    architectures = list(dict.fromkeys(row["architecture"] for row in rows))
+    cells = {(row["kernel"], row["case"], row["architecture"]): row for row in rows}
+    lines = [
+        "| kernel | case | " + " | ".join(architectures) + " |",
+        "|---|---|" + "---|" * len(architectures),
+    ]
+    for kernel, case in dict.fromkeys((row["kernel"], row["case"]) for row in rows):
+        texts = []
+        for architecture in architectures:
+            row = cells.get((kernel, case, architecture))
+            texts.append("-" if row is None else _cell(row))
+        lines.append(f"| {kernel} | {case} | " + " | ".join(texts) + " |")
+    before, rest = page.read_text().split("<!-- audit -->\n")
+    after = rest.split("<!-- /audit -->\n")[1]
+    table = "\n".join(lines)
+    page.write_text(f"{before}<!-- audit -->\n{table}\n<!-- /audit -->\n{after}")
+
+
+def _cell(row: dict) -> str:
+    spills = f", {row['spills']} spills" if row["spills"] else ""
+    shared = -(-row["shared"] // 1024)
+    return f"{row['tile']}: {row['registers']}, {shared}, {row['programs']}{spills}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("architectures", nargs="*", default=list(TARGETS))
+    parser.add_argument("--quick", action="store_true", help="heads of 32 in half precision only")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--docs", action="store_true", help="also write docs/kernels.md's table")
+    options = parser.parse_args(arguments)
+    cases = [case for case in CASES if options.only in str(case)]
+    if options.quick:
+        cases = [case for case in cases if case.size == 32 and case.precision == "half"]
+    rows, failed = [], 0
+    header = ("architecture", "case", "kernel", "tile", "registers", "spills", "shared",
+              "programs", "tensor", "load16", "async")  # fmt: skip
+    line = "{:>12} {:>15} {:>16} {:>12} {:>9} {:>6} {:>7} {:>8} {:>6} {:>6} {:>5}  {}"
+    print(line.format(*header, ""))
+    for architecture in options.architectures:
+        for case in cases:
+            if architecture.startswith("gfx") and case.precision == "tf32":
+                continue  # launchers ask for it on NVIDIA's GPUs only
+            for kernel, launch in launches(case, architecture).items():
+                used = examine(launch, architecture)
+                wrong = complaints(used, launch, case, architecture)
+                failed += bool(wrong)
+                tile = launch.tile
+                shape = f"{tile.queries}x{tile.keys} {tile.warps}w{tile.stages}s"
+                row = dict(zip(header, (architecture, str(case), kernel, shape), strict=False))
+                rows.append({**row, **used})
+                print(line.format(*rows[-1].values(), "; ".join(wrong)), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.docs:
+        write_table(rows, Path(__file__).parents[1] / "docs" / "kernels.md")
+    print(f"{len(rows)} kernels, {failed} outside their budgets")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Dots and roundings, with two workarounds for bf16 in triton's interpreter (3.6 to 3.9).
+
+There `tl.dot` multiplies the integers that hold the bits of bf16, and a cast to bf16 truncates.
+`PRECISION` is "ieee" or "tf32" in compiled kernels; "interpreted_bf16" does both things right.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr, acc=None):
+    """A times b, plus acc, in fp32."""
+    if PRECISION == "interpreted_bf16":
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="tf32" if PRECISION == "tf32" else "ieee")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """The fp32 tensor x in dtype, rounded to nearest, ties to even."""
+    if PRECISION == "interpreted_bf16" and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
