@@ -4,7 +4,8 @@
     python -m benchmarks.audit --quick sm_90        heads of 32 only, one architecture
 
 What is compiled is what a launcher would launch: its arguments are made from meta tensors. Of the
-machine code it counts registers, spills, shared memory, tensor-core instructions and 16-byte loads.
+machine code it counts registers, spills, shared memory, tensor-core instructions, and loads and
+stores of 16 bytes.
 The exit status is 1 if a kernel spills, exceeds a budget of its entry in
 `cdetr_kernels.fused.configurations`, or lacks an instruction that it is supposed to use.
 """
@@ -24,7 +25,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cdetr_kernels.fused import conditional_attention, configurations, launching
+from cdetr_kernels.fused import (
+    conditional_attention,
+    configurations,
+    launching,
+    sine_position_2d,
+    sine_query,
+)
 from cdetr_kernels.fused.conditional_attention_kernels import merge_kernel
 from cdetr_kernels.fused.launching import Launch
 
@@ -61,6 +68,18 @@ class Case:
         return f"{self.precision} {self.size}{kind}{' dropout' if self.dropout_p else ''}"
 
 
+@dataclasses.dataclass(frozen=True)
+class SineCase:
+    """One kind of call of both position codes."""
+
+    precision: str  # "half" or "single"
+    coordinates: int = 2
+    size: int = 32  # of a head, of which there are 8
+
+    def __str__(self) -> str:
+        return f"sine {self.precision} {self.coordinates}"
+
+
 # Dropout, as in training, needs the most registers.
 CASES = (
     Case(32, "half"),
@@ -70,11 +89,33 @@ CASES = (
         for precision in ("half", "tf32", "ieee")
         for size in configurations.WIDTHS
     ),
+    *(SineCase(precision, n) for precision in ("half", "single") for n in (2, 4)),
 )
 
 
-def launches(case: Case, architecture: str) -> dict[str, Launch]:
+def sine_launches(case: SineCase) -> dict[str, Launch]:
+    """Returns what the position codes launch in a training step at 800x1066, on meta tensors."""
+    dtype = torch.bfloat16 if case.precision == "half" else torch.float32
+    mask = torch.empty(8, 25, 34, dtype=torch.bool, device="meta")
+    key_code = torch.empty(8, 25 * 34, 8 * case.size, dtype=dtype, device="meta")
+    # As in the decoder: fp32 points that the batch shares, with a gradient for each image.
+    points = torch.empty(1, 300, case.coordinates, device="meta")
+    dpoints = torch.empty(8, 300, case.coordinates, device="meta")
+    code = torch.empty(8, 300, 8 * case.size, dtype=dtype, device="meta")
+    options = (10000.0, 6.28)
+    return {
+        "sine_position_2d": sine_position_2d.position_launch(mask, 1e4, True, 6.28, key_code),
+        "sine_query": sine_query.forward_launch(points, code, *options, code),
+        "sine_query_backward": sine_query.backward_launch(
+            code, points, code, *options, dpoints, code
+        ),
+    }
+
+
+def launches(case: Case | SineCase, architecture: str) -> dict[str, Launch]:
     """Returns what a training step at 800x1066 launches, and the map, on meta tensors."""
+    if isinstance(case, SineCase):
+        return sine_launches(case)
     batch, queries, heads, keys = 8, 300, 8, 1050
     dtype = torch.bfloat16 if case.precision == "half" else torch.float32
 
@@ -164,6 +205,7 @@ def examine(launch: Launch, architecture: str) -> dict:
         waves = min(8, 512 // max(registers, 1)) * 4
         programs = min(waves // launch.tile.warps, 65536 // max(shared, 1))
         wide = r"(global|buffer)_load_dwordx4"
+        wide_store = r"(global|buffer)_store_dwordx4"
     else:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernel.cubin"
@@ -182,6 +224,7 @@ def examine(launch: Launch, architecture: str) -> dict:
             threads // (32 * launch.tile.warps),
         )
         wide = r"\b(LDG|LDGSTS)\S*\.128"
+        wide_store = r"\bSTG\S*\.128"
     rows = launch.tile.keys if "p_dkc" in launch.arguments else launch.tile.queries
     return {
         "registers": registers,
@@ -190,6 +233,7 @@ def examine(launch: Launch, architecture: str) -> dict:
         "programs": programs,
         "tensor": len(re.findall(TENSOR_CORE[architecture][rows < 64], code)),
         "load16": len(re.findall(wide, code)),
+        "store16": len(re.findall(wide_store, code)),
         "async": len(re.findall(r"\bLDGSTS\b", code)),
     }
 
@@ -198,7 +242,7 @@ def _output(*command) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def complaints(used: dict, launch: Launch, case: Case, architecture: str) -> list[str]:
+def complaints(used: dict, launch: Launch, case: Case | SineCase, architecture: str) -> list[str]:
     """Says what a kernel does that its entry does not allow."""
     found = []
     if used["spills"] > launch.tile.spills:
@@ -207,11 +251,13 @@ def complaints(used: dict, launch: Launch, case: Case, architecture: str) -> lis
         found.append(f"{used['registers']} registers > {launch.tile.registers}")
     if used["shared"] > launch.tile.shared * 1024:
         found.append(f"{used['shared']} bytes shared > {launch.tile.shared} KiB")
-    multiplies = launch.kernel is not merge_kernel
+    multiplies = isinstance(case, Case) and launch.kernel is not merge_kernel
     if multiplies and case.precision != "ieee" and not used["tensor"]:
         found.append("no tensor cores")
-    if not used["load16"]:
+    if not used["load16"] and launch.kernel is not sine_position_2d.position_kernel:
         found.append("no 16-byte loads")
+    if not used["store16"] and isinstance(case, SineCase):
+        found.append("no 16-byte stores")
     if launch.tile.stages > 1 and not used["async"] and not architecture.startswith("gfx"):
         found.append("no asynchronous copies")
     return found
@@ -256,8 +302,8 @@ def main(arguments: list[str] | None = None) -> int:
         cases = [case for case in cases if case.size == 32 and case.precision == "half"]
     rows, failed = [], 0
     header = ("architecture", "case", "kernel", "tile", "registers", "spills", "shared",
-              "programs", "tensor", "load16", "async")  # fmt: skip
-    line = "{:>12} {:>15} {:>16} {:>12} {:>9} {:>6} {:>7} {:>8} {:>6} {:>6} {:>5}  {}"
+              "programs", "tensor", "load16", "store16", "async")  # fmt: skip
+    line = "{:>12} {:>15} {:>19} {:>12} {:>9} {:>6} {:>7} {:>8} {:>6} {:>6} {:>7} {:>5}  {}"
     print(line.format(*header, ""))
     for architecture in options.architectures:
         for case in cases:
