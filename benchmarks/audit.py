@@ -103,8 +103,9 @@ def sine_launches(case: SineCase) -> dict[str, Launch]:
     dpoints = torch.empty(8, 300, case.coordinates, device="meta")
     code = torch.empty(8, 300, 8 * case.size, dtype=dtype, device="meta")
     options = (10000.0, 6.28)
+    positions = sine_position_2d.position_launch(mask, 10000.0, True, 6.28, key_code)
     return {
-        "sine_position_2d": sine_position_2d.position_launch(mask, 1e4, True, 6.28, key_code),
+        **({"sine_position_2d": positions} if case.coordinates == 2 else {}),
         "sine_query": sine_query.forward_launch(points, code, *options, code),
         "sine_query_backward": sine_query.backward_launch(
             code, points, code, *options, dpoints, code
@@ -222,6 +223,7 @@ def examine(launch: Launch, architecture: str) -> dict:
             65536 // (per_warp * launch.tile.warps),
             memory * 1024 // (shared + 1024),
             threads // (32 * launch.tile.warps),
+            32,  # the most there are on any of them
         )
         wide = r"\b(LDG|LDGSTS)\S*\.128"
         wide_store = r"\bSTG\S*\.128"

@@ -1,0 +1,89 @@
+"""Writes the README's tables of figures from the files in `benchmarks/results`.
+
+python -m benchmarks.tables          # rewrites README.md
+python -m benchmarks.tables --check  # fails if README.md is out of date
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- figures: python -m benchmarks.tables -->", "<!-- end of figures -->"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare, do not write")
+    arguments = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    updated = f"{before}{BEGIN}\n{figures()}\n{END}{after}"
+    if arguments.check:
+        if updated != text:
+            print("README.md is out of date: python -m benchmarks.tables", file=sys.stderr)
+            return 1
+        return 0
+    README.write_text(updated, encoding="utf-8")
+    return 0
+
+
+def figures() -> str:
+    """One row a measurement: ours and transformers' medians of one run, with the accuracy."""
+    lines = ["| work | transformers | cdetr_fast | accuracy |", "|---|---|---|---|"]
+    commands = []
+    for name, describe in (
+        ("cpu_model_resnet50_800x1066_fp32", _model),
+        ("cpu_mask_head_800x1066", _mask_head),
+        ("cpu_loss_b16", _loss),
+    ):
+        content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        lines += describe(content["rows"])
+        commands.append((content["environment"], name))
+    environment = commands[0][0]
+    made_by = ", ".join(f"`{e['command']}` ({name}.json)" for e, name in commands)
+    lines.append(
+        f"\n{environment['processor']}, {environment['threads']} threads, torch "
+        f"{environment['torch']}, transformers {environment['transformers']}; medians, the two in "
+        f"turns in one run. {made_by}."
+    )
+    return "\n".join(lines)
+
+
+def _model(rows: list[dict[str, Any]]) -> list[str]:
+    theirs, ours = (
+        next(row for row in rows if row["model"] == name)
+        for name in ("transformers sdpa", "cdetr_fast")
+    )
+    return [
+        f"| whole model, ResNet-50, 800x1066, batch 1, fp32 | {theirs['ms']:.0f} ms (sdpa) | "
+        f"{ours['ms']:.0f} ms, {ours['speed-up']:.2f} times as fast | logits within "
+        f"{ours['max |dlogit|']:.0e}, boxes within {ours['max box error, px']:.0e} px |"
+    ]
+
+
+def _mask_head(rows: list[dict[str, Any]]) -> list[str]:
+    theirs, ours = rows
+    return [
+        f"| mask head, 800x1066, {ours['queries']} queries | {theirs['ms'] / 1e3:.1f} s, "
+        f"{theirs['peak MiB'] / 1024:.1f} GiB | {ours['ms'] / 1e3:.1f} s, "
+        f"{ours['peak MiB'] / 1024:.1f} GiB: {ours['time ratio']:.2f} of the time, "
+        f"{ours['memory ratio']:.3f} of the memory | masks within {ours['max |dmask|']:.0e} |"
+    ]
+
+
+def _loss(rows: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"| matching and loss, 6 layers, batch 16, {ours['targets']} targets an image, forward and "
+        f"backward | {theirs['ms']:.0f} ms | {ours['ms']:.0f} ms, {ours['speed-up']:.1f} times as "
+        f"fast | loss within {ours['loss error']:.0e}, gradients {ours['gradient error']:.0e} |"
+        for theirs, ours in zip(rows[::2], rows[1::2], strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
