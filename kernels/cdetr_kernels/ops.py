@@ -9,24 +9,52 @@ from cdetr_kernels.dispatch import Operator
 from cdetr_kernels.reference import attention, loss, matching, position, topk
 
 
+# Triton is imported at the first call only: it is slow to import, and not everywhere. Each import
+# is a statement, as torch.compile does not follow importlib.
 def _conditional_attention_triton(*args):
-    """Imports triton at the first call only: it is slow to import, and not everywhere."""
     try:
         from cdetr_kernels.fused.conditional_attention import conditional_attention
     except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f"conditional_attention: backend 'triton' cannot run: there is no {error.name} here"
-        ) from error
+        raise _absence("conditional_attention", error) from error
     return conditional_attention(*args)
 
 
+def _sine_position_2d_triton(*args):
+    try:
+        from cdetr_kernels.fused.sine_position_2d import sine_position_2d
+    except ModuleNotFoundError as error:
+        raise _absence("sine_position_2d", error) from error
+    return sine_position_2d(*args)
+
+
+def _sine_query_triton(*args):
+    try:
+        from cdetr_kernels.fused.sine_query import sine_query
+    except ModuleNotFoundError as error:
+        raise _absence("sine_query", error) from error
+    return sine_query(*args)
+
+
+def _absence(name: str, error: ModuleNotFoundError) -> RuntimeError:
+    return RuntimeError(f"{name}: backend 'triton' cannot run: there is no {error.name} here")
+
+
+_HELD_BACK = {"triton": "the triton path has not been run on a GPU yet; ask for it by name"}
 _CONDITIONAL_ATTENTION = Operator(
     "conditional_attention",
     {"torch": attention.conditional_attention, "triton": _conditional_attention_triton},
-    {"triton": "the triton path has not been run on a GPU yet; ask for it by name"},
+    _HELD_BACK,
 )
-_SINE_POSITION_2D = Operator("sine_position_2d", {"torch": position.sine_position_2d})
-_SINE_QUERY = Operator("sine_query", {"torch": position.sine_query})
+_SINE_POSITION_2D = Operator(
+    "sine_position_2d",
+    {"torch": position.sine_position_2d, "triton": _sine_position_2d_triton},
+    _HELD_BACK,
+)
+_SINE_QUERY = Operator(
+    "sine_query",
+    {"torch": position.sine_query, "triton": _sine_query_triton},
+    _HELD_BACK,
+)
 _DETECTION_TOPK = Operator("detection_topk", {"torch": topk.detection_topk})
 _MATCHING_COST = Operator("matching_cost", {"torch": matching.matching_cost})
 _SET_LOSS = Operator("set_loss", {"torch": loss.set_loss})
@@ -199,6 +227,17 @@ def sine_query(
         )
     if query_scale is not None and query_scale.shape[-1] != channels:
         raise ValueError(f"query_scale: expected [..., {channels}], got {list(query_scale.shape)}")
+    if query_scale is not None and query_scale.device != reference_points.device:
+        raise ValueError(
+            f"query_scale: expected {reference_points.device} as reference_points, "
+            f"got {query_scale.device}"
+        )
+    if query_scale is not None and not _broadcast(reference_points, query_scale):
+        rows = list(reference_points.shape[:-1])
+        raise ValueError(
+            f"query_scale: expected a shape that broadcasts against {rows}, "
+            f"got {list(query_scale.shape)}"
+        )
     if dtype is None:
         dtype = (reference_points if query_scale is None else query_scale).dtype
     return _SINE_QUERY(backend, reference_points, channels, query_scale, temperature, scale, dtype)
@@ -363,6 +402,12 @@ def _check_targets(batch: int, labels: Tensor, boxes_cxcywh: Tensor, counts: Ten
     _check_shape("target_labels", labels, (batch, labels.shape[1]))
     _check_shape("target_boxes_cxcywh", boxes_cxcywh, (batch, labels.shape[1], 4))
     _check_shape("target_counts", counts, (batch,))
+
+
+def _broadcast(a: Tensor, b: Tensor) -> bool:
+    """Whether all sizes but the last fit together."""
+    pairs = zip(reversed(a.shape[:-1]), reversed(b.shape[:-1]), strict=False)
+    return all(x == y or x == 1 or y == 1 for x, y in pairs)
 
 
 def _describe(tensor: Tensor) -> str:

@@ -41,15 +41,16 @@ class Launch:
             self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
-def reason_against(tensor: Tensor) -> str | None:
-    """Says why kernels cannot run on this tensor, None if they can."""
+def reason_against(tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """Says why kernels cannot run on this tensor, or not in `dtype`, None if they can."""
+    dtype = dtype or tensor.dtype
     if not tensor.is_cuda and not INTERPRETED:
         return (
             f"the tensors are on {tensor.device}, and triton kernels run on GPUs "
             "(on CPUs only under TRITON_INTERPRET=1)"
         )
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the kernels are for float16, bfloat16 and float32, not {tensor.dtype}"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernels are for float16, bfloat16 and float32, not {dtype}"
     return None
 
 
