@@ -7,14 +7,12 @@ process of its own: whether a kernel is interpreted is decided when triton is im
 import contextlib
 import itertools
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from interpreter import INTERPRETED, run_in_the_interpreter
 from torch import Tensor
 
 from cdetr_kernels import conditional_attention
@@ -22,7 +20,6 @@ from cdetr_kernels.reference.attention import conditional_attention as reference
 
 triton = pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 NAMES = ("q_content", "q_spatial", "k_content", "k_spatial", "value")
 needs_kernels = pytest.mark.skipif(
@@ -137,15 +134,7 @@ def assert_close(got: dict[str, Tensor], torchs: dict[str, Tensor], exact: dict[
 @pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
 def test_in_the_interpreter(root):
     """Runs the tests of this file that need kernels."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__)],
-        cwd=root,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-2000:]
+    run_in_the_interpreter(root, __file__)
 
 
 @needs_kernels

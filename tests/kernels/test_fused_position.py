@@ -5,14 +5,12 @@ process of its own: whether a kernel is interpreted is decided when triton is im
 """
 
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from interpreter import INTERPRETED, run_in_the_interpreter
 from torch import Tensor
 
 from cdetr_kernels import sine_position_2d, sine_query
@@ -20,7 +18,6 @@ from cdetr_kernels.reference import position as reference
 
 triton = pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 needs_kernels = pytest.mark.skipif(
@@ -41,15 +38,7 @@ def _poisoned_memory():
 @pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
 def test_in_the_interpreter(root):
     """Runs the tests of this file that need kernels."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__)],
-        cwd=root,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-2000:]
+    run_in_the_interpreter(root, __file__)
 
 
 def assert_close(got: Tensor, torchs: Tensor, exact: Tensor, name: str = ""):
