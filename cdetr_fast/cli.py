@@ -243,7 +243,7 @@ def info() -> None:
     else:
         table.add_row("cuda", f"no device (torch is built for CUDA {torch.version.cuda})")
     operators = Table("operator", "path", "reason", box=None, pad_edge=False)
-    for entry in dispatch.report():
+    for entry in dispatch.report("cuda" if torch.cuda.is_available() else "cpu"):
         operators.add_row(entry.op, entry.path, entry.reason)
     console = Console(highlight=False, markup=False)
     console.print(table)

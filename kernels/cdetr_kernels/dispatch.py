@@ -1,14 +1,31 @@
 """Which implementation of an operator runs, and why.
 
-Each operator has a table of paths. `backend="auto"` takes the best one there is; a path that is
-asked for by name and cannot run raises `RuntimeError` with the reason, so a request is never
+Each operator has a table of paths, best first, that ends with its PyTorch reference.
+`backend="auto"` takes the first one that can run on the tensors and is not held back; a path that
+is asked for by name and cannot run raises `RuntimeError` with the reason, so a request is never
 answered by another path in silence.
+
+The environment variable `CDETR_FAST_BACKEND` names a path that "auto" takes, held back or not,
+wherever it can run; it is read once, when this module is imported.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 BACKENDS = ("auto", "torch", "triton", "native")
+
+
+def _preference() -> str:
+    name = os.environ.get("CDETR_FAST_BACKEND", "auto")
+    if name not in BACKENDS:
+        raise ValueError(f"CDETR_FAST_BACKEND: expected one of {BACKENDS}, got {name!r}")
+    return name
+
+
+PREFERRED = _preference()
 
 
 @dataclass(frozen=True)
@@ -21,20 +38,35 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Path:
+    """One implementation of an operator.
+
+    Args:
+        run: Takes the operator's arguments.
+        reason_against: Says why it cannot run on the operator's arguments, None if it can. It is
+            called in every call, so it has to be cheap; and with the first argument alone, to say
+            what runs on a device.
+        held_back: Why "auto" does not take it; it then runs only when asked for by name.
+    """
+
+    run: Callable
+    reason_against: Callable[..., str | None] = lambda *_: None
+    held_back: str | None = None
+
+
+@dataclass(frozen=True)
 class Operator:
     """One operator and its implementations.
 
     Args:
         name: Public name of the operator.
         paths: Implementations by backend name, best first.
-        held_back: Paths that run only when asked for by name, with the reason.
     """
 
     name: str
-    paths: dict[str, Callable] = field(default_factory=dict)
-    held_back: dict[str, str] = field(default_factory=dict)
+    paths: dict[str, Path] = field(default_factory=dict)
 
-    def __call__(self, backend: str, *args, **kwargs):
+    def __call__(self, backend: str, *args):
         """Runs the path that `backend` names.
 
         Raises:
@@ -42,29 +74,52 @@ class Operator:
             RuntimeError: The path was asked for by name and this build does not have it, or it
                 cannot run on these tensors.
         """
+        if backend == "auto":
+            return self.paths[self._best(*args)].run(*args)
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
-        name = self._best() if backend == "auto" else backend
-        if name not in self.paths:
-            raise RuntimeError(
-                f"{self.name}: backend {backend!r} cannot run: {self._absence(backend)}"
-            )
-        return self.paths[name](*args, **kwargs)
+        if backend not in self.paths:
+            reason = self._absence(backend)
+        else:
+            reason = self.paths[backend].reason_against(*args)
+        if reason is not None:
+            raise RuntimeError(f"{self.name}: backend {backend!r} cannot run: {reason}")
+        return self.paths[backend].run(*args)
 
-    def choice(self) -> Choice:
-        """Returns the path that "auto" takes, with the reason for it."""
-        absent = (self._absence(name) for name in ("triton", "native") if name not in self.paths)
-        return Choice(self.name, self._best(), "; ".join((*self.held_back.values(), *absent)))
+    def choice(self, device: torch.device | str = "cpu") -> Choice:
+        """Returns the path that "auto" takes for fp32 tensors on a device, with the reason."""
+        tensor = torch.empty(0, device=device)
+        best = self._best(tensor)
+        if best == PREFERRED:
+            return Choice(self.name, best, f"CDETR_FAST_BACKEND={PREFERRED}")
+        reasons = []
+        for name in BACKENDS[2:]:
+            if name == best:
+                reasons.append(f"{name} runs on {tensor.device.type}")
+            elif name not in self.paths:
+                reasons.append(self._absence(name))
+            else:
+                path = self.paths[name]
+                reason = path.reason_against(tensor) or path.held_back
+                reasons.append(f"not {name}: {reason or 'slower here'}")
+        return Choice(self.name, best, "; ".join(reasons))
 
-    def _best(self) -> str:
-        return next(name for name in self.paths if name not in self.held_back)
+    def _best(self, *args) -> str:
+        preferred = self.paths.get(PREFERRED)
+        if preferred is not None and preferred.reason_against(*args) is None:
+            return PREFERRED
+        return next(
+            name
+            for name, path in self.paths.items()
+            if path.held_back is None and path.reason_against(*args) is None
+        )
 
     def _absence(self, backend: str) -> str:
         return f"this version of cdetr_kernels has no {backend} path for {self.name}"
 
 
-def report() -> list[Choice]:
-    """Returns the path that "auto" takes, and why, for every operator (`cdetr-fast info`)."""
+def report(device: torch.device | str = "cpu") -> list[Choice]:
+    """Returns the path that "auto" takes on a device, and why, for every operator."""
     from cdetr_kernels.ops import OPERATORS
 
-    return [operator.choice() for operator in OPERATORS]
+    return [operator.choice(device) for operator in OPERATORS]

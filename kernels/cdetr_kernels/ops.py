@@ -1,63 +1,110 @@
 """The public operators: argument checks, then dispatch to an implementation."""
 
+import importlib.util
 import math
+import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from cdetr_kernels.dispatch import Operator
+from cdetr_kernels.dispatch import Operator, Path
 from cdetr_kernels.reference import attention, loss, matching, position, topk
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_WIDEST_HEAD = 128
 
 
 # Triton is imported at the first call only: it is slow to import, and not everywhere. Each import
 # is a statement, as torch.compile does not follow importlib.
 def _conditional_attention_triton(*args):
-    try:
-        from cdetr_kernels.fused.conditional_attention import conditional_attention
-    except ModuleNotFoundError as error:
-        raise _absence("conditional_attention", error) from error
+    from cdetr_kernels.fused.conditional_attention import conditional_attention
+
     return conditional_attention(*args)
 
 
 def _sine_position_2d_triton(*args):
-    try:
-        from cdetr_kernels.fused.sine_position_2d import sine_position_2d
-    except ModuleNotFoundError as error:
-        raise _absence("sine_position_2d", error) from error
+    from cdetr_kernels.fused.sine_position_2d import sine_position_2d
+
     return sine_position_2d(*args)
 
 
 def _sine_query_triton(*args):
-    try:
-        from cdetr_kernels.fused.sine_query import sine_query
-    except ModuleNotFoundError as error:
-        raise _absence("sine_query", error) from error
+    from cdetr_kernels.fused.sine_query import sine_query
+
     return sine_query(*args)
 
 
-def _absence(name: str, error: ModuleNotFoundError) -> RuntimeError:
-    return RuntimeError(f"{name}: backend 'triton' cannot run: there is no {error.name} here")
+def _no_triton_at(tensor: Tensor) -> str | None:
+    """Says why triton's kernels cannot run where a tensor is, without importing triton."""
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            f"the tensors are on {tensor.device}, and triton kernels run on GPUs "
+            "(on CPUs only under TRITON_INTERPRET=1)"
+        )
+    return None
 
 
-_HELD_BACK = {"triton": "the triton path has not been run on a GPU yet; ask for it by name"}
+def _no_triton_for(dtype: torch.dtype) -> str | None:
+    if dtype in (torch.float16, torch.bfloat16, torch.float32):
+        return None
+    return f"the kernels are for float16, bfloat16 and float32, not {dtype}"
+
+
+def _no_triton_attention(q_content: Tensor, *rest) -> str | None:
+    reason = _no_triton_at(q_content) or _no_triton_for(q_content.dtype)
+    if reason is None and rest:
+        width = max(q_content.shape[-1], rest[3].shape[-1])
+        if width > _WIDEST_HEAD:
+            reason = f"the kernels take heads of up to {_WIDEST_HEAD}, not {width}"
+    return reason
+
+
+def _no_triton_position(mask: Tensor, *rest) -> str | None:
+    return _no_triton_at(mask) or (_no_triton_for(rest[-1]) if rest else None)
+
+
+def _no_triton_query(points: Tensor, *rest) -> str | None:
+    reason = _no_triton_at(points) or _no_triton_for(points.dtype)
+    if reason is None and rest:
+        query_scale, dtype = rest[1], rest[-1]
+        reason = _no_triton_for(dtype)
+        if reason is None and query_scale is not None:
+            reason = _no_triton_for(query_scale.dtype)
+    return reason
+
+
+def _held_back(run: Callable, reason_against: Callable[..., str | None]) -> Path:
+    reason = "not run on a GPU yet; ask for it by name, or by CDETR_FAST_BACKEND=triton"
+    return Path(run, reason_against, reason)
+
+
 _CONDITIONAL_ATTENTION = Operator(
     "conditional_attention",
-    {"torch": attention.conditional_attention, "triton": _conditional_attention_triton},
-    _HELD_BACK,
+    {
+        "triton": _held_back(_conditional_attention_triton, _no_triton_attention),
+        "torch": Path(attention.conditional_attention),
+    },
 )
 _SINE_POSITION_2D = Operator(
     "sine_position_2d",
-    {"torch": position.sine_position_2d, "triton": _sine_position_2d_triton},
-    _HELD_BACK,
+    {
+        "triton": _held_back(_sine_position_2d_triton, _no_triton_position),
+        "torch": Path(position.sine_position_2d),
+    },
 )
 _SINE_QUERY = Operator(
     "sine_query",
-    {"torch": position.sine_query, "triton": _sine_query_triton},
-    _HELD_BACK,
+    {
+        "triton": _held_back(_sine_query_triton, _no_triton_query),
+        "torch": Path(position.sine_query),
+    },
 )
-_DETECTION_TOPK = Operator("detection_topk", {"torch": topk.detection_topk})
-_MATCHING_COST = Operator("matching_cost", {"torch": matching.matching_cost})
-_SET_LOSS = Operator("set_loss", {"torch": loss.set_loss})
+_DETECTION_TOPK = Operator("detection_topk", {"torch": Path(topk.detection_topk)})
+_MATCHING_COST = Operator("matching_cost", {"torch": Path(matching.matching_cost)})
+_SET_LOSS = Operator("set_loss", {"torch": Path(loss.set_loss)})
 
 OPERATORS = (
     _CONDITIONAL_ATTENTION,

@@ -1,6 +1,9 @@
 """`conditional_attention` against the concatenated form of the paper, written out in fp64."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -227,4 +230,35 @@ def test_report_names_every_operator():
     }
     assert all(choice.path == "torch" and choice.reason for choice in choices.values())
     reason = choices["conditional_attention"].reason
-    assert "the triton path has not been run on a GPU yet; ask for it by name" in reason
+    assert "not triton: the tensors are on cpu" in reason
+
+
+def test_a_preferred_path_is_taken_where_it_can_run(monkeypatch):
+    """What `CDETR_FAST_BACKEND` does, with stand-ins for the paths."""
+    operator = dispatch.Operator(
+        "sum",
+        {
+            "triton": dispatch.Path(
+                lambda x: "triton", lambda x: "too long" if len(x) > 2 else None, "never run"
+            ),
+            "torch": dispatch.Path(lambda x: "torch"),
+        },
+    )
+    short, long = torch.zeros(1), torch.zeros(3)
+    assert operator("auto", short) == "torch"
+    assert operator("triton", short) == "triton"
+    with pytest.raises(RuntimeError, match="sum: backend 'triton' cannot run: too long"):
+        operator("triton", long)
+    monkeypatch.setattr(dispatch, "PREFERRED", "triton")
+    assert operator("auto", short) == "triton"
+    assert operator("auto", long) == "torch"
+    assert operator.choice().reason == "CDETR_FAST_BACKEND=triton"
+
+
+def test_an_unknown_preference_is_refused(root):
+    code = "import cdetr_kernels.dispatch"
+    environment = os.environ | {"CDETR_FAST_BACKEND": "cuda", "PYTHONPATH": "kernels"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=root
+    )
+    assert "CDETR_FAST_BACKEND: expected one of" in done.stderr

@@ -415,16 +415,7 @@ def conditional_attention(
     """The path "triton" of `cdetr_kernels.conditional_attention`; see there for shapes.
 
     Dropout masks differ from those of the path "torch" with the same seed.
-
-    Raises:
-        RuntimeError: The tensors are where, or of what, no kernel of this package runs.
     """
-    reason = launching.reason_against(q_content)
-    size = max(q_content.shape[-1], value.shape[-1])
-    if reason is None and size > configurations.WIDTHS[-1]:
-        reason = f"the kernels take heads of up to {configurations.WIDTHS[-1]}, not {size}"
-    if reason is not None:
-        raise RuntimeError(f"conditional_attention: backend 'triton' cannot run: {reason}")
     seed_tensor = None
     if dropout_p > 0.0:
         # On the device: a captured graph then draws anew at each replay, and nothing waits.

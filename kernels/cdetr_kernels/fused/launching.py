@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 from cdetr_kernels.fused.tiles import Tile
 
@@ -39,19 +38,6 @@ class Launch:
             return
         with torch.cuda.device(device.index if device.type == "cuda" else -1):
             self.kernel[(self.programs,)](**self.arguments, **self.options)
-
-
-def reason_against(tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
-    """Says why kernels cannot run on this tensor, or not in `dtype`, None if they can."""
-    dtype = dtype or tensor.dtype
-    if not tensor.is_cuda and not INTERPRETED:
-        return (
-            f"the tensors are on {tensor.device}, and triton kernels run on GPUs "
-            "(on CPUs only under TRITON_INTERPRET=1)"
-        )
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the kernels are for float16, bfloat16 and float32, not {dtype}"
-    return None
 
 
 @functools.lru_cache

@@ -165,11 +165,7 @@ def sine_position_2d(
 
     Raises:
         ValueError: `temperature` or `channels` is out of the kernels' range.
-        RuntimeError: The mask is where, or `dtype` is one for which, no kernel runs.
     """
-    reason = launching.reason_against(mask, dtype)
-    if reason is not None:
-        raise RuntimeError(f"sine_position_2d: backend 'triton' cannot run: {reason}")
     return torch.ops.cdetr_fast.sine_position_2d(
         mask, channels, temperature, normalize, scale, dtype
     )

@@ -309,14 +309,8 @@ def sine_query(
 
     Raises:
         ValueError: `temperature` or `channels` is out of the kernels' range.
-        RuntimeError: The tensors are where, or of what, no kernel of this package runs.
     """
     tensors = [x for x in (reference_points, query_scale) if x is not None]
-    reasons = [launching.reason_against(reference_points, dtype)]
-    reasons += [launching.reason_against(x) for x in tensors]
-    for reason in reasons:
-        if reason is not None:
-            raise RuntimeError(f"sine_query: backend 'triton' cannot run: {reason}")
     rows = torch.broadcast_shapes(*(x.shape[:-1] for x in tensors))
     tensors = [_in_three_dimensions(x, rows) for x in tensors]
     points, lambda_ = (*tensors, None)[:2]
