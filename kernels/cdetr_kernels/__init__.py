@@ -5,9 +5,9 @@ one is its PyTorch reference in `cdetr_kernels.reference`; `cdetr_kernels.dispat
 path.
 """
 
+from cdetr_kernels.image_ops import detection_topk, normalize_and_pad
 from cdetr_kernels.ops import (
     conditional_attention,
-    detection_topk,
     matching_cost,
     set_loss,
     sine_position_2d,
@@ -18,6 +18,7 @@ __all__ = [
     "conditional_attention",
     "detection_topk",
     "matching_cost",
+    "normalize_and_pad",
     "set_loss",
     "sine_position_2d",
     "sine_query",

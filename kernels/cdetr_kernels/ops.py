@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cdetr_kernels.dispatch import Operator, Path
-from cdetr_kernels.reference import attention, loss, matching, position, topk
+from cdetr_kernels.image_ops import DETECTION_TOPK, NORMALIZE_AND_PAD
+from cdetr_kernels.reference import attention, loss, matching, position
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _WIDEST_HEAD = 128
@@ -102,7 +103,6 @@ _SINE_QUERY = Operator(
         "torch": Path(position.sine_query),
     },
 )
-_DETECTION_TOPK = Operator("detection_topk", {"torch": Path(topk.detection_topk)})
 _MATCHING_COST = Operator("matching_cost", {"torch": Path(matching.matching_cost)})
 _SET_LOSS = Operator("set_loss", {"torch": Path(loss.set_loss)})
 
@@ -110,7 +110,8 @@ OPERATORS = (
     _CONDITIONAL_ATTENTION,
     _SINE_POSITION_2D,
     _SINE_QUERY,
-    _DETECTION_TOPK,
+    DETECTION_TOPK,
+    NORMALIZE_AND_PAD,
     _MATCHING_COST,
     _SET_LOSS,
 )
@@ -288,38 +289,6 @@ def sine_query(
     if dtype is None:
         dtype = (reference_points if query_scale is None else query_scale).dtype
     return _SINE_QUERY(backend, reference_points, channels, query_scale, temperature, scale, dtype)
-
-
-def detection_topk(
-    logits: Tensor,
-    boxes_cxcywh: Tensor,
-    target_sizes: Tensor | list[tuple[int, int]] | None = None,
-    k: int = 100,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The k best (query, class) pairs of each image, NMS-free, with boxes in pixels.
-
-    The sigmoid is monotone, so the selection is made on logits (upcast to fp32 at least). Equal
-    logits come in the order of their flat index `query * K + class`. NaN comes last, with score 0.
-
-    Args:
-        logits: Class logits `[B, Q, K]`.
-        boxes_cxcywh: Boxes `[B, Q, 4]`, centre and size relative to the image.
-        target_sizes: Height and width of each image in pixels, `[B, 2]`; None keeps relative boxes.
-        k: Detections per image, at most Q*K.
-        backend: "auto", "torch", "triton" or "native".
-
-    Returns:
-        scores `[B, k]` descending, labels int64 `[B, k]`, boxes_xyxy `[B, k, 4]`, query index int64
-        `[B, k]`.
-
-    Raises:
-        TypeError: `logits` or `boxes_cxcywh` is not floating point.
-        ValueError: A shape does not fit, or `k` is out of range.
-
-    Source: the authors' PostProcess in models/conditional_detr.py.
-    """
-    return _DETECTION_TOPK(backend, logits, boxes_cxcywh, target_sizes, k)
 
 
 def matching_cost(

@@ -137,6 +137,17 @@ LOGITS, BOXES = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
         ((LOGITS, BOXES, None, 13), ValueError, r"k: expected 1 to Q\*K = 12, got 13"),
         ((LOGITS, BOXES, None, 0), ValueError, r"k: expected 1 to Q\*K = 12, got 0"),
         ((LOGITS, BOXES, None, 2.0), TypeError, r"k: expected an integer, got float"),
+        ((LOGITS[:, :0], BOXES[:, :0], None, 1), ValueError, r"k: expected 1 to Q\*K = 0, got 1"),
+        (
+            (LOGITS, BOXES, [(5, 5), (4, 0)], 3),
+            ValueError,
+            r"target_sizes\[1\]: expected a positive height and width, got \[4, 0\]",
+        ),
+        (
+            (LOGITS, BOXES, torch.tensor([[5, 5], [-4, 6]]), 3),
+            ValueError,
+            r"target_sizes\[1\]: expected a positive height and width, got \[-4, 6\]",
+        ),
     ],
 )
 def test_errors(arguments, error, message):

@@ -10,8 +10,6 @@ Source: PostProcess in models/conditional_detr.py of the authors' repository, wh
 in the dtype of the model and leaves the order of ties open.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -19,9 +17,10 @@ from torch import Tensor
 def detection_topk(
     logits: Tensor,
     boxes_cxcywh: Tensor,
-    target_sizes: Tensor | Sequence[Sequence[float]] | None = None,
-    k: int = 100,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sizes_hw: Tensor | None,
+    k: int,
+    threshold: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the k best (query, class) pairs of each image, with boxes in pixels.
 
     Half-precision inputs are computed in fp32, fp64 inputs in fp64.
@@ -29,40 +28,35 @@ def detection_topk(
     Args:
         logits: Class logits `[B, Q, K]`.
         boxes_cxcywh: Boxes `[B, Q, 4]`, centre and size relative to the image.
-        target_sizes: Height and width of each image in pixels, `[B, 2]`; None keeps relative boxes.
+        sizes_hw: Height and width of each image in pixels, `[B, 2]`, on any device; None keeps
+            relative boxes.
         k: Detections per image, 1 to Q*K.
+        threshold: Score that is counted above.
 
     Returns:
         scores `[B, k]` in [0, 1], descending; labels int64 `[B, k]`; boxes_xyxy `[B, k, 4]`; query
-        index int64 `[B, k]`. Scores and boxes are fp32 (fp64 for fp64 inputs). NaN logits rank
-        after -inf and have score 0.
-
-    Raises:
-        TypeError: `logits` or `boxes_cxcywh` is not floating point, or `k` is not an integer.
-        ValueError: A shape does not fit, or `k` is out of range.
+        index int64 `[B, k]`; counts int64 `[B]` of numbers with a score above `threshold`. Scores
+        and boxes are fp32 (fp64 for fp64 inputs). NaN logits rank after -inf and have score 0.
     """
-    _check(logits, boxes_cxcywh, k)
-    batch, _, classes = logits.shape
+    classes = logits.shape[2]
     dtype = torch.promote_types(
         torch.promote_types(logits.dtype, boxes_cxcywh.dtype), torch.float32
     )
 
     index = _best_pairs(logits.to(dtype), k)  # [B, k]
     kept_logits = logits.to(dtype).flatten(1).gather(1, index)
-    scores = kept_logits.sigmoid().masked_fill(kept_logits.isnan(), 0.0)
+    is_nan = kept_logits.isnan()
+    scores = kept_logits.sigmoid().masked_fill(is_nan, 0.0)
+    counts = ((scores > threshold) & ~is_nan).sum(dim=1)
     query_index, labels = index // classes, index % classes
 
     boxes = boxes_cxcywh.to(dtype).gather(1, query_index[..., None].expand(-1, -1, 4))
     center_xy, half_size = boxes[..., :2], 0.5 * boxes[..., 2:]
     boxes_xyxy = torch.cat((center_xy - half_size, center_xy + half_size), dim=-1)
-    if target_sizes is not None:
-        sizes_hw = torch.as_tensor(target_sizes, dtype=dtype, device=logits.device)
-        if sizes_hw.shape != (batch, 2):
-            raise ValueError(
-                f"target_sizes: expected {[batch, 2]} (height, width), got {list(sizes_hw.shape)}"
-            )
+    if sizes_hw is not None:
+        sizes_hw = sizes_hw.to(logits.device, dtype)
         boxes_xyxy = boxes_xyxy * sizes_hw.flip(1).repeat(1, 2)[:, None]
-    return scores, labels, boxes_xyxy, query_index
+    return scores, labels, boxes_xyxy, query_index, counts
 
 
 def _best_pairs(logits: Tensor, k: int) -> Tensor:
@@ -101,20 +95,3 @@ def _stable_topk(ranks: Tensor, k: int) -> Tensor:
     reversed_position = torch.arange(last, -1, -1, device=ranks.device)
     packed = ranks.to(torch.int64) * 2**32 + reversed_position
     return last - packed.topk(k, dim=1).values % 2**32
-
-
-def _check(logits: Tensor, boxes_cxcywh: Tensor, k: int) -> None:
-    """Raises if the inputs of `detection_topk` do not fit together."""
-    for name, tensor in (("logits", logits), ("boxes_cxcywh", boxes_cxcywh)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating point tensor, got {tensor.dtype}")
-    if logits.dim() != 3:
-        raise ValueError(f"logits: expected [B, Q, K], got {list(logits.shape)}")
-    expected = [logits.shape[0], logits.shape[1], 4]
-    if list(boxes_cxcywh.shape) != expected:
-        raise ValueError(f"boxes_cxcywh: expected {expected}, got {list(boxes_cxcywh.shape)}")
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k: expected an integer, got {type(k).__name__}")
-    candidates = logits.shape[1] * logits.shape[2]
-    if not 1 <= k <= candidates:
-        raise ValueError(f"k: expected 1 to Q*K = {candidates}, got {k}")

@@ -1,0 +1,104 @@
+"""`normalize_and_pad` against torchvision, image by image."""
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tvF
+
+from cdetr_kernels import normalize_and_pad
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIZES = [(5, 7), (9, 4), (1, 1), (16, 33)]
+DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32)
+
+
+def draw(dtype: torch.dtype, channels: int = 3, sizes=SIZES) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(0, 256, (channels, *size), generator=generator).to(dtype) for size in sizes
+    ]
+
+
+def expected(images, mean, std, factor, size_hw) -> tuple[Tensor, Tensor]:
+    values = torch.zeros(len(images), len(images[0]), *size_hw)
+    mask = torch.zeros(len(images), *size_hw, dtype=torch.int64)
+    for i, image in enumerate(images):
+        h, w = image.shape[1:]
+        pixels = image.to(torch.float32)
+        if mean is None:
+            pixels = pixels * factor
+        else:
+            scale = 1.0 / factor
+            pixels = tvF.normalize(pixels, torch.tensor(mean) * scale, torch.tensor(std) * scale)
+        values[i, :, :h, :w] = pixels
+        mask[i, :h, :w] = 1
+    return values, mask
+
+
+def check(images, mean=MEAN, std=STD, factor=1 / 255, size_hw=None):
+    copies, versions = [x.clone() for x in images], [x._version for x in images]
+    values, mask = normalize_and_pad(images, mean, std, factor, size_hw)
+    largest = tuple(max(x.shape[axis] for x in images) for axis in (1, 2))
+    wanted = expected(images, mean, std, 1.0 if factor is None else factor, size_hw or largest)
+    torch.testing.assert_close((values, mask), wanted, rtol=0, atol=0)
+    assert [x._version for x in images] == versions
+    assert all(torch.equal(x, y) for x, y in zip(images, copies, strict=True))
+
+
+@pytest.mark.parametrize("size_hw", [None, (16, 33), (20, 64)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_torchvision(dtype, size_hw):
+    check(draw(dtype), size_hw=size_hw)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "factor"),
+    [(None, None, 1 / 255), (None, None, None), (MEAN, STD, None), ((0.5,), (0.25,), 1 / 127.5)],
+)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_options(channels, mean, std, factor):
+    if mean == MEAN and channels != 3:
+        mean, std = [(*values, 0.5)[:channels] for values in (mean, std)]
+    check(draw(torch.uint8, channels), mean, std, factor)
+
+
+def test_layouts_and_offsets():
+    (image,) = draw(torch.uint8, 3, [(20, 41)])
+    interleaved = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    check(
+        [image[:, 1:, 3:], image.flip(2), image[:, ::2, ::3], interleaved, interleaved[:, 2:, 1:]]
+    )
+    check([image.transpose(1, 2), image[:1].expand(3, -1, -1)])
+
+
+def test_images_of_several_dtypes():
+    check([draw(dtype, 3, [(4, 5)])[0] for dtype in DTYPES])
+
+
+IMAGE = torch.zeros(3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([],), ValueError, "images: expected at least one image, got none"),
+        (([IMAGE, IMAGE[:2]],), ValueError, r"images\[1\]: expected \[C, h, w\], got \[2, 4, 5\]"),
+        (([IMAGE[0]],), ValueError, r"images\[0\]: expected \[C, h, w\], got \[4, 5\]"),
+        (([IMAGE[:, :0]],), ValueError, r"images\[0\]: expected \[C, h, w\], got \[3, 0, 5\]"),
+        (([IMAGE.bool()],), TypeError, r"images\[0\]: expected a tensor of numbers, got torch\.bo"),
+        (([None],), TypeError, r"images\[0\]: expected a tensor of numbers, got NoneType"),
+        (([IMAGE], MEAN), ValueError, "std: expected values"),
+        (([IMAGE], None, STD), ValueError, "mean: expected values"),
+        (([IMAGE], MEAN[:2], STD), ValueError, r"mean: expected 3 values \(channels\), got 2"),
+        (([IMAGE], MEAN, (1, 0, 1)), ValueError, "std: expected numbers other than 0"),
+        (([IMAGE], MEAN, STD, 0), ValueError, "rescale_factor: expected a number other than 0"),
+        (
+            ([IMAGE], None, None, None, (3, 5)),
+            ValueError,
+            r"size_hw: expected at least \[4, 5\] for images\[0\], got \[3, 5\]",
+        ),
+    ],
+)
+def test_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        normalize_and_pad(*arguments)
