@@ -224,6 +224,7 @@ def test_report_names_every_operator():
         "conditional_attention",
         "detection_topk",
         "matching_cost",
+        "normalize_and_pad",
         "set_loss",
         "sine_position_2d",
         "sine_query",
