@@ -29,6 +29,7 @@ from cdetr_kernels.fused import (
     conditional_attention,
     configurations,
     launching,
+    matching_cost,
     sine_position_2d,
     sine_query,
 )
@@ -80,6 +81,19 @@ class SineCase:
         return f"sine {self.precision} {self.coordinates}"
 
 
+@dataclasses.dataclass(frozen=True)
+class LossCase:
+    """One kind of call of matching and loss."""
+
+    precision: str  # "half" or "single"
+    targets: int = 100
+    classification: str = "focal"
+    size: int = 32  # of a head: unused
+
+    def __str__(self) -> str:
+        return f"{self.classification} {self.precision} {self.targets}"
+
+
 # Dropout, as in training, needs the most registers.
 CASES = (
     Case(32, "half"),
@@ -90,6 +104,8 @@ CASES = (
         for size in configurations.WIDTHS
     ),
     *(SineCase(precision, n) for precision in ("half", "single") for n in (2, 4)),
+    *(LossCase(precision, n) for precision in ("half", "single") for n in (7, 100)),
+    LossCase("single", classification="softmax"),
 )
 
 
@@ -113,8 +129,26 @@ def sine_launches(case: SineCase) -> dict[str, Launch]:
     }
 
 
-def launches(case: Case | SineCase, architecture: str) -> dict[str, Launch]:
+def loss_launches(case: LossCase) -> dict[str, Launch]:
+    """Returns what matching and loss launch in a training step, on meta tensors."""
+    dtype = torch.bfloat16 if case.precision == "half" else torch.float32
+    logits = torch.empty(6, 8, 300, 91, dtype=dtype, device="meta")
+    boxes = torch.empty(6, 8, 300, 4, device="meta")
+    labels = torch.empty(8, case.targets, dtype=torch.int64, device="meta")
+    targets = torch.empty(8, case.targets, 4, device="meta")
+    counts = torch.empty(8, dtype=torch.int64, device="meta")
+    cost = torch.empty(48, case.targets, 300, device="meta")
+    inputs = (logits, boxes, labels, targets, counts)
+    softmax = case.classification == "softmax"
+    return {
+        "matching_cost": matching_cost.cost_launch(*inputs, (2, 5, 2), softmax, 0.25, 2.0, cost),
+    }
+
+
+def launches(case: Case | SineCase | LossCase, architecture: str) -> dict[str, Launch]:
     """Returns what a training step at 800x1066 launches, and the map, on meta tensors."""
+    if isinstance(case, LossCase):
+        return loss_launches(case)
     if isinstance(case, SineCase):
         return sine_launches(case)
     batch, queries, heads, keys = 8, 300, 8, 1050
@@ -244,7 +278,13 @@ def _output(*command) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def complaints(used: dict, launch: Launch, case: Case | SineCase, architecture: str) -> list[str]:
+# Kernels that gather, or read a byte or a row of 4 numbers at a time: loads of 16 bytes are none.
+NARROW = (sine_position_2d.position_kernel, matching_cost.cost_kernel)
+
+
+def complaints(
+    used: dict, launch: Launch, case: Case | SineCase | LossCase, architecture: str
+) -> list[str]:
     """Says what a kernel does that its entry does not allow."""
     found = []
     if used["spills"] > launch.tile.spills:
@@ -256,7 +296,7 @@ def complaints(used: dict, launch: Launch, case: Case | SineCase, architecture: 
     multiplies = isinstance(case, Case) and launch.kernel is not merge_kernel
     if multiplies and case.precision != "ieee" and not used["tensor"]:
         found.append("no tensor cores")
-    if not used["load16"] and launch.kernel is not sine_position_2d.position_kernel:
+    if not used["load16"] and launch.kernel not in NARROW:
         found.append("no 16-byte loads")
     if not used["store16"] and isinstance(case, SineCase):
         found.append("no 16-byte stores")

@@ -36,6 +36,12 @@ def _sine_query_triton(*args):
     return sine_query(*args)
 
 
+def _matching_cost_triton(*args):
+    from cdetr_kernels.fused.matching_cost import matching_cost
+
+    return matching_cost(*args)
+
+
 def _no_triton_at(tensor: Tensor) -> str | None:
     """Says why triton's kernels cannot run where a tensor is, without importing triton."""
     if not _HAS_TRITON:
@@ -77,6 +83,14 @@ def _no_triton_query(points: Tensor, *rest) -> str | None:
     return reason
 
 
+def _no_triton_cost(logits: Tensor, *rest) -> str | None:
+    reason = _no_triton_at(logits) or _no_triton_for(logits.dtype)
+    if reason is None and rest:
+        boxes_cxcywh, target_boxes_cxcywh = rest[0], rest[2]
+        reason = _no_triton_for(boxes_cxcywh.dtype) or _no_triton_for(target_boxes_cxcywh.dtype)
+    return reason
+
+
 def _held_back(run: Callable, reason_against: Callable[..., str | None]) -> Path:
     reason = "not run on a GPU yet; ask for it by name, or by CDETR_FAST_BACKEND=triton"
     return Path(run, reason_against, reason)
@@ -103,7 +117,13 @@ _SINE_QUERY = Operator(
         "torch": Path(position.sine_query),
     },
 )
-_MATCHING_COST = Operator("matching_cost", {"torch": Path(matching.matching_cost)})
+_MATCHING_COST = Operator(
+    "matching_cost",
+    {
+        "triton": _held_back(_matching_cost_triton, _no_triton_cost),
+        "torch": Path(matching.matching_cost),
+    },
+)
 _SET_LOSS = Operator("set_loss", {"torch": Path(loss.set_loss)})
 
 OPERATORS = (
@@ -322,11 +342,13 @@ def matching_cost(
         backend: "auto", "torch", "triton" or "native".
 
     Returns:
-        `[L*B, Q, T]`, fp32 at least; 0 in padded columns.
+        `[L*B, Q, T]`, fp32 at least, stored with neighbouring queries side by side (a transposed
+        `[L*B, T, Q]`, which is what solvers read); 0 in padded columns.
 
     Raises:
         TypeError: `target_labels` is not int64.
         ValueError: A shape does not fit, or `classification` is unknown.
+        NotImplementedError: In backward, on the path "triton": it has no derivative.
 
     Source: the authors' models/matcher.py.
     """

@@ -24,3 +24,12 @@ def rounded(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def power(x, exponent, SQUARE: tl.constexpr):
+    """The tensor x >= 0 to a power >= 0, which is 2 if SQUARE."""
+    if SQUARE:
+        return x * x
+    # The logarithm of 0 is -inf, and 0 times that would be NaN.
+    return tl.where(exponent == 0.0, 1.0, tl.exp2(exponent * tl.log2(x)))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from cdetr_kernels.fused.tiles import Tile
 
@@ -38,6 +39,11 @@ class Launch:
             return
         with torch.cuda.device(device.index if device.type == "cuda" else -1):
             self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+
+def strides(name: str, axes: str, tensor: Tensor) -> dict[str, int]:
+    """Returns the arguments that hold the strides of a tensor: `name_a` for each of its axes."""
+    return {f"{name}_{axis}": step for axis, step in zip(axes, tensor.stride(), strict=True)}
 
 
 @functools.lru_cache

@@ -30,24 +30,25 @@ def matching_cost(
     layers, batch, queries, _ = logits.shape
     targets = target_labels.shape[1]
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    columns = target_labels[None, :, None, :].expand(layers, batch, queries, targets)
-    own_logits = logits.gather(3, columns).to(dtype)  # [L, B, Q, T]
+    # Queries are the last axis, so that few targets too are computed along long rows.
+    classes = target_labels[None, :, :, None].expand(layers, batch, targets, queries)
+    own_logits = logits.mT.gather(2, classes).to(dtype)  # [L, B, T, Q]
     if classification == "focal":
         probability = own_logits.sigmoid()
         class_cost = alpha * (1 - probability) ** gamma * -(probability + 1e-8).log()
         class_cost = class_cost - (1 - alpha) * probability**gamma * -(1 - probability + 1e-8).log()
     else:
-        class_cost = -logits.to(dtype).softmax(-1).gather(3, columns)
+        class_cost = -logits.to(dtype).softmax(-1).mT.gather(2, classes)
 
-    predicted = boxes_cxcywh.to(dtype)[:, :, :, None, :]  # [L, B, Q, 1, 4]
-    wanted = target_boxes_cxcywh.to(dtype)[None, :, None, :, :]  # [1, B, 1, T, 4]
+    predicted = boxes_cxcywh.to(dtype)[:, :, None, :, :]  # [L, B, 1, Q, 4]
+    wanted = target_boxes_cxcywh.to(dtype)[None, :, :, None, :]  # [1, B, T, 1, 4]
     planes = zip(_planes(predicted), _planes(wanted), strict=True)
     bbox_cost = sum((a - b).abs() for a, b in planes)
     giou_cost = -generalized_iou(corners(predicted), corners(wanted))
 
     cost = class_weight * class_cost + bbox_weight * bbox_cost + giou_weight * giou_cost
     valid = torch.arange(targets, device=cost.device) < target_counts[:, None]  # [B, T]
-    return cost.masked_fill(~valid[None, :, None, :], 0.0).flatten(0, 1)
+    return cost.masked_fill(~valid[None, :, :, None], 0.0).flatten(0, 1).mT
 
 
 def corners(boxes_cxcywh: Tensor) -> Tensor:

@@ -1,0 +1,208 @@
+"""The triton kernels of matching cost and set loss against fp64, and their registration with torch.
+
+On a machine with a GPU the tests run there. Everywhere they run in triton's interpreter, in a
+process of its own: whether a kernel is interpreted is decided when triton is imported.
+"""
+
+import math
+
+import pytest
+import torch
+from interpreter import INTERPRETED, run_in_the_interpreter
+from torch import Tensor
+
+from cdetr_kernels import matching_cost
+
+triton = pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of exp and log
+needs_kernels = pytest.mark.skipif(
+    not INTERPRETED and DEVICE == "cpu",
+    reason="run by test_in_the_interpreter, in a process of its own",
+)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """`torch.empty` is filled with NaN: what a kernel does not write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
+def test_in_the_interpreter(root):
+    """Runs the tests of this file that need kernels."""
+    run_in_the_interpreter(root, __file__)
+
+
+def assert_close(got: Tensor, torchs: Tensor, exact: Tensor, name: str = ""):
+    """At most twice the error of torch in the same dtype, against fp64, and a few roundings."""
+    assert got.shape == exact.shape, name
+    assert got.dtype == torchs.dtype, name
+    assert got.isfinite().all(), name
+    if got.numel() == 0:
+        return
+    eps = torch.finfo(got.dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
+    floor = eps * max(1.0, exact.abs().max())
+    error = (got - exact).abs().max()
+    assert error <= 2 * (torchs - exact).abs().max() + floor, name
+
+
+def scattered(x: Tensor, step: int = 2) -> Tensor:
+    """Equal to x, but with NaN (or -1) between and around its elements, its axes reversed."""
+    shape = [size + 2 for size in reversed(x.shape)]
+    shape[-1] *= step
+    fill = math.nan if x.is_floating_point() else -1
+    buffer = torch.full(shape, fill, dtype=x.dtype, device=x.device)
+    view = buffer[tuple(slice(1, size - 1) for size in shape[:-1])]
+    view = view[..., 1 : 1 + x.shape[0] * step : step]
+    return view.permute(*reversed(range(x.ndim))).copy_(x)
+
+
+# layers, queries, classes, number of targets of each image
+SIZES = {
+    "one of each": (1, 1, 1, (1,)),
+    "several tiles": (2, 70, 5, (3, 17, 0)),
+    "many classes": (1, 7, 140, (2, 5)),
+    "more targets than queries": (1, 3, 4, (5, 1)),
+    "nothing to find": (2, 5, 3, (0, 0)),
+}
+
+
+def draw(case: str, dtype=torch.float32, spread: float = 3.0, seed: int = 0) -> dict[str, Tensor]:
+    """Predictions and padded targets; padding is NaN, and a label that exists."""
+    layers, queries, classes, counts = SIZES[case]
+    generator = torch.Generator().manual_seed(seed)
+    batch, targets = len(counts), max(counts)
+
+    def boxes(*shape):
+        return torch.rand(*shape, 4, generator=generator) * 0.5 + 0.2
+
+    inputs = {
+        "logits": (spread * torch.randn(layers, batch, queries, classes, generator=generator)).to(
+            dtype
+        ),
+        "boxes_cxcywh": boxes(layers, batch, queries).to(dtype),
+        "target_labels": torch.randint(0, classes, (batch, targets), generator=generator),
+        "target_boxes_cxcywh": boxes(batch, targets),
+        "target_counts": torch.tensor(counts),
+    }
+    for image, count in enumerate(counts):
+        inputs["target_boxes_cxcywh"][image, count:] = math.nan
+    return {name: x.to(DEVICE) for name, x in inputs.items()}
+
+
+def in_double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+# ------------------------------------------------------------------------------ matching cost
+
+
+@needs_kernels
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SIZES)
+def test_cost(case, dtype, classification):
+    inputs = draw(case, dtype)
+    before = {name: (x.clone(), x._version) for name, x in inputs.items()}
+    got = matching_cost(**inputs, classification=classification, backend="triton")
+    torchs = matching_cost(**inputs, classification=classification, backend="torch")
+    assert_close(got, torchs, matching_cost(**in_double(inputs), classification=classification))
+    assert got.stride() == torchs.stride()
+    for name, (values, version) in before.items():
+        torch.testing.assert_close(inputs[name], values, rtol=0, atol=0, equal_nan=True)
+        assert inputs[name]._version == version
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "options",
+    [{"gamma": 0.0}, {"gamma": 1.5}, {"alpha": 0.9}, {"class_weight": 0.0, "bbox_weight": 7.0}],
+    ids=str,
+)
+def test_options_of_the_cost(options):
+    inputs = draw("several tiles")
+    got = matching_cost(**inputs, **options, backend="triton")
+    torchs = matching_cost(**inputs, **options, backend="torch")
+    assert_close(got, torchs, matching_cost(**in_double(inputs), **options))
+
+
+@needs_kernels
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+def test_cost_of_extreme_logits(classification):
+    inputs = draw("several tiles")
+    inputs["logits"] = inputs["logits"].sign() * 60
+    inputs["logits"][0, 0, :3] = torch.tensor([[200.0], [-200.0], [0.0]], device=DEVICE)
+    got = matching_cost(**inputs, classification=classification, backend="triton")
+    torchs = matching_cost(**inputs, classification=classification, backend="torch")
+    assert_close(got, torchs, matching_cost(**in_double(inputs), classification=classification))
+
+
+@needs_kernels
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+def test_cost_with_strides_and_nan_around_the_inputs(classification):
+    inputs = draw("several tiles")
+    inputs["target_labels"][2] = 4  # the last class: what lies behind it is not read
+    expected = matching_cost(**inputs, classification=classification, backend="triton")
+    inputs = {name: scattered(x) for name, x in inputs.items()}
+    got = matching_cost(**inputs, classification=classification, backend="triton")
+    assert torch.equal(got, expected)
+    assert torch.equal(
+        matching_cost(**inputs, classification=classification, backend="triton"), got
+    )
+
+
+@needs_kernels
+def test_a_label_out_of_range_is_not_read():
+    inputs = draw("several tiles")
+    inputs["target_labels"][0, 1], inputs["target_labels"][1, 3] = 5, -1
+    got = matching_cost(**inputs, backend="triton").unflatten(0, (2, 3))
+    bad = torch.zeros(got.shape, dtype=torch.bool, device=DEVICE)
+    bad[:, 0, :, 1] = bad[:, 1, :, 3] = True
+    assert torch.equal(got.isnan(), bad)
+
+
+@needs_kernels
+def test_registration_of_the_cost():
+    from cdetr_kernels.fused import matching_cost as _registered  # noqa: F401
+
+    inputs = draw("more targets than queries", torch.bfloat16)
+    inputs["target_boxes_cxcywh"].nan_to_num_(0.5)
+    arguments = (*inputs.values(), 2.0, 5.0, 2.0, False, 0.25, 2.0)
+    torch.library.opcheck(torch.ops.cdetr_fast.matching_cost.default, arguments)
+
+
+@needs_kernels
+def test_cost_compiles_and_exports():
+    class Cost(torch.nn.Module):
+        def forward(self, *inputs):
+            return matching_cost(*inputs, backend="triton") * 2
+
+    inputs = tuple(draw("several tiles").values())
+    expected = Cost()(*inputs)
+    compiled = torch.compile(Cost(), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), expected)
+    assert torch.equal(torch.export.export(Cost(), inputs).module()(*inputs), expected)
+
+
+@needs_kernels
+def test_the_derivative_of_the_cost_is_refused():
+    inputs = draw("several tiles")
+    inputs["logits"].requires_grad_()
+    cost = matching_cost(**inputs, backend="triton")
+    with pytest.raises(NotImplementedError, match="use backend='torch'"):
+        cost[0, 0, 0].backward()
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["logits", "boxes_cxcywh", "target_boxes_cxcywh"])
+def test_dtypes_that_the_kernels_do_not_take(name):
+    inputs = draw("several tiles")
+    inputs[name] = inputs[name].double()
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run: .* not torch.float64"):
+        matching_cost(**inputs, backend="triton")
+    assert matching_cost(**inputs).isfinite().all()
