@@ -5,9 +5,12 @@ one is its PyTorch reference in `cdetr_kernels.reference`; `cdetr_kernels.dispat
 path.
 """
 
+from cdetr_kernels.attention_ops import (
+    conditional_attention,
+    conditional_attention_separable,
+)
 from cdetr_kernels.image_ops import detection_topk, normalize_and_pad
 from cdetr_kernels.ops import (
-    conditional_attention,
     matching_cost,
     set_loss,
     sine_position_2d,
@@ -16,6 +19,7 @@ from cdetr_kernels.ops import (
 
 __all__ = [
     "conditional_attention",
+    "conditional_attention_separable",
     "detection_topk",
     "matching_cost",
     "normalize_and_pad",

@@ -1,29 +1,24 @@
 """The public operators: argument checks, then dispatch to an implementation."""
 
-import importlib.util
 import math
-import os
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from cdetr_kernels.attention_ops import CONDITIONAL_ATTENTION, CONDITIONAL_ATTENTION_SEPARABLE
+from cdetr_kernels.checks import check_rank, check_shape, describe
 from cdetr_kernels.dispatch import Operator, Path
 from cdetr_kernels.image_ops import DETECTION_TOPK, NORMALIZE_AND_PAD
-from cdetr_kernels.reference import attention, loss, matching, position
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_WIDEST_HEAD = 128
+from cdetr_kernels.reference import loss, matching, position
+from cdetr_kernels.triton_support import (
+    held_back,
+    reason_against_device,
+    reason_against_dtype,
+)
 
 
 # Triton is imported at the first call only: it is slow to import, and not everywhere. Each import
 # is a statement, as torch.compile does not follow importlib.
-def _conditional_attention_triton(*args):
-    from cdetr_kernels.fused.conditional_attention import conditional_attention
-
-    return conditional_attention(*args)
-
-
 def _sine_position_2d_triton(*args):
     from cdetr_kernels.fused.sine_position_2d import sine_position_2d
 
@@ -42,92 +37,56 @@ def _matching_cost_triton(*args):
     return matching_cost(*args)
 
 
-def _no_triton_at(tensor: Tensor) -> str | None:
-    """Says why triton's kernels cannot run where a tensor is, without importing triton."""
-    if not _HAS_TRITON:
-        return "triton is not installed"
-    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return (
-            f"the tensors are on {tensor.device}, and triton kernels run on GPUs "
-            "(on CPUs only under TRITON_INTERPRET=1)"
-        )
-    return None
-
-
-def _no_triton_for(dtype: torch.dtype) -> str | None:
-    if dtype in (torch.float16, torch.bfloat16, torch.float32):
-        return None
-    return f"the kernels are for float16, bfloat16 and float32, not {dtype}"
-
-
-def _no_triton_attention(q_content: Tensor, *rest) -> str | None:
-    reason = _no_triton_at(q_content) or _no_triton_for(q_content.dtype)
-    if reason is None and rest:
-        width = max(q_content.shape[-1], rest[3].shape[-1])
-        if width > _WIDEST_HEAD:
-            reason = f"the kernels take heads of up to {_WIDEST_HEAD}, not {width}"
-    return reason
-
-
 def _no_triton_position(mask: Tensor, *rest) -> str | None:
-    return _no_triton_at(mask) or (_no_triton_for(rest[-1]) if rest else None)
+    return reason_against_device(mask) or (reason_against_dtype(rest[-1]) if rest else None)
 
 
 def _no_triton_query(points: Tensor, *rest) -> str | None:
-    reason = _no_triton_at(points) or _no_triton_for(points.dtype)
+    reason = reason_against_device(points) or reason_against_dtype(points.dtype)
     if reason is None and rest:
         query_scale, dtype = rest[1], rest[-1]
-        reason = _no_triton_for(dtype)
+        reason = reason_against_dtype(dtype)
         if reason is None and query_scale is not None:
-            reason = _no_triton_for(query_scale.dtype)
+            reason = reason_against_dtype(query_scale.dtype)
     return reason
 
 
 def _no_triton_cost(logits: Tensor, *rest) -> str | None:
-    reason = _no_triton_at(logits) or _no_triton_for(logits.dtype)
+    reason = reason_against_device(logits) or reason_against_dtype(logits.dtype)
     if reason is None and rest:
         boxes_cxcywh, target_boxes_cxcywh = rest[0], rest[2]
-        reason = _no_triton_for(boxes_cxcywh.dtype) or _no_triton_for(target_boxes_cxcywh.dtype)
+        reason = reason_against_dtype(boxes_cxcywh.dtype) or reason_against_dtype(
+            target_boxes_cxcywh.dtype
+        )
     return reason
 
 
-def _held_back(run: Callable, reason_against: Callable[..., str | None]) -> Path:
-    reason = "not run on a GPU yet; ask for it by name, or by CDETR_FAST_BACKEND=triton"
-    return Path(run, reason_against, reason)
-
-
-_CONDITIONAL_ATTENTION = Operator(
-    "conditional_attention",
-    {
-        "triton": _held_back(_conditional_attention_triton, _no_triton_attention),
-        "torch": Path(attention.conditional_attention),
-    },
-)
 _SINE_POSITION_2D = Operator(
     "sine_position_2d",
     {
-        "triton": _held_back(_sine_position_2d_triton, _no_triton_position),
+        "triton": held_back(_sine_position_2d_triton, _no_triton_position),
         "torch": Path(position.sine_position_2d),
     },
 )
 _SINE_QUERY = Operator(
     "sine_query",
     {
-        "triton": _held_back(_sine_query_triton, _no_triton_query),
+        "triton": held_back(_sine_query_triton, _no_triton_query),
         "torch": Path(position.sine_query),
     },
 )
 _MATCHING_COST = Operator(
     "matching_cost",
     {
-        "triton": _held_back(_matching_cost_triton, _no_triton_cost),
+        "triton": held_back(_matching_cost_triton, _no_triton_cost),
         "torch": Path(matching.matching_cost),
     },
 )
 _SET_LOSS = Operator("set_loss", {"torch": Path(loss.set_loss)})
 
 OPERATORS = (
-    _CONDITIONAL_ATTENTION,
+    CONDITIONAL_ATTENTION,
+    CONDITIONAL_ATTENTION_SEPARABLE,
     _SINE_POSITION_2D,
     _SINE_QUERY,
     DETECTION_TOPK,
@@ -135,87 +94,6 @@ OPERATORS = (
     _MATCHING_COST,
     _SET_LOSS,
 )
-
-
-def conditional_attention(
-    q_content: Tensor,
-    q_spatial: Tensor | None,
-    k_content: Tensor,
-    k_spatial: Tensor | None,
-    value: Tensor,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
-    backend: str = "auto",
-    *,
-    return_attention: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Multi-head attention whose score is the sum of a content and a spatial dot product.
-
-    Args:
-        q_content: Content queries `[B, Q, N, D]`.
-        q_spatial: Spatial queries `[B, Q, N, D]`; None makes this plain attention.
-        k_content: Content keys `[B, S, N, D]` (or `[1, S, N, D]`, shared by the batch).
-        k_spatial: Spatial keys `[B, S, N, D]` or `[1, S, N, D]`; None exactly if `q_spatial` is.
-        value: Values `[B, S, N, Dv]`.
-        key_mask: bool `[B, S]`, True = attend. A row without any such key gives 0.
-        scale: Factor of the score; `1 / sqrt(2 D)`, or `1 / sqrt(D)` without a spatial half.
-        dropout_p: Probability with which an attention weight is dropped.
-        seed: Makes dropout repeatable; None draws from torch's generator.
-        backend: "auto", "torch", "triton" or "native".
-        return_attention: Also return the attention map (after dropout).
-
-    Returns:
-        `[B, Q, N, Dv]` in the dtype of `value`, with `return_attention` also the map `[B, N, Q,
-        S]`.
-
-    Raises:
-        TypeError: A dtype differs from that of `q_content`, or `key_mask` is not bool.
-        ValueError: A shape, `scale` or `dropout_p` is out of range.
-        RuntimeError: `backend` was named and cannot run.
-
-    Source: Meng et al., section 3.3.
-    """
-    _check_rank("q_content", q_content, 4)
-    _check_rank("value", value, 4)
-    batch, queries, heads, size = q_content.shape
-    keys = value.shape[1]
-    _check_shape("k_content", k_content, (batch, keys, heads, size), may_broadcast=True)
-    _check_shape("value", value, (batch, keys, heads, value.shape[3]))
-    if (q_spatial is None) != (k_spatial is None):
-        missing = "q_spatial" if q_spatial is None else "k_spatial"
-        raise ValueError(f"{missing}: expected a tensor, as its counterpart is given, got None")
-    tensors = {"k_content": k_content, "value": value}
-    if q_spatial is not None:
-        _check_shape("q_spatial", q_spatial, (batch, queries, heads, size))
-        _check_shape("k_spatial", k_spatial, (batch, keys, heads, size), may_broadcast=True)
-        tensors |= {"q_spatial": q_spatial, "k_spatial": k_spatial}
-    _check_alike("q_content", q_content, **tensors)
-    if key_mask is not None:
-        if key_mask.dtype != torch.bool:
-            raise TypeError(f"key_mask: expected bool [{batch}, {keys}], got {_describe(key_mask)}")
-        _check_shape("key_mask", key_mask, (batch, keys))
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
-    if scale is None:
-        scale = 1.0 / math.sqrt(size if q_spatial is None else 2 * size)
-    elif not scale > 0.0:
-        raise ValueError(f"scale: expected a positive number, got {scale}")
-    output, attention_map = _CONDITIONAL_ATTENTION(
-        backend,
-        q_content,
-        q_spatial,
-        k_content,
-        k_spatial,
-        value,
-        key_mask,
-        scale,
-        dropout_p,
-        seed,
-        return_attention,
-    )
-    return (output, attention_map) if return_attention else output
 
 
 def sine_position_2d(
@@ -248,9 +126,9 @@ def sine_position_2d(
     Source: the authors' models/position_encoding.py (PositionEmbeddingSine). transformers computes
     the angles in the dtype of the image.
     """
-    _check_rank("mask", mask, 3)
+    check_rank("mask", mask, 3)
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected bool [B, h, w], got {_describe(mask)}")
+        raise TypeError(f"mask: expected bool [B, h, w], got {describe(mask)}")
     if channels <= 0 or channels % 4:
         raise ValueError(f"channels: expected a positive multiple of 4, got {channels}")
     return _SINE_POSITION_2D(backend, mask, channels, temperature, normalize, scale, dtype)
@@ -411,7 +289,7 @@ def set_loss(
     _check_predictions(logits, boxes_cxcywh)
     _check_targets(logits.shape[1], target_labels, target_boxes_cxcywh, target_counts)
     if matches.dtype != torch.int64:
-        raise TypeError(f"matches: expected int64 [4, M], got {_describe(matches)}")
+        raise TypeError(f"matches: expected int64 [4, M], got {describe(matches)}")
     if matches.ndim != 2 or matches.shape[0] != 4:
         raise ValueError(f"matches: expected [4, M], got {list(matches.shape)}")
     return _SET_LOSS(
@@ -429,50 +307,20 @@ def set_loss(
 
 
 def _check_predictions(logits: Tensor, boxes_cxcywh: Tensor) -> None:
-    _check_rank("logits", logits, 4)
-    _check_shape("boxes_cxcywh", boxes_cxcywh, (*logits.shape[:3], 4))
+    check_rank("logits", logits, 4)
+    check_shape("boxes_cxcywh", boxes_cxcywh, (*logits.shape[:3], 4))
 
 
 def _check_targets(batch: int, labels: Tensor, boxes_cxcywh: Tensor, counts: Tensor) -> None:
-    _check_rank("target_labels", labels, 2)
+    check_rank("target_labels", labels, 2)
     if labels.dtype != torch.int64:
-        raise TypeError(f"target_labels: expected int64 [B, T], got {_describe(labels)}")
-    _check_shape("target_labels", labels, (batch, labels.shape[1]))
-    _check_shape("target_boxes_cxcywh", boxes_cxcywh, (batch, labels.shape[1], 4))
-    _check_shape("target_counts", counts, (batch,))
+        raise TypeError(f"target_labels: expected int64 [B, T], got {describe(labels)}")
+    check_shape("target_labels", labels, (batch, labels.shape[1]))
+    check_shape("target_boxes_cxcywh", boxes_cxcywh, (batch, labels.shape[1], 4))
+    check_shape("target_counts", counts, (batch,))
 
 
 def _broadcast(a: Tensor, b: Tensor) -> bool:
     """Whether all sizes but the last fit together."""
     pairs = zip(reversed(a.shape[:-1]), reversed(b.shape[:-1]), strict=False)
     return all(x == y or x == 1 or y == 1 for x, y in pairs)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _check_rank(name: str, tensor: Tensor, rank: int) -> None:
-    if tensor.ndim != rank:
-        raise ValueError(f"{name}: expected {rank} dimensions, got {_describe(tensor)}")
-
-
-def _check_shape(
-    name: str, tensor: Tensor, shape: tuple[int, ...], may_broadcast: bool = False
-) -> None:
-    fits = tuple(tensor.shape) == shape
-    if not fits and may_broadcast:
-        fits = tuple(tensor.shape) == (1, *shape[1:])
-    if not fits:
-        or_shared = " (or 1 in the first place)" if may_broadcast else ""
-        raise ValueError(f"{name}: expected {list(shape)}{or_shared}, got {list(tensor.shape)}")
-
-
-def _check_alike(name: str, tensor: Tensor, **others: Tensor) -> None:
-    for other_name, other in others.items():
-        if other.dtype != tensor.dtype:
-            raise TypeError(f"{other_name}: expected {tensor.dtype} as {name}, got {other.dtype}")
-        if other.device != tensor.device:
-            raise ValueError(
-                f"{other_name}: expected {tensor.device} as {name}, got {other.device}"
-            )

@@ -222,6 +222,7 @@ def test_report_names_every_operator():
     choices = {choice.op: choice for choice in dispatch.report()}
     assert set(choices) == {
         "conditional_attention",
+        "conditional_attention_separable",
         "detection_topk",
         "matching_cost",
         "normalize_and_pad",

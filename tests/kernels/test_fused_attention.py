@@ -14,7 +14,7 @@ import torch
 from interpreter import INTERPRETED, run_in_the_interpreter
 from torch import Tensor
 
-from cdetr_kernels import conditional_attention, ops
+from cdetr_kernels import conditional_attention, triton_support
 from cdetr_kernels.reference.attention import conditional_attention as reference
 
 triton = pytest.importorskip("triton")
@@ -461,7 +461,7 @@ def test_tensors_on_a_cpu_are_refused():
 def test_a_machine_without_triton_says_so():
     tensors, _, _ = draw("odd sizes")
     with (
-        mock.patch.object(ops, "_HAS_TRITON", False),
+        mock.patch.object(triton_support, "HAS_TRITON", False),
         pytest.raises(RuntimeError, match="'triton' cannot run: triton is not installed"),
     ):
         fused(None)(**tensors)

@@ -12,7 +12,7 @@ import torch
 from interpreter import INTERPRETED, run_in_the_interpreter
 from torch import Tensor
 
-from cdetr_kernels import ops, sine_position_2d, sine_query
+from cdetr_kernels import ops, sine_position_2d, sine_query, triton_support
 from cdetr_kernels.reference import position as reference
 
 triton = pytest.importorskip("triton")
@@ -437,7 +437,7 @@ def test_tensors_on_a_cpu_are_refused():
 
 def test_a_machine_without_triton_says_so():
     with (
-        mock.patch.object(ops, "_HAS_TRITON", False),
+        mock.patch.object(triton_support, "HAS_TRITON", False),
         pytest.raises(RuntimeError, match="'triton' cannot run: triton is not installed"),
     ):
         sine_query(torch.rand(3, 2), 8, backend="triton")
@@ -445,7 +445,7 @@ def test_a_machine_without_triton_says_so():
 
 @pytest.mark.parametrize("name", ["sine_position_2d", "sine_query"])
 def test_auto_takes_the_reference_and_says_why(name):
-    operator = getattr(ops, f"_{name.upper()}")
+    operator = next(operator for operator in ops.OPERATORS if operator.name == name)
     choice = operator.choice()
     assert choice.path == "torch"
     assert "not run on a GPU yet" in choice.reason or "the tensors are on cpu" in choice.reason
