@@ -2,6 +2,7 @@
 #   make test PYTEST="-k cli"     arguments for pytest
 #   make demo DEMO="--seed 7"     arguments for cdetr-fast demo
 #   make test PYTHON=python3.12   the interpreter that makes the environment
+#   make test CDETR_FAST_NATIVE=0 without the C++ and CUDA kernels (1: an error if C++ cannot be built)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,11 +23,11 @@ help:
 	@echo "make format   put style and formatting right"
 	@echo "make clean    remove the environment and what was built"
 
-demo: $(VENV)/.installed-eval
+demo: $(VENV)/.installed-eval $(VENV)/.native
 	$(VENV)/bin/cdetr-fast demo $(DEMO)
 
 # Two workers with one thread each: more threads than cores slow all of them down.
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(VENV)/.native
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(PYTEST)
 
 lint: $(VENV)/.installed-dev
@@ -39,6 +40,7 @@ format: $(VENV)/.installed-dev
 
 clean:
 	rm -rf $(VENV) build dist output *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -f kernels/cdetr_kernels/_native_*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so that an interrupted installation is taken up again.
@@ -46,5 +48,11 @@ $(VENV)/.installed-%: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	@echo "installing into $(VENV); the first time that takes some minutes and about 6 GB"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --progress-bar off --constraint constraints.txt --editable '.[$*]'
+	CDETR_FAST_NATIVE=0 $(PIP) install --quiet --progress-bar off --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+# The C++ and CUDA kernels, as far as there are compilers. Prerequisites are made from left to right
+# (.NOTPARALLEL), so the targets above have the environment by then.
+$(VENV)/.native: $(wildcard csrc/*) kernels/cdetr_kernels/build.py
+	$(VENV)/bin/cdetr-fast build-native
 	@touch $@

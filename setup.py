@@ -1,5 +1,63 @@
-"""Build entry point; all metadata is in pyproject.toml."""
+"""Build entry point: the extension, where it can be built. All metadata is in pyproject.toml.
+
+A wheel with the extension is for one platform and any Python; without it, for any platform.
+pip builds in an environment without torch unless told `--no-build-isolation`: then nothing is
+compiled, and `cdetr-fast build-native` does it after the installation.
+"""
+
+import runpy
+import shutil
+from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
-setup()
+ROOT = Path(__file__).parent
+BUILD = runpy.run_path(str(ROOT / "kernels/cdetr_kernels/build.py"))
+
+
+class BuildWithExtension(build_py):
+    """Also builds the extension into the package, and adds its sources for a later build."""
+
+    built = ()
+
+    def run(self):
+        """In an editable installation the extension lies in the checkout."""
+        super().run()
+        if self.editable_mode:
+            BUILD["build"](ROOT / "kernels/cdetr_kernels")
+            return
+        package = Path(self.build_lib) / "cdetr_kernels"
+        shutil.copytree(ROOT / "csrc", package / "csrc", dirs_exist_ok=True)
+        BuildWithExtension.built = BUILD["build"](package)
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags the wheel by what was built."""
+
+    def run(self):
+        """Builds first: the tag depends on it."""
+        self.run_command("build")
+        self.root_is_pure = not BuildWithExtension.built
+        self.distribution.has_ext_modules = lambda: bool(BuildWithExtension.built)
+        super().run()
+
+    def get_tag(self):
+        """Any Python; this platform if there is an extension."""
+        if not BuildWithExtension.built:
+            return "py3", "none", "any"
+        return "py3", "none", super().get_tag()[2]
+
+
+class SourcesToo(sdist):
+    """Adds csrc, which no package owns."""
+
+    def make_release_tree(self, base_dir, files):
+        """Copies what setuptools does not know of."""
+        super().make_release_tree(base_dir, files)
+        shutil.copytree(ROOT / "csrc", Path(base_dir) / "csrc", dirs_exist_ok=True)
+
+
+setup(cmdclass={"build_py": BuildWithExtension, "bdist_wheel": PlatformWheel, "sdist": SourcesToo})

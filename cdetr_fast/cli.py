@@ -1,4 +1,4 @@
-"""The command line: `cdetr-fast detect | demo | info`.
+"""The command line: `cdetr-fast detect | demo | info | build-native`.
 
 Heavy imports are inside the commands, so that `--help` and usage errors come at once.
 """
@@ -219,7 +219,7 @@ def info() -> None:
     import torch
 
     import cdetr_fast
-    from cdetr_kernels import dispatch
+    from cdetr_kernels import dispatch, native
 
     table = Table("what", "value", box=None, show_header=False, pad_edge=False)
     table.add_row("cdetr_fast", cdetr_fast.__version__)
@@ -242,6 +242,8 @@ def info() -> None:
             )
     else:
         table.add_row("cuda", f"no device (torch is built for CUDA {torch.version.cuda})")
+    for part, state in native.parts().items():
+        table.add_row(part, state)
     operators = Table("operator", "path", "reason", box=None, pad_edge=False)
     for entry in dispatch.report("cuda" if torch.cuda.is_available() else "cpu"):
         operators.add_row(entry.op, entry.path, entry.reason)
@@ -249,6 +251,21 @@ def info() -> None:
     console.print(table)
     console.print()
     console.print(operators)
+
+
+@app.command()
+def build_native() -> None:
+    """Build the C++ and CUDA parts of the extension, in place, as far as there are compilers.
+
+    CDETR_FAST_NATIVE=1 makes a missing C++ compiler an error; TORCH_CUDA_ARCH_LIST, CXX and
+    CUDA_HOME are honoured.
+    """
+    from cdetr_kernels import build
+
+    try:
+        build.build()
+    except (build.BuildError, OSError) as error:
+        raise UserError(str(error)) from error
 
 
 def coco_results(image_id: int, detections: dict[str, torch.Tensor]) -> list[dict[str, Any]]:

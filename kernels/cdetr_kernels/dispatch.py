@@ -10,12 +10,13 @@ wherever it can run; it is read once, when this module is imported.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 BACKENDS = ("auto", "torch", "triton", "native")
+"""What `backend` may be, and "cuda", which is "native" for tensors on a GPU only."""
 
 
 def _preference() -> str:
@@ -47,11 +48,17 @@ class Path:
             called in every call, so it has to be cheap; and with the first argument alone, to say
             what runs on a device.
         held_back: Why "auto" does not take it; it then runs only when asked for by name.
+        held_back_on: Type of the devices that `held_back` is about; None is all.
     """
 
     run: Callable
     reason_against: Callable[..., str | None] = lambda *_: None
     held_back: str | None = None
+    held_back_on: str | None = None
+
+    def reason_to_hold_back(self, device_type: str) -> str | None:
+        """Says why "auto" does not take it on a device."""
+        return self.held_back if self.held_back_on in (None, device_type) else None
 
 
 @dataclass(frozen=True)
@@ -76,14 +83,19 @@ class Operator:
         """
         if backend == "auto":
             return self.paths[self._best(*args)].run(*args)
+        asked_for = backend
+        if backend == "cuda":
+            backend = "native"
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
         if backend not in self.paths:
             reason = self._absence(backend)
         else:
             reason = self.paths[backend].reason_against(*args)
+        if reason is None and asked_for == "cuda" and _device_type(args[0]) != "cuda":
+            reason = f"the tensors are on {_device_type(args[0])}"
         if reason is not None:
-            raise RuntimeError(f"{self.name}: backend {backend!r} cannot run: {reason}")
+            raise RuntimeError(f"{self.name}: backend {asked_for!r} cannot run: {reason}")
         return self.paths[backend].run(*args)
 
     def choice(self, device: torch.device | str = "cpu") -> Choice:
@@ -100,7 +112,8 @@ class Operator:
                 reasons.append(self._absence(name))
             else:
                 path = self.paths[name]
-                reason = path.reason_against(tensor) or path.held_back
+                reason = path.reason_against(tensor)
+                reason = reason or path.reason_to_hold_back(tensor.device.type)
                 reasons.append(f"not {name}: {reason or 'slower here'}")
         return Choice(self.name, best, "; ".join(reasons))
 
@@ -108,14 +121,20 @@ class Operator:
         preferred = self.paths.get(PREFERRED)
         if preferred is not None and preferred.reason_against(*args) is None:
             return PREFERRED
+        device_type = _device_type(args[0])
         return next(
             name
             for name, path in self.paths.items()
-            if path.held_back is None and path.reason_against(*args) is None
+            if path.reason_to_hold_back(device_type) is None and path.reason_against(*args) is None
         )
 
     def _absence(self, backend: str) -> str:
         return f"this version of cdetr_kernels has no {backend} path for {self.name}"
+
+
+def _device_type(first: torch.Tensor | Sequence[torch.Tensor]) -> str:
+    """Of an operator's first argument: a tensor, or images."""
+    return (first if isinstance(first, torch.Tensor) else first[0]).device.type
 
 
 def report(device: torch.device | str = "cpu") -> list[Choice]:

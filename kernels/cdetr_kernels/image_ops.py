@@ -1,6 +1,5 @@
 """The public operators on either side of the model: images in, detections out."""
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -10,8 +9,72 @@ from torch import Tensor
 from cdetr_kernels.dispatch import Operator, Path
 from cdetr_kernels.reference import preprocessing, topk
 
-DETECTION_TOPK = Operator("detection_topk", {"torch": Path(topk.detection_topk)})
-NORMALIZE_AND_PAD = Operator("normalize_and_pad", {"torch": Path(preprocessing.normalize_and_pad)})
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PIXELS = (torch.uint8, torch.float32)
+_HELD_BACK = "not run on a GPU yet; ask for it by name"
+
+
+# The extension is loaded at the first call. Each import is a statement, as torch.compile does not
+# follow importlib.
+def _detection_topk_native(*args):
+    from cdetr_kernels.native import detection_topk
+
+    return detection_topk(*args)
+
+
+def _normalize_and_pad_native(*args):
+    from cdetr_kernels.native import normalize_and_pad
+
+    return normalize_and_pad(*args)
+
+
+def _no_native_at(tensor: Tensor) -> str | None:
+    from cdetr_kernels.native import ABSENT
+
+    device_type = tensor.device.type
+    if device_type in ABSENT:
+        return ABSENT[device_type]
+    return f"the extension is for CPUs and CUDA, and the tensors are on {device_type}"
+
+
+def _no_native_topk(logits: Tensor, *rest) -> str | None:
+    reason = _no_native_at(logits)
+    if reason is not None or not rest:
+        return reason
+    floats = _FLOATS[:3] if logits.is_cuda else _FLOATS
+    if logits.dtype not in floats:
+        return f"the kernel takes logits in {floats}, not {logits.dtype}"
+    if rest[0].dtype not in _FLOATS:
+        return f"the kernel takes boxes in {_FLOATS}, not {rest[0].dtype}"
+    if logits.shape[1] * logits.shape[2] >= 2**31:
+        return "the kernel counts the logits of an image in 31 bits"
+    return None
+
+
+def _no_native_pad(images: Tensor | Sequence[Tensor], *rest) -> str | None:
+    first = images[0] if rest else images
+    if first.is_cuda:
+        return "the extension pads images on CPUs only"
+    reason = _no_native_at(first)
+    if reason is None and rest and any(image.dtype not in _PIXELS for image in images):
+        reason = f"the kernel takes images in {_PIXELS}"
+    return reason
+
+
+DETECTION_TOPK = Operator(
+    "detection_topk",
+    {
+        "native": Path(_detection_topk_native, _no_native_topk, _HELD_BACK, held_back_on="cuda"),
+        "torch": Path(topk.detection_topk),
+    },
+)
+NORMALIZE_AND_PAD = Operator(
+    "normalize_and_pad",
+    {
+        "native": Path(_normalize_and_pad_native, _no_native_pad),
+        "torch": Path(preprocessing.normalize_and_pad),
+    },
+)
 
 
 def detection_topk(
@@ -165,14 +228,20 @@ def _tuple(values: Sequence[float] | float) -> tuple[float, ...]:
     return (float(values),) if isinstance(values, int | float) else tuple(values)
 
 
-@functools.lru_cache
 def _per_channel(
     name: str, values: tuple[float, ...], channels: int, factor: float
 ) -> tuple[float, ...]:
-    """Returns values / factor of each channel, rounded to fp32 as torch rounds them."""
+    """Returns values / factor of each channel, rounded as torch's fp32 tensors are."""
     if len(values) not in (1, channels):
         raise ValueError(f"{name}: expected {channels} values (channels), got {len(values)}")
     if name == "std" and 0.0 in values:
         raise ValueError(f"std: expected numbers other than 0, got {list(values)}")
-    scaled = (torch.tensor(values, dtype=torch.float32) * (1.0 / factor)).tolist()
-    return tuple(scaled * channels if len(scaled) == 1 else scaled)
+    scale = _to_single(1.0 / factor)
+    scaled = tuple(_to_single(_to_single(value) * scale) for value in values)
+    return scaled * channels if len(scaled) == 1 else scaled
+
+
+def _to_single(value: float) -> float:
+    """Rounds to 24 bits, in arithmetic that torch.compile can follow."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(math.ldexp(mantissa, 24)), exponent - 24)

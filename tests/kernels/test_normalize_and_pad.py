@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvF
 
-from cdetr_kernels import normalize_and_pad
+from cdetr_kernels import image_ops, native, normalize_and_pad
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = [(5, 7), (9, 4), (1, 1), (16, 33)]
@@ -35,12 +35,21 @@ def expected(images, mean, std, factor, size_hw) -> tuple[Tensor, Tensor]:
     return values, mask
 
 
+def not_native(images) -> str | None:
+    path = image_ops.NORMALIZE_AND_PAD.paths["native"]
+    return path.reason_against(images, None, None, 1.0, 1, 1)
+
+
 def check(images, mean=MEAN, std=STD, factor=1 / 255, size_hw=None):
+    """All implementations that take the images, against torchvision, to the last bit."""
     copies, versions = [x.clone() for x in images], [x._version for x in images]
-    values, mask = normalize_and_pad(images, mean, std, factor, size_hw)
     largest = tuple(max(x.shape[axis] for x in images) for axis in (1, 2))
     wanted = expected(images, mean, std, 1.0 if factor is None else factor, size_hw or largest)
-    torch.testing.assert_close((values, mask), wanted, rtol=0, atol=0)
+    for backend in ("torch", "native", "auto"):
+        if backend == "native" and not_native(images) is not None:
+            continue
+        got = normalize_and_pad(images, mean, std, factor, size_hw, backend)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
     assert [x._version for x in images] == versions
     assert all(torch.equal(x, y) for x, y in zip(images, copies, strict=True))
 
@@ -73,6 +82,33 @@ def test_layouts_and_offsets():
 
 def test_images_of_several_dtypes():
     check([draw(dtype, 3, [(4, 5)])[0] for dtype in DTYPES])
+
+
+needs_extension = pytest.mark.skipif(
+    native.ABSENT["cpu"] is not None, reason=str(native.ABSENT["cpu"])
+)
+
+
+@needs_extension
+def test_what_the_extension_takes():
+    assert not_native(draw(torch.uint8)) is None
+    assert not_native(draw(torch.float32)) is None
+    with pytest.raises(RuntimeError, match=r"native.*the kernel takes images in .*uint8"):
+        normalize_and_pad(draw(torch.int32), backend="native")
+
+
+@needs_extension
+def test_registration():
+    images = draw(torch.uint8)
+    arguments = images, [1.0, 2.0, 3.0], [4.0, 5.0, 6.0], 1.0, 20, 40
+    torch.library.opcheck(torch.ops.cdetr_fast.normalize_and_pad.default, arguments)
+
+
+def test_compiles_into_one_graph():
+    images = draw(torch.uint8)
+    compiled = torch.compile(normalize_and_pad, fullgraph=True, backend="eager")
+    got, expected = (f(images, MEAN, STD, 1 / 255) for f in (compiled, normalize_and_pad))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 IMAGE = torch.zeros(3, 4, 5)

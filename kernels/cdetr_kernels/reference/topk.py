@@ -10,6 +10,8 @@ Source: PostProcess in models/conditional_detr.py of the authors' repository, wh
 in the dtype of the model and leaves the order of ties open.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def detection_topk(
     index = _best_pairs(logits.to(dtype), k)  # [B, k]
     kept_logits = logits.to(dtype).flatten(1).gather(1, index)
     is_nan = kept_logits.isnan()
-    scores = kept_logits.sigmoid().masked_fill(is_nan, 0.0)
+    scores = kept_logits.masked_fill(is_nan, -math.inf).sigmoid()
     counts = ((scores > threshold) & ~is_nan).sum(dim=1)
     query_index, labels = index // classes, index % classes
 
