@@ -78,7 +78,7 @@ def test_detection_errors():
     outputs = detection_outputs()
     with pytest.raises(ValueError, match=r"target_sizes: expected 2 .* got 1"):
         OURS.post_process_object_detection(outputs, target_sizes=SIZES[:1])
-    with pytest.raises(ValueError, match="k: expected 1 to"):
+    with pytest.raises(ValueError, match="top_k: expected at least 1, got 0"):
         OURS.post_process_object_detection(outputs, top_k=0)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cdetr_fast.image_processing import annotations as targets
-from cdetr_fast.image_processing import post_processing
+from cdetr_fast.image_processing import post_processing, segmentation
 from cdetr_fast.image_processing.batch_feature import BatchFeature
 from cdetr_fast.image_processing.inputs import ImageInput, load_images
 from cdetr_fast.image_processing.settings import (
@@ -212,7 +212,8 @@ class ConditionalDetrImageProcessor(StoredSettings):
         threshold: float = 0.5,
         target_sizes: post_processing.TargetSizes | None = None,
         top_k: int = 100,
-    ) -> list[dict[str, Tensor]]:
+        return_tensors: str | None = None,
+    ) -> list[dict[str, Tensor]] | BatchFeature:
         """Turns outputs into detections, best first.
 
         Args:
@@ -221,17 +222,24 @@ class ConditionalDetrImageProcessor(StoredSettings):
             target_sizes: (height, width) of each original image, `[B, 2]` or a list; None keeps
                 boxes in [0, 1].
             top_k: Most detections per image, counted before the threshold.
+            return_tensors: "pt" returns tensors of the whole batch, which stay on the device and
+                wait for nothing; None a list.
 
         Returns:
             Per image `scores` fp32 `[n]`, `labels` int64 `[n]`, `boxes` fp32 `[n, 4]`, corners in
-            pixels.
+            pixels. With "pt" one `BatchFeature` of `scores` `[B, k]`, `labels` `[B, k]`, `boxes`
+            `[B, k, 4]`, `query_index` int64 `[B, k]` (the query of each) and `counts` int64 `[B]`
+            (how many are above the threshold; they come first), k the smaller of `top_k` and Q*K.
 
         Raises:
-            ValueError: There is not one target size per image.
+            TypeError: `top_k` is not an integer.
+            ValueError: There is not one target size above 0 per image, or `top_k` is below 1.
 
         Note: ties come by lowest query, NaN logits with score 0; transformers leaves both open.
         """
-        return post_processing.detections(outputs, threshold, target_sizes, top_k)
+        return post_processing.detections(
+            outputs, threshold, target_sizes, top_k, return_tensors
+        )
 
     def post_process_semantic_segmentation(
         self,
@@ -254,11 +262,10 @@ class ConditionalDetrImageProcessor(StoredSettings):
             ValueError: There is not one target size per image.
 
         Note: class scores are sigmoids. transformers (and `compat="transformers"`) takes a softmax
-            over
-        classes, which gives every empty query as much weight as a certain one. The mask of a padded
-        image covers the padding: process images of different sizes one by one.
+        over classes, which gives every empty query as much weight as a certain one. The mask of a
+        padded image covers the padding: process images of different sizes one by one.
         """
-        return post_processing.semantic_maps(
+        return segmentation.semantic_maps(
             outputs, target_sizes, return_segmentation_scores, self.compat
         )
 
@@ -269,7 +276,7 @@ class ConditionalDetrImageProcessor(StoredSettings):
         mask_threshold: float = 0.5,
         overlap_mask_area_threshold: float = 0.8,
         target_sizes: post_processing.TargetSizes | None = None,
-        return_coco_annotation: bool = False,
+        return_coco_annotation: bool | str = False,
     ) -> list[dict[str, Any]]:
         """Turns outputs into a map of instances.
 
@@ -284,9 +291,10 @@ class ConditionalDetrImageProcessor(StoredSettings):
             overlap_mask_area_threshold: Share of its mask above which a query has to get its
                 pixels.
             target_sizes: (height, width) of each map; None keeps h x w.
-            return_coco_annotation: Whether to return runs, one list [start, length, ...] per
-                segment, over the rows, starts counted from 1 (not COCO's own columns), in place of
-                the map.
+            return_coco_annotation: "rle" returns COCO's compressed run lengths, one {"size",
+                "counts"} per segment, in place of the map. True, as in transformers: one list
+                [start, length, ...] per segment over the rows, starts counted from 1, which no
+                COCO tool reads.
 
         Returns:
             Per image `segmentation` int32 `[H, W]` (ids from 1, 0 for none; all -1 if no query is
@@ -294,24 +302,37 @@ class ConditionalDetrImageProcessor(StoredSettings):
 
         Raises:
             ValueError: There is not one target size per image.
+            ImportError: "rle" without pycocotools.
 
         Note: transformers (and `compat="transformers"`) takes a softmax, never returns the last
-            class,
-        multiplies mask probabilities by the score before they meet `mask_threshold`, and hands
+        class, multiplies mask probabilities by the score before they meet `mask_threshold`, and hands
         pixels outside of every mask to some query: a single object fills its picture. DETR's
         PostProcessSegm also takes `sigmoid > 0.5` of each mask, and returns overlapping masks. The
         mask of a padded image covers the padding: process images of different sizes one by one.
         """
-        return post_processing.segments(
+        if return_coco_annotation not in (False, True, "rle"):
+            raise ValueError(
+                "return_coco_annotation: expected True, False or 'rle', "
+                f"got {return_coco_annotation!r}"
+            )
+        found = segmentation.segments(
             outputs,
             threshold,
             mask_threshold,
             overlap_mask_area_threshold,
             (),
             target_sizes,
-            return_coco_annotation,
             self.compat,
         )
+        return [
+            {
+                "segmentation": segmentation.run_lengths(image, return_coco_annotation, self.compat)
+                if return_coco_annotation
+                else image.segmentation,
+                "segments_info": image.infos,
+            }
+            for image in found
+        ]
 
     def post_process_panoptic_segmentation(
         self,
@@ -344,16 +365,18 @@ class ConditionalDetrImageProcessor(StoredSettings):
         gives the segments after it ids that are taken. DETR's PostProcessPanoptic hands every pixel
         to some query: so does `mask_threshold=0` with `overlap_mask_area_threshold=0`.
         """
-        return post_processing.segments(
+        found = segmentation.segments(
             outputs,
             threshold,
             mask_threshold,
             overlap_mask_area_threshold,
             label_ids_to_fuse or (),
             target_sizes,
-            False,
             self.compat,
         )
+        return [
+            {"segmentation": image.segmentation, "segments_info": image.infos} for image in found
+        ]
 
 
 # transformers 4 had a slower and a faster implementation; there is one here.
