@@ -93,7 +93,7 @@ def main() -> int:
                 **times[name],
                 "speed-up": reference / times[name]["ms"],
                 "peak MiB": memory[name],
-                "memory ratio": memory[name] / memory["transformers"],
+                "memory ratio": memory[name] / max(1.0, memory["transformers"]),
             }
             for name in PROVIDERS
         ]

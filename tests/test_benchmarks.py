@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import loss, mask_head, measure, model, tables
+from benchmarks import loss, mask_head, measure, model, post_processing, tables
 
 
 @pytest.fixture
@@ -21,6 +21,10 @@ def results(tmp_path, monkeypatch):
         (model, "--backbone resnet18 --size 64 96 --padded --batch 2 --threads 1 --repeats 1"),
         (mask_head, "--size 128 160 --queries 10 --threads 1 --repeats 1"),
         (loss, "--batch 2 --targets 3 --threads 1 --repeats 1"),
+        (
+            post_processing,
+            "--size 60 80 --input 80 100 --queries 20 --classes 9 --kept 4 --threads 1 --repeats 1",
+        ),
     ],
 )
 def test_a_benchmark_measures_and_saves(script, arguments, results, monkeypatch, capsys):

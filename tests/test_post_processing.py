@@ -1,11 +1,16 @@
 """Model outputs to results, against transformers where it is right, and where it is not."""
 
+import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cdetr_fast.image_processing import BatchFeature, ConditionalDetrImageProcessor
 
@@ -76,10 +81,53 @@ def test_half_precision_scores_are_fp32():
 
 def test_detection_errors():
     outputs = detection_outputs()
-    with pytest.raises(ValueError, match=r"target_sizes: expected 2 .* got 1"):
-        OURS.post_process_object_detection(outputs, target_sizes=SIZES[:1])
-    with pytest.raises(ValueError, match="top_k: expected at least 1, got 0"):
-        OURS.post_process_object_detection(outputs, top_k=0)
+    function = OURS.post_process_object_detection
+    with pytest.raises(ValueError, match=r"target_sizes: expected \[2, 2\] .* got \[1, 2\]"):
+        function(outputs, target_sizes=SIZES[:1])
+    for bad in (0, -1):
+        with pytest.raises(ValueError, match=f"top_k: expected at least 1, got {bad}"):
+            function(outputs, top_k=bad)
+    for bad in (1.0, True, None):
+        with pytest.raises(TypeError, match="top_k: expected an integer"):
+            function(outputs, top_k=bad)
+    for bad in ([(60, 80), (0, 3)], torch.tensor([(60, 80), (5, -3)])):
+        with pytest.raises(ValueError, match=r"target_sizes\[1\]: expected a positive"):
+            function(outputs, target_sizes=bad)
+    with pytest.raises(ValueError, match="return_tensors: expected None or 'pt', got 'np'"):
+        function(outputs, return_tensors="np")
+
+
+@pytest.mark.parametrize(("batch", "queries"), [(0, 5), (2, 0)])
+@pytest.mark.parametrize("sizes", [None, SIZES])
+def test_detection_of_nothing(batch, queries, sizes):
+    outputs = SimpleNamespace(
+        logits=torch.zeros(batch, queries, 3), pred_boxes=torch.zeros(batch, queries, 4)
+    )
+    sizes = sizes and sizes[:batch]
+    results = OURS.post_process_object_detection(outputs, 0.1, sizes)
+    assert [len(r["scores"]) for r in results] == [0] * batch
+    assert all(r["boxes"].shape == (0, 4) for r in results)
+    tensors = OURS.post_process_object_detection(outputs, 0.1, sizes, return_tensors="pt")
+    assert tensors["boxes"].shape == (batch, min(100, queries * 3), 4)
+    assert tensors["counts"].tolist() == [0] * batch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+def test_tensors_of_the_batch_hold_the_lists(dtype, threshold):
+    outputs = detection_outputs(dtype)
+    outputs.logits[1] -= 1.0  # images with different counts
+    lists = OURS.post_process_object_detection(outputs, threshold, SIZES, 60)
+    tensors = OURS.post_process_object_detection(outputs, threshold, SIZES, 60, return_tensors="pt")
+    assert isinstance(tensors, BatchFeature)
+    assert tensors.counts.tolist() == [len(result["scores"]) for result in lists]
+    for image, result in enumerate(lists):
+        count = len(result["scores"])
+        for key in ("scores", "labels", "boxes"):
+            assert torch.equal(tensors[key][image, :count], result[key])
+        assert (tensors.scores[image, count:] <= threshold).all()
+        logits = outputs.logits[image, tensors.query_index[image], tensors.labels[image]]
+        torch.testing.assert_close(logits.float().sigmoid(), tensors.scores[image])
 
 
 # --- segmentation, compat="transformers" ----------------------------------------------------------
@@ -276,3 +324,112 @@ def test_segmentation_errors(name):
     function = getattr(OURS, f"post_process_{name}_segmentation")
     with pytest.raises(ValueError, match=r"target_sizes: expected 2 .* got 1"):
         function(segmentation_outputs(), target_sizes=SIZES[:1])
+
+
+@pytest.mark.parametrize("name", ["semantic", "instance", "panoptic"])
+@pytest.mark.parametrize("bad", [(0, 5), (5, -1), (5,)])
+def test_segmentation_refuses_sizes(name, bad):
+    function = getattr(OURS, f"post_process_{name}_segmentation")
+    with pytest.raises(ValueError, match=r"target_sizes\[1\]: expected \(height, width\) above 0"):
+        function(segmentation_outputs(), target_sizes=[(3, 4), bad])
+
+
+# --- the maps against their plain definition ------------------------------------------------------
+
+
+def plain_owners(masks, scores, size, mask_threshold):
+    """All masks upsampled at once; the owner of each pixel and by how much it leads."""
+    maps = torch.nn.functional.interpolate(masks[None].double(), size, mode="bilinear")[0].sigmoid()
+    weighted = (maps * scores[:, None, None]).masked_fill(maps < mask_threshold, -1.0)
+    weighted = torch.cat((weighted, torch.full((1, *size), -0.5, dtype=torch.float64)))
+    best = weighted.topk(2, dim=0)
+    near_threshold = ((maps - mask_threshold).abs() < 1e-5).any(dim=0)
+    return best.indices[0], (best.values[0] - best.values[1] > 1e-5) & ~near_threshold
+
+
+@given(
+    small=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    large=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    queries=st.integers(1, 6),
+    mask_threshold=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    spread=st.sampled_from([1.0, 8.0, 40.0]),
+    seed=st.integers(0, 99),
+)
+def test_each_pixel_goes_to_the_best_query_that_has_it(
+    small, large, queries, mask_threshold, spread, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.randn(queries, *small, generator=generator) * spread
+    logits = torch.rand(queries, 1, generator=generator) * 6  # all above 0.5
+    outputs = SimpleNamespace(logits=logits[None], pred_masks=masks[None])
+    (result,) = OURS.post_process_instance_segmentation(
+        outputs, 0.4, mask_threshold, -1.0, target_sizes=[large]
+    )
+    owners, clear = plain_owners(masks, logits[:, 0].double().sigmoid(), large, mask_threshold)
+    # A share above -1 keeps every query with a pixel, numbered in the order of the queries.
+    present = result["segmentation"].unique().tolist()
+    assert [i for i in present if i > 0] == [info["id"] for info in result["segments_info"]]
+    scores = logits[:, 0].sigmoid()
+    for info in result["segments_info"]:
+        (query,) = [q for q in range(queries) if abs(scores[q] - info["score"]) < 2e-6][:1]
+        assert torch.equal((result["segmentation"] == info["id"])[clear], (owners == query)[clear])
+    assert torch.equal((result["segmentation"] == 0)[clear], (owners == queries)[clear])
+
+
+def test_many_queries_need_no_more_memory_than_one():
+    tracer = LargestTensor()
+    outputs = segmentation_outputs(queries=40)
+    outputs.logits += 6  # all are kept
+    size = (300, 400)
+    for compat in ("paper", "transformers"):
+        processor = ConditionalDetrImageProcessor(compat=compat)
+        for name in ("instance", "panoptic", "semantic"):
+            with tracer:
+                getattr(processor, f"post_process_{name}_segmentation")(
+                    outputs, target_sizes=[size] * 2
+                )
+    assert tracer.elements == 300 * 400
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_coco_run_lengths():
+    coco_mask = pytest.importorskip("pycocotools.mask")
+    outputs = segmentation_outputs(seed=1)
+    arguments = {"target_sizes": SIZES, "overlap_mask_area_threshold": 0.3}
+    for processor in (OURS, COMPATIBLE):
+        maps = processor.post_process_instance_segmentation(outputs, **arguments)
+        coded = processor.post_process_instance_segmentation(
+            outputs, return_coco_annotation="rle", **arguments
+        )
+        assert sum(len(result["segments_info"]) for result in maps) > 3
+        for expected, result in zip(maps, coded, strict=True):
+            assert result["segments_info"] == expected["segments_info"]
+            runs = json.loads(json.dumps(result["segmentation"]))
+            for info, code in zip(result["segments_info"], runs, strict=True):
+                mask = coco_mask.decode(code)
+                assert np.array_equal(mask, expected["segmentation"] == info["id"])
+    nothing = scene([[-9.0, -9.0]], [[1, 1, 0, 0]])
+    kept = OURS.post_process_instance_segmentation(nothing, return_coco_annotation="rle")
+    assert kept[0]["segmentation"] == []
+    with pytest.raises(ValueError, match="return_coco_annotation: expected True, False or 'rle'"):
+        OURS.post_process_instance_segmentation(outputs, return_coco_annotation="RLE")
+
+
+def test_coco_run_lengths_without_pycocotools(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(ImportError, match=r"pip install 'cdetr-fast\[eval\]'"):
+        OURS.post_process_instance_segmentation(
+            segmentation_outputs(), return_coco_annotation="rle"
+        )

@@ -33,21 +33,20 @@ def detections(
     if top_k < 1:
         raise ValueError(f"top_k: expected at least 1, got {top_k}")
     logits, boxes_cxcywh = field_of(outputs, "logits"), field_of(outputs, "pred_boxes")
-    sizes_hw = _sizes_tensor(target_sizes, len(logits))
     batch, queries, classes = logits.shape
     k = min(top_k, queries * classes)
-    if batch == 0 or k == 0:
-        scores, boxes_xyxy = logits.new_zeros(batch, k).float(), boxes_cxcywh.new_zeros(batch, k, 4)
-        query_index = labels = torch.zeros(batch, k, dtype=torch.int64, device=logits.device)
+    if k == 0:  # no queries, or no classes
+        nothing = torch.zeros(batch, 0, dtype=torch.int64, device=logits.device)
+        scores, labels, query_index = nothing.float(), nothing, nothing
+        boxes_xyxy, counts = scores.new_zeros(batch, 0, 4), nothing.sum(dim=1)
     else:
-        scores, labels, boxes_xyxy, query_index = detection_topk(
-            logits, boxes_cxcywh, sizes_hw, k=k
+        scores, labels, boxes_xyxy, query_index, counts = detection_topk(
+            logits, boxes_cxcywh, target_sizes, k, threshold=threshold
         )
-    counts = (scores > threshold).sum(dim=1)  # scores descend, so those above come first
     if return_tensors == "pt":
         content = {"scores": scores, "labels": labels, "boxes": boxes_xyxy}
         return BatchFeature(content | {"query_index": query_index, "counts": counts})
-    # Views of what is above and below the threshold in turns; slices would cost 1 us each.
+    # Views of what is above and below the threshold in turns; a slice for each would cost more.
     parts = [part for n in counts.tolist() for part in (n, k - n)]
     above = (
         tensor.flatten(0, 1).split(parts)[::2] if parts else ()
@@ -72,7 +71,10 @@ def target_sizes_hw(
     """Returns the requested (height, width) of each image; None for each if none are requested."""
     if target_sizes is None:
         return [None] * batch
-    _check_count(target_sizes, batch)
+    if len(target_sizes) != batch:
+        raise ValueError(
+            f"target_sizes: expected {batch} (one per image of the logits), got {len(target_sizes)}"
+        )
     if isinstance(target_sizes, Tensor):
         target_sizes = target_sizes.tolist()
     sizes = [tuple(int(side) for side in size) for size in target_sizes]
@@ -80,29 +82,3 @@ def target_sizes_hw(
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"target_sizes[{i}]: expected (height, width) above 0, got {size}")
     return sizes
-
-
-def _sizes_tensor(target_sizes: TargetSizes | None, batch: int) -> Tensor | None:
-    """Checks sizes and returns them as fp32 `[B, 2]`; values on a GPU are taken as they are."""
-    if target_sizes is None:
-        return None
-    _check_count(target_sizes, batch)
-    if not isinstance(target_sizes, Tensor):
-        rows = [[float(side) for side in size] for size in target_sizes]
-        if any(len(row) != 2 for row in rows):
-            raise ValueError(f"target_sizes: expected (height, width) of each image, got {rows}")
-        target_sizes = torch.tensor(rows).reshape(-1, 2)
-    elif target_sizes.shape != (batch, 2):
-        got = list(target_sizes.shape)
-        raise ValueError(f"target_sizes: expected [{batch}, 2] (height, width), got {got}")
-    if target_sizes.device.type == "cpu" and not bool((target_sizes > 0).all()):
-        got = target_sizes.tolist()
-        raise ValueError(f"target_sizes: expected heights and widths above 0, got {got}")
-    return target_sizes
-
-
-def _check_count(target_sizes: TargetSizes, batch: int) -> None:
-    if len(target_sizes) != batch:
-        raise ValueError(
-            f"target_sizes: expected {batch} (one per image of the logits), got {len(target_sizes)}"
-        )

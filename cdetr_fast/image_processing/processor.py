@@ -237,9 +237,7 @@ class ConditionalDetrImageProcessor(StoredSettings):
 
         Note: ties come by lowest query, NaN logits with score 0; transformers leaves both open.
         """
-        return post_processing.detections(
-            outputs, threshold, target_sizes, top_k, return_tensors
-        )
+        return post_processing.detections(outputs, threshold, target_sizes, top_k, return_tensors)
 
     def post_process_semantic_segmentation(
         self,
@@ -305,8 +303,8 @@ class ConditionalDetrImageProcessor(StoredSettings):
             ImportError: "rle" without pycocotools.
 
         Note: transformers (and `compat="transformers"`) takes a softmax, never returns the last
-        class, multiplies mask probabilities by the score before they meet `mask_threshold`, and hands
-        pixels outside of every mask to some query: a single object fills its picture. DETR's
+        class, multiplies mask probabilities by the score before they meet `mask_threshold`, and
+        hands pixels outside of every mask to some query: a single object fills its picture. DETR's
         PostProcessSegm also takes `sigmoid > 0.5` of each mask, and returns overlapping masks. The
         mask of a padded image covers the padding: process images of different sizes one by one.
         """

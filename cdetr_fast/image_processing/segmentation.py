@@ -1,7 +1,7 @@
 """Model outputs to instance, panoptic and semantic maps.
 
-Masks are upsampled a few at a time, and only those of queries that are kept, so that memory is
-bounded by the map that is returned and not by the number of queries.
+Only the masks of queries that are kept are upsampled, one at a time and no further than the object
+reaches, so that memory is bounded by the map that is returned and not by the number of queries.
 
 `compat="paper"` reads classes as independent probabilities, as they are trained.
 `compat="transformers"` reproduces transformers, whose segmentation functions take a softmax and
@@ -10,6 +10,7 @@ throw the last class away.
 Dimensions: B batch, Q queries, K classes, n queries kept, H x W the requested size of an image.
 """
 
+import math
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -26,9 +27,9 @@ from cdetr_fast.image_processing.post_processing import (
     upcast,
 )
 
-# Upsampled pixels held at a time. On a CPU (4 MiB in fp32) they stay in the caches.
-_PIXELS_AT_A_TIME = {"cpu": 2**20}
-_PIXELS_AT_A_TIME_ELSEWHERE = 2**26
+# Mask scores summed into classes at a time; on a CPU they stay in the caches.
+_SCORES_AT_A_TIME = {"cpu": 2**18}
+_SCORES_AT_A_TIME_ELSEWHERE = 2**26
 
 
 class Segments(NamedTuple):
@@ -54,17 +55,32 @@ def semantic_maps(
     class_scores = logits.sigmoid() if compat == "paper" else logits.softmax(dim=-1)
     results = []
     for image_scores, image_masks, size in zip(class_scores, masks, sizes, strict=True):
-        scores = torch.einsum("qk,qhw->khw", image_scores, upcast(image_masks).sigmoid())
+        scores = _class_maps(image_scores, image_masks)  # [K, h, w]
         if return_scores:
             scores = _resized(scores, size)
             entries = {"segmentation": scores.argmax(dim=0), "segmentation_scores": scores}
             results.append(BatchFeature(entries))
-        else:
-            best = _Best(scores, size)
-            for first, maps in _upsampled(scores, size):
-                best.update(first, maps)
-            results.append(best.index)
+            continue
+        best = _resized(scores[:1], size)[0].clone()
+        segmentation = torch.zeros(best.shape, dtype=torch.int64, device=best.device)
+        for label in range(1, len(scores)):
+            values = _resized(scores[label : label + 1], size)[0]
+            segmentation.masked_fill_(values > best, label)  # the lowest one of equals
+            torch.maximum(best, values, out=best)
+        results.append(segmentation)
     return results
+
+
+def _class_maps(class_scores: Tensor, mask_logits: Tensor) -> Tensor:
+    """Sums mask scores `[Q, h, w]`, weighted by class scores `[Q, K]`, to `[K, h, w]`."""
+    queries, height, width = mask_logits.shape
+    budget = _SCORES_AT_A_TIME.get(mask_logits.device.type, _SCORES_AT_A_TIME_ELSEWHERE)
+    rows = max(1, budget // max(1, queries * width))
+    sums = class_scores.new_empty(class_scores.shape[1], height, width)
+    for top in range(0, height, rows):
+        part = upcast(mask_logits[:, top : top + rows]).sigmoid()
+        sums[:, top : top + rows] = torch.einsum("qk,qhw->khw", class_scores, part)
+    return sums
 
 
 def segments(
@@ -93,14 +109,13 @@ def segments(
             results.append(Segments(nothing, [], []))
             continue
         on_device = queries.to(masks.device)
-        owner, exists = _assign_pixels(
-            upcast(masks[image, on_device]),
-            scores[image, on_device],
-            size,
-            mask_threshold,
-            overlap_mask_area_threshold,
-            compat,
+        assign = _assign_pixels if compat == "paper" else _assign_pixels_as_transformers
+        owner, mask_area = assign(
+            upcast(masks[image, on_device]), scores[image, on_device], size, mask_threshold
         )
+        visible_area = owner.flatten().bincount(minlength=len(queries) + 1)[:-1]
+        share = (visible_area / mask_area).double()
+        exists = (visible_area > 0) & (mask_area > 0) & (share > overlap_mask_area_threshold)
         ids, infos, parts = _number_segments(
             exists.tolist(),
             labels_on_host[image, queries].tolist(),
@@ -136,67 +151,97 @@ def kept_queries(logits: Tensor, threshold: float, compat: str) -> tuple[Tensor,
 
 
 def _assign_pixels(
-    mask_logits: Tensor,
-    scores: Tensor,
-    size: tuple[int, int] | None,
-    mask_threshold: float,
-    overlap_mask_area_threshold: float,
-    compat: str,
+    mask_logits: Tensor, scores: Tensor, size: tuple[int, int] | None, mask_threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Gives each pixel to one query, and tells which queries keep enough of their mask.
+    """Gives each pixel to the best of the queries whose mask has it.
 
     Returns:
-        owner int64 `[H, W]` in [0, n], n for none; exists bool `[n]`.
+        owner int64 `[H, W]` in [0, n], n for none; mask_area int64 `[n]`.
     """
-    count = len(mask_logits)
-    # transformers upsamples probabilities, the authors logits.
-    maps = mask_logits if compat == "paper" else mask_logits.sigmoid()
-    best = _Best(maps, size, nobody=count)
-    mask_area = scores.new_empty(count, dtype=torch.int64)
-    for first, chunk in _upsampled(maps, size):
-        last = first + len(chunk)
-        weights = scores[first:last, None, None]
-        if compat == "paper":
-            probabilities = chunk.sigmoid()
-            inside = probabilities >= mask_threshold  # [q, H, W]
-            chunk = (probabilities * weights).masked_fill_(~inside, -1.0)
-        else:
-            chunk = chunk * weights
-            inside = chunk >= mask_threshold
-        mask_area[first:last] = inside.flatten(1).sum(dim=1)
-        best.update(first, chunk)
-    owner = best.index
-    if compat == "paper":
-        owner.masked_fill_(best.value < 0, count)
-    visible_area = owner.flatten().bincount(minlength=count + 1)[:count]
-    share = (visible_area / mask_area).double()
-    exists = (visible_area > 0) & (mask_area > 0) & (share > overlap_mask_area_threshold)
-    return owner, exists
+    count, small_height, small_width = mask_logits.shape
+    height, width = size or (small_height, small_width)
+    rows = _Axis(small_height, height, mask_logits)
+    columns = _Axis(small_width, width, mask_logits)
+    # Interpolation does not exceed the pixels that it starts from, rounding aside.
+    near = mask_logits.sigmoid() >= mask_threshold - 1e-5  # [n, h, w]
+    reach = torch.cat((near.any(dim=2), near.any(dim=1)), dim=1).cpu()  # [n, h + w]
+
+    best = scores.new_zeros(height, width)
+    owner = torch.full((height, width), count, dtype=torch.int64, device=scores.device)
+    areas = []
+    for query in range(count):
+        row = rows.reached(reach[query, :small_height])
+        column = columns.reached(reach[query, small_height:])
+        if row.stop <= row.start or column.stop <= column.start:
+            areas.append(owner.new_zeros(()))
+            continue
+        mask = rows.interpolated(mask_logits[query], row, dim=0)
+        mask = columns.interpolated(mask, column, dim=1).sigmoid()
+        inside = mask >= mask_threshold
+        areas.append(inside.count_nonzero())
+        weighted = (mask * scores[query]).mul_(inside)
+        best_here, owner_here = best[row, column], owner[row, column]
+        # A pixel without an owner takes a score of 0 too.
+        better = (weighted > best_here) | (inside & (owner_here == count))
+        owner_here.masked_fill_(better, query)
+        torch.maximum(best_here, weighted, out=best_here)
+    return owner, torch.stack(areas)
 
 
-class _Best:
-    """The largest of many maps at each pixel, and its index, the lowest one of equals.
+class _Axis:
+    """One axis of a bilinear interpolation that equals `F.interpolate(align_corners=False)`.
 
     Args:
-        maps: The maps before they are upsampled, `[n, h, w]`.
-        size: H and W; None keeps h and w.
-        nobody: Index before the first update.
+        small: Pixels before.
+        large: Pixels after.
+        like: Gives dtype and device.
     """
 
-    def __init__(self, maps: Tensor, size: tuple[int, int] | None, nobody: int = 0) -> None:
-        shape = size or tuple(maps.shape[-2:])
-        self.value = maps.new_full(shape, -torch.inf)
-        self.index = torch.full(shape, nobody, dtype=torch.int64, device=maps.device)
+    def __init__(self, small: int, large: int, like: Tensor) -> None:
+        self.small, self.large = small, large
+        place = (torch.arange(large, dtype=like.dtype, device=like.device) + 0.5) * (small / large)
+        place = (place - 0.5).clamp_(min=0.0)
+        self.before = place.long().clamp_(max=small - 1)
+        self.after = (self.before + 1).clamp_(max=small - 1)
+        self.weight = place - self.before
 
-    def update(self, first: int, maps: Tensor) -> None:
-        """Takes in maps `[q, H, W]`, which come in the order of their indices from `first` on."""
-        value, index = maps.max(dim=0)
-        if maps.device.type != "cpu":
-            # On a GPU `max` may return any one of equals.
-            index = (maps == value).to(torch.uint8).argmax(dim=0)
-        better = value > self.value
-        self.value = torch.where(better, value, self.value)
-        self.index = torch.where(better, index + first, self.index)
+    def reached(self, flags: Tensor) -> slice:
+        """Returns the pixels after that have one of the flagged ones `[small]` as a neighbour."""
+        marked = flags.nonzero()
+        if len(marked) == 0:
+            return slice(0, 0)
+        first, last = int(marked[0]), int(marked[-1])
+        scale = self.large / self.small
+        start = 0 if first == 0 else math.floor((first - 0.5) * scale - 0.5)
+        stop = self.large if last == self.small - 1 else math.ceil((last + 1.5) * scale - 0.5) + 1
+        return slice(max(0, start), min(self.large, stop))
+
+    def interpolated(self, values: Tensor, part: slice, dim: int) -> Tensor:
+        """Interpolates a map `[h, w]` along one axis, at some of the pixels after."""
+        if self.small == self.large:
+            return values[part] if dim == 0 else values[:, part]
+        weight = self.weight[part]
+        return torch.lerp(
+            values.index_select(dim, self.before[part]),
+            values.index_select(dim, self.after[part]),
+            weight[:, None] if dim == 0 else weight,
+        )
+
+
+def _assign_pixels_as_transformers(
+    mask_logits: Tensor, scores: Tensor, size: tuple[int, int] | None, mask_threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Gives each pixel to the query of the largest weighted score; as `_assign_pixels`."""
+    height, width = size or mask_logits.shape[-2:]
+    best = scores.new_full((height, width), -torch.inf)
+    owner = torch.zeros(height, width, dtype=torch.int64, device=scores.device)
+    areas = []
+    for query in range(len(mask_logits)):
+        weighted = _resized(mask_logits[query : query + 1].sigmoid(), size)[0] * scores[query]
+        areas.append((weighted >= mask_threshold).count_nonzero())
+        owner.masked_fill_(weighted > best, query)
+        torch.maximum(best, weighted, out=best)
+    return owner, torch.stack(areas)
 
 
 def _number_segments(
@@ -284,15 +329,6 @@ def coco_rle(segmentation: Tensor, ids: list[int]) -> list[dict[str, Any]]:
     columns = np.asfortranarray(segmentation.cpu().numpy())
     codes = [coco_mask.encode((columns == i).view(np.uint8)) for i in ids]
     return [{"size": code["size"], "counts": code["counts"].decode("ascii")} for code in codes]
-
-
-def _upsampled(maps: Tensor, size: tuple[int, int] | None):
-    """Yields maps `[n, h, w]` a few at a time as `[q, H, W]`, each with the index of its first."""
-    height, width = size or maps.shape[-2:]
-    budget = _PIXELS_AT_A_TIME.get(maps.device.type, _PIXELS_AT_A_TIME_ELSEWHERE)
-    step = max(1, budget // (height * width))
-    for first in range(0, len(maps), step):
-        yield first, _resized(maps[first : first + step], size)
 
 
 def _resized(maps: Tensor, size: tuple[int, int] | None) -> Tensor:
