@@ -20,6 +20,8 @@ _MODULES = {
     "ConditionalDetrImageProcessorFast": "image_processing",
     "ConditionalDetrModel": "models.modeling",
     "ConditionalDetrPreTrainedModel": "models.modeling",
+    "patch_transformers": "integrations.patching",
+    "unpatch_transformers": "integrations.patching",
 }
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "ConditionalDetrModel",
     "ConditionalDetrPreTrainedModel",
     "__version__",
+    "patch_transformers",
+    "unpatch_transformers",
 ]
 
 if TYPE_CHECKING:
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
         ConditionalDetrImageProcessor,
         ConditionalDetrImageProcessorFast,
     )
+    from cdetr_fast.integrations.patching import patch_transformers, unpatch_transformers
     from cdetr_fast.models.modeling import (
         ConditionalDetrForObjectDetection,
         ConditionalDetrForSegmentation,

@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 
 Labels = list[dict[str, Tensor]]
 
-# Annotation tools round; a box may overshoot the image by this much of its side.
-_BOX_TOLERANCE = 1e-3
+# Annotation tools round; a box may overshoot the image by this much of its side. transformers
+# trains on boxes of any place.
+_BOX_TOLERANCE = {"paper": 1e-3, "transformers": float("inf")}
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def segmentation_loss(
 
     Args:
         logits: As in `detection_loss`; so are the arguments not listed here.
-        labels: Also hold `masks` `[T, H, W]`, nonzero = object.
+        labels: Also hold `masks` `[T, H, W]`, nonzero = object; `compat="transformers"` takes their
+            values for probabilities.
         device: Device to compute on.
         pred_boxes: `[B, Q, 4]`.
         pred_masks: Mask logits `[B, Q, h, w]`.
@@ -113,7 +115,15 @@ def segmentation_loss(
         logits, labels, device, pred_boxes, config, outputs_class, outputs_coord, classification
     )
     _check_masks(labels)
-    mask_losses = _mask_losses(pred_masks, labels, criterion.last_matches, criterion.num_boxes)
+    mask_losses = _mask_losses(
+        pred_masks,
+        [
+            label["masks"] if config.compat == "transformers" else label["masks"] != 0
+            for label in labels
+        ],
+        criterion.last_matches,
+        criterion.num_boxes,
+    )
     loss = (
         criterion.loss
         + config.mask_loss_coefficient * mask_losses["loss_mask"]
@@ -216,7 +226,8 @@ def match(
         int64 `[4, M]`: layer, image, query and target of each pair, layer by layer.
 
     Raises:
-        ValueError: A class label is not in [0, K), or a box is inverted or outside [0, 1].
+        ValueError: A class label is not in [0, K), or a box is inverted or (but for
+            `compat="transformers"`) outside [0, 1].
 
     Source: Kuhn, "The Hungarian method"; solved by `scipy.optimize.linear_sum_assignment`.
     """
@@ -234,7 +245,8 @@ def match(
         classification=classification,
     )
     boxes = targets.boxes_cxcywh
-    outside = ((boxes < -_BOX_TOLERANCE) | (boxes > 1 + _BOX_TOLERANCE)).any(-1)
+    tolerance = _BOX_TOLERANCE[config.compat]
+    outside = ((boxes < -tolerance) | (boxes > 1 + tolerance)).any(-1)
     bad_boxes = outside | (boxes[..., 2:] < 0).any(-1) | ~boxes.isfinite().all(-1)
     flags = (
         (targets.labels < 0) | (targets.labels >= classes),  # [B, T]
@@ -364,7 +376,7 @@ def _average_num_boxes(num_boxes: int, device: torch.device, compat: str) -> Ten
 
 
 def _mask_losses(
-    pred_masks: Tensor, labels: Labels, matches: Tensor, num_boxes: Tensor
+    pred_masks: Tensor, target_masks: list[Tensor], matches: Tensor, num_boxes: Tensor
 ) -> dict[str, Tensor]:
     """Focal and dice loss of the matched masks, at the size of the (padded) target masks.
 
@@ -372,12 +384,11 @@ def _mask_losses(
     """
     image, query, target = matches
     dtype = torch.promote_types(pred_masks.dtype, torch.float32)
-    height = max(label["masks"].shape[1] for label in labels)
-    width = max(label["masks"].shape[2] for label in labels)
+    height, width = (max(masks.shape[dim] for masks in target_masks) for dim in (1, 2))
     wanted = pad_sequence(
         [
-            F.pad(masks != 0, (0, width - masks.shape[2], 0, height - masks.shape[1]))
-            for masks in (label["masks"] for label in labels)
+            F.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))
+            for masks in target_masks
         ],
         batch_first=True,
     ).to(pred_masks.device, dtype)  # [B, T, H, W]

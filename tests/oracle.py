@@ -73,14 +73,19 @@ def make_pair(
     task: str = "detection", compat: str = "transformers", **config
 ) -> tuple[nn.Module, nn.Module]:
     """Returns transformers' model and ours with equal weights, in training mode."""
-    settings = TINY | config
-    their_config = transformers.ConditionalDetrConfig(**settings)
-    their_config._attn_implementation = "eager"  # the only one there that returns attentions
-    theirs = getattr(transformers, CLASSES[task])(their_config)
-    randomise(theirs)
+    theirs = make_theirs(task, **config)
     ours = make_ours(task, compat, **config)
     ours.load_state_dict(theirs.state_dict())
     return theirs.train(), ours.train()
+
+
+def make_theirs(task: str = "detection", implementation: str = "eager", **config) -> nn.Module:
+    """Returns transformers' model with random weights; only "eager" returns attentions there."""
+    settings = transformers.ConditionalDetrConfig(**(TINY | config))
+    settings._attn_implementation = implementation
+    theirs = getattr(transformers, CLASSES[task])(settings)
+    randomise(theirs)
+    return theirs.train()
 
 
 def make_ours(task: str = "detection", compat: str = "paper", **config) -> nn.Module:

@@ -61,15 +61,14 @@ class ConditionalDetrConvBlock(nn.Module):
         self.activation = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.finish(self.conv(x))
-
-    def finish(self, x: Tensor) -> Tensor:
-        """What comes after the convolution."""
-        return self.activation(self.norm(x))
+        return _finish(self, self.conv(x))
 
 
 class ConditionalDetrFPNFusionStage(nn.Module):
-    """Upsamples the queries' maps to a finer map of the backbone, adds it and refines the sum."""
+    """Weights of one stage, which `mask_logits` computes.
+
+    It upsamples the queries' maps to a finer map of the backbone, adds it and refines the sum.
+    """
 
     def __init__(
         self, fpn_channels: int, in_channels: int, out_channels: int, activation: str
@@ -77,16 +76,6 @@ class ConditionalDetrFPNFusionStage(nn.Module):
         super().__init__()
         self.fpn_adapter = nn.Conv2d(fpn_channels, in_channels, kernel_size=1)
         self.refine = ConditionalDetrConvBlock(in_channels, out_channels, activation)
-
-    def project(self, fpn_map: Tensor) -> Tensor:
-        """The backbone map's part of the refining convolution, once per image."""
-        return self.refine.conv(self.fpn_adapter(fpn_map))
-
-    def forward(self, x: Tensor, projected: Tensor) -> Tensor:
-        """Fuses `x` `[B*q, C, h, w]` with the projected map of each image `[B, C', H, W]`."""
-        x = conv3x3_of_upsampled(x, self.refine.conv.weight, projected.shape[-2:])
-        x = x.unflatten(0, (projected.shape[0], -1)) + projected[:, None]
-        return self.refine.finish(x.flatten(0, 1))
 
 
 def conv3x3_of_upsampled(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
@@ -164,7 +153,6 @@ class ConditionalDetrMaskHeadSmallConv(nn.Module):
             )
         width = [hidden_size // 2**i for i in range(1, 5)]
         inputs = hidden_size + num_heads
-        self.hidden_size = hidden_size
         self.conv1 = ConditionalDetrConvBlock(inputs, inputs, activation)
         self.conv2 = ConditionalDetrConvBlock(inputs, width[0], activation)
         self.fpn_stages = nn.ModuleList(
@@ -186,30 +174,63 @@ class ConditionalDetrMaskHeadSmallConv(nn.Module):
         Returns:
             Mask logits `[B, Q, H, W]` at the size of the finest map.
         """
-        conv1 = self.conv1.conv
-        map_weight, attention_weight = conv1.weight.split(
-            [self.hidden_size, conv1.in_channels - self.hidden_size], dim=1
-        )
-        from_map = F.conv2d(feature_map, map_weight, conv1.bias, padding=1)  # [B, C+N, h, w]
-        projected = [
-            stage.project(fpn_map) for stage, fpn_map in zip(self.fpn_stages, fpn_maps, strict=True)
-        ]
-        step = attention_maps.shape[1]
-        if not torch.is_grad_enabled():
-            step = _QUERIES_AT_A_TIME.get(attention_maps.device.type, _QUERIES_AT_A_TIME_ELSEWHERE)
-        masks = [
-            self._masks_of(maps, attention_weight, from_map, projected)
-            for maps in attention_maps.split(step, dim=1)
-        ]
-        return torch.cat(masks, dim=1)
+        return mask_logits(self, feature_map, attention_maps, fpn_maps)
 
-    def _masks_of(
-        self, attention_maps: Tensor, weight: Tensor, from_map: Tensor, projected: list[Tensor]
-    ) -> Tensor:
-        batch, queries = attention_maps.shape[:2]
-        x = F.conv2d(attention_maps.flatten(0, 1), weight, padding=1)
-        x = (x.unflatten(0, (batch, queries)) + from_map[:, None]).flatten(0, 1)
-        x = self.conv2(self.conv1.finish(x))
-        for stage, map_part in zip(self.fpn_stages, projected, strict=True):
-            x = stage(x, map_part)
-        return self.output_conv(x).view(batch, queries, *x.shape[-2:])
+
+def mask_logits(
+    head: nn.Module, feature_map: Tensor, attention_maps: Tensor, fpn_maps: list[Tensor]
+) -> Tensor:
+    """Predicts masks with the weights of `head`, ours or that of transformers.
+
+    Args:
+        head: Has the submodules of `ConditionalDetrMaskHeadSmallConv`; the weights of its
+            convolutions are read past them.
+        feature_map: As in `ConditionalDetrMaskHeadSmallConv.forward`; so are the others.
+        attention_maps: `[B, Q, N, h, w]`.
+        fpn_maps: `[B, C_i, h_i, w_i]`.
+
+    Returns:
+        `[B, Q, H, W]`.
+    """
+    conv1 = head.conv1.conv
+    hidden_size = feature_map.shape[1]
+    map_weight, attention_weight = conv1.weight.split(
+        [hidden_size, conv1.in_channels - hidden_size], dim=1
+    )
+    from_map = F.conv2d(feature_map, map_weight, conv1.bias, padding=1)  # [B, C+N, h, w]
+    # The backbone maps' part of the refining convolutions, once per image.
+    projected = [
+        stage.refine.conv(stage.fpn_adapter(fpn_map))
+        for stage, fpn_map in zip(head.fpn_stages, fpn_maps, strict=True)
+    ]
+    step = attention_maps.shape[1]
+    if not torch.is_grad_enabled():
+        step = _QUERIES_AT_A_TIME.get(attention_maps.device.type, _QUERIES_AT_A_TIME_ELSEWHERE)
+    masks = [
+        _masks_of(head, maps, attention_weight, from_map, projected)
+        for maps in attention_maps.split(step, dim=1)
+    ]
+    return torch.cat(masks, dim=1)
+
+
+def _masks_of(
+    head: nn.Module,
+    attention_maps: Tensor,
+    weight: Tensor,
+    from_map: Tensor,
+    projected: list[Tensor],
+) -> Tensor:
+    batch, queries = attention_maps.shape[:2]
+    x = F.conv2d(attention_maps.flatten(0, 1), weight, padding=1)
+    x = (x.unflatten(0, (batch, queries)) + from_map[:, None]).flatten(0, 1)
+    x = head.conv2(_finish(head.conv1, x))
+    for stage, map_part in zip(head.fpn_stages, projected, strict=True):
+        x = conv3x3_of_upsampled(x, stage.refine.conv.weight, map_part.shape[-2:])
+        x = x.unflatten(0, (batch, queries)) + map_part[:, None]  # [B, q, C', H, W]
+        x = _finish(stage.refine, x.flatten(0, 1))
+    return head.output_conv(x).view(batch, queries, *x.shape[-2:])
+
+
+def _finish(block: nn.Module, x: Tensor) -> Tensor:
+    """What comes after the convolution of a block."""
+    return block.activation(block.norm(x))

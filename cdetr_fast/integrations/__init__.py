@@ -1,0 +1,1 @@
+"""Where this package meets others; nothing outside of this folder knows of transformers."""

@@ -1,0 +1,319 @@
+"""Makes the Conditional DETR of transformers use our operators, and undoes it.
+
+Nothing is replaced but attributes of classes, names of one module and entries of transformers' own
+registries, so that models built before or after, loaded or pickled are all patched alike, and none
+of them keeps anything of it.
+"""
+
+import importlib
+import inspect
+import threading
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from cdetr_fast.integrations import versions
+
+_MODELING = "transformers.models.conditional_detr.modeling_conditional_detr"
+_LOSSES = "transformers.loss.loss_for_object_detection"
+_FOCAL_LOSSES = "transformers.loss.loss_deformable_detr"
+
+
+class _Technique(NamedTuple):
+    """What one switch replaces.
+
+    Attributes:
+        replaced: The adapter (a name in `adapters`) by the place, `module:path`.
+        code: Functions and classes whose work the replacements do.
+        fingerprints: Those of that code in the versions supported.
+    """
+
+    replaced: dict[str, str]
+    code: tuple[str, ...]
+    fingerprints: tuple[str, ...]
+
+
+_TECHNIQUES = {
+    "attention": _Technique(
+        {
+            f"{_MODELING}:ALL_ATTENTION_FUNCTIONS": "attention_functions",
+            f"{_MODELING}:ConditionalDetrDecoderCrossAttention.forward": "cross_attention",
+            f"{_MODELING}:ConditionalDetrEncoder.forward": "encoder",
+            f"{_MODELING}:ConditionalDetrDecoder.forward": "decoder",
+        },
+        (
+            f"{_MODELING}:eager_attention_forward",
+            f"{_MODELING}:ConditionalDetrSelfAttention",
+            f"{_MODELING}:ConditionalDetrDecoderSelfAttention",
+            f"{_MODELING}:ConditionalDetrDecoderCrossAttention",
+            f"{_MODELING}:ConditionalDetrEncoder.forward",
+            f"{_MODELING}:ConditionalDetrDecoder.forward",
+        ),
+        ("0c6d038b2cad", "03300eb5db4c"),
+    ),
+    "position_codes": _Technique(
+        {
+            f"{_MODELING}:ConditionalDetrSinePositionEmbedding.forward": "position_embedding",
+            f"{_MODELING}:encode_sinusoidal_position_embedding": "point_embedding",
+        },
+        (
+            f"{_MODELING}:ConditionalDetrSinePositionEmbedding",
+            f"{_MODELING}:encode_sinusoidal_position_embedding",
+        ),
+        ("affa6f718730",),
+    ),
+    "overflow_clamp": _Technique(
+        {f"{_MODELING}:ConditionalDetrEncoderLayer.forward": "encoder_layer"},
+        (f"{_MODELING}:ConditionalDetrEncoderLayer",),
+        ("3a24dc8e6b35",),
+    ),
+    "losses": _Technique(
+        {
+            "transformers.loss.loss_utils:LOSS_MAPPING.ConditionalDetrForObjectDetection": (
+                "detection"
+            ),
+            "transformers.loss.loss_utils:LOSS_MAPPING.ConditionalDetrForSegmentation": (
+                "segmentation"
+            ),
+        },
+        (
+            f"{_FOCAL_LOSSES}:DeformableDetrForObjectDetectionLoss",
+            f"{_FOCAL_LOSSES}:DeformableDetrForSegmentationLoss",
+            f"{_FOCAL_LOSSES}:DeformableDetrImageLoss",
+            f"{_FOCAL_LOSSES}:DeformableDetrHungarianMatcher",
+            f"{_LOSSES}:ImageLoss",
+            f"{_LOSSES}:HungarianMatcher",
+            f"{_LOSSES}:generalized_box_iou",
+            f"{_LOSSES}:sigmoid_focal_loss",
+            f"{_LOSSES}:dice_loss",
+        ),
+        ("0df947a743fe", "d3de1e3b85a9"),
+    ),
+    "mask_head": _Technique(
+        {f"{_MODELING}:ConditionalDetrMaskHeadSmallConv.forward": "mask_head"},
+        (
+            f"{_MODELING}:ConditionalDetrMaskHeadSmallConv",
+            f"{_MODELING}:ConditionalDetrFPNFusionStage",
+            f"{_MODELING}:ConditionalDetrConvBlock",
+        ),
+        ("dfbe81665191",),
+    ),
+    "batch_norm": _Technique(
+        {f"{_MODELING}:ConditionalDetrFrozenBatchNorm2d.forward": "batch_norm"},
+        (f"{_MODELING}:ConditionalDetrFrozenBatchNorm2d.forward",),
+        ("4fd9bdf57828",),
+    ),
+    "channels_last": _Technique(
+        {f"{_MODELING}:ConditionalDetrConvEncoder.forward": "conv_encoder"},
+        (f"{_MODELING}:ConditionalDetrConvEncoder.forward",),
+        ("cda9e131d55e",),
+    ),
+    "attention_interface": _Technique(
+        {
+            "transformers.modeling_utils:AttentionInterface._global_mapping.cdetr_fast": (
+                "registered_attention"
+            ),
+            "transformers.masking_utils:AttentionMaskInterface._global_mapping.cdetr_fast": (
+                "registered_mask"
+            ),
+        },
+        (),
+        (),
+    ),
+}
+
+
+class _Place(NamedTuple):
+    """An attribute of a class or module, or an entry of a dictionary (None if there is none)."""
+
+    owner: Any
+    name: str
+
+    @classmethod
+    def find(cls, path: str) -> "_Place":
+        module, _, dotted = path.partition(":")
+        owner = importlib.import_module(module)
+        *parents, name = dotted.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        return cls(owner, name)
+
+    def get(self) -> Any:
+        owned = self.owner if isinstance(self.owner, dict) else vars(self.owner)
+        return owned.get(self.name)
+
+    def put(self, value: Any) -> None:
+        if not isinstance(self.owner, dict):
+            setattr(self.owner, self.name, value)
+        elif value is None:
+            del self.owner[self.name]
+        else:
+            self.owner[self.name] = value
+
+
+class _Replacement(NamedTuple):
+    path: str
+    place: _Place
+    before: Any
+    after: Any
+
+
+class _State:
+    """What is replaced in this process; one object of it exists."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.switches: dict[str, bool] = dict.fromkeys(_TECHNIQUES, False)
+        self.replacements: list[_Replacement] = []
+
+    def set(self, switches: dict[str, bool]) -> dict[str, bool]:
+        """Replaces what the switches name and nothing else; returns the switches before."""
+        with self.lock:
+            before = self.switches
+            if switches == before:
+                return before
+            self._refuse_if_replaced_by_others()
+            for replacement in self.replacements:
+                replacement.place.put(replacement.before)
+            try:
+                replacements = _plan(switches)
+            except BaseException:
+                for replacement in self.replacements:
+                    replacement.place.put(replacement.after)
+                raise
+            for replacement in replacements:
+                replacement.place.put(replacement.after)
+            self.switches, self.replacements = switches, replacements
+            return before
+
+    def _refuse_if_replaced_by_others(self) -> None:
+        for path, place, _, after in self.replacements:
+            if place.get() is not after:
+                raise RuntimeError(
+                    f"{path}: expected what patch_transformers() put there, got {place.get()!r}. "
+                    "Undo that replacement first"
+                )
+
+
+_STATE = _State()
+
+
+def _plan(switches: dict[str, bool]) -> list[_Replacement]:
+    """Checks transformers and makes the replacements, but puts none in its place."""
+    wanted = {name: _TECHNIQUES[name] for name, on in switches.items() if on}
+    if not wanted:
+        return []
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "patch_transformers: expected transformers to be installed, got none. "
+            'Install it with pip install "cdetr-fast[transformers]"'
+        ) from error
+    versions.check_version(transformers.__version__)
+    from cdetr_fast.integrations import adapters
+
+    modeling = importlib.import_module(_MODELING)
+    replacements = []
+    for name, technique in wanted.items():
+        if technique.code:
+            code = {path: _Place.find(path).get() for path in technique.code}
+            versions.check_structure(name, code, technique.fingerprints)
+        for path, adapter in technique.replaced.items():
+            place = _Place.find(path)
+            before = place.get()
+            after = getattr(adapters, adapter)(before, modeling)
+            if inspect.isfunction(before):
+                versions.check_signature(path, before, after)
+            replacements.append(_Replacement(path, place, before, after))
+    return replacements
+
+
+class TransformersPatch:
+    """What `patch_transformers()` returns; as a context manager it undoes the call at its end.
+
+    Attributes:
+        switches: The techniques by name, True where in use.
+    """
+
+    def __init__(self, switches: dict[str, bool]) -> None:
+        self.switches = switches
+        self._before = _STATE.set(switches)
+
+    def __enter__(self) -> "TransformersPatch":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _STATE.set(self._before)
+
+    def __repr__(self) -> str:
+        techniques = ", ".join(name for name, on in self.switches.items() if on)
+        return f"TransformersPatch({techniques})"
+
+
+def patch_transformers(
+    *,
+    attention: bool = True,
+    position_codes: bool = True,
+    overflow_clamp: bool = True,
+    losses: bool = True,
+    mask_head: bool = True,
+    batch_norm: bool = True,
+    channels_last: bool = True,
+    attention_interface: bool = True,
+) -> TransformersPatch:
+    """Makes every Conditional DETR of transformers in this process use our operators.
+
+    Models already built are patched too. Numbers stay those of transformers, rounding aside, also
+    where it departs from the paper. Calling it again with the same switches changes nothing, with
+    others it leaves those of the last call. `unpatch_transformers()` undoes it; so does the end of
+    a `with` block.
+
+    Args:
+        attention: Attention without concatenated queries and keys, and padding masks that are
+            neither looked at nor written out. Attention maps are computed when
+            `output_attentions` asks for them. Only under "eager", "sdpa" and "cdetr_fast".
+        position_codes: Sine codes of the map and of the reference points by our operators; those
+            of the map not in half precision, where transformers rounds the angles.
+        overflow_clamp: Encoder layers clamp in training without asking the device whether
+            anything overflowed.
+        losses: Costs of an image's own targets only, all decoder layers at once, one transfer a
+            step. A NaN in a prediction is logged, where transformers raises.
+        mask_head: The mask head of segmentation without a copy of the maps for each query.
+        batch_norm: Frozen batch norm in one pass.
+        channels_last: Backbones run on channels-last images.
+        attention_interface: Registers `attn_implementation="cdetr_fast"`, for all models.
+
+    Returns:
+        A context manager; nothing needs to be kept of it.
+
+    Raises:
+        ImportError: transformers is not installed.
+        RuntimeError: It is of a version, or holds code, that this was not written for; or something
+            else has replaced what an earlier call had put in place. Nothing is changed then.
+    """
+    return TransformersPatch(
+        {
+            "attention": attention,
+            "position_codes": position_codes,
+            "overflow_clamp": overflow_clamp,
+            "losses": losses,
+            "mask_head": mask_head,
+            "batch_norm": batch_norm,
+            "channels_last": channels_last,
+            "attention_interface": attention_interface,
+        }
+    )
+
+
+def unpatch_transformers() -> None:
+    """Puts back all that `patch_transformers()` has replaced; does nothing if that is nothing.
+
+    Raises:
+        RuntimeError: Something else has replaced it since. Nothing is changed then.
+    """
+    _STATE.set(dict.fromkeys(_TECHNIQUES, False))
