@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
 RESULTS = Path(__file__).parent / "results"
@@ -82,22 +82,37 @@ def _peak_kib() -> int:
 
 def environment() -> dict[str, Any]:
     """Returns what a reader needs to judge a figure: machine, versions, commit, command."""
-    import transformers
-
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
+    device = {}
+    if torch.cuda.is_available():
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        device = {"device": torch.cuda.get_device_name(), "driver": _first_line(query)}
     return {
         "date": datetime.date.today().isoformat(),
         "command": "python -m " + " ".join(["benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
-        "commit": commit.stdout.strip(),
+        "commit": _first_line(["git", "describe", "--always", "--dirty"]),
         "processor": _processor(),
+        **device,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "timm": timm.__version__,
-        "transformers": transformers.__version__,
+        **{name: version(name) for name in ("triton", "timm", "transformers")},
     }
+
+
+def version(package: str) -> str | None:
+    """Returns the version of an installed package, None if it is missing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _first_line(command: list[str]) -> str | None:
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.splitlines()[0].strip() if answer else None
 
 
 def _processor() -> str:
