@@ -23,6 +23,8 @@ def interleaved(
 ) -> dict[str, dict[str, float]]:
     """Times the providers in turns, so that a busy moment of the machine hits all of them.
 
+    A call has ended when the GPU, if there is one, has nothing left to do.
+
     Returns:
         For each provider the median, the fastest and the slowest call, in milliseconds.
     """
@@ -31,6 +33,8 @@ def interleaved(
         for name, call in providers.items():
             start = time.perf_counter()
             call()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             if round_ >= warmup:
                 times[name].append((time.perf_counter() - start) * 1e3)
     return {
