@@ -3,6 +3,7 @@
 import datetime
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("CDETR_FAST_RESULTS", Path(__file__).parent / "results"))
 
 
 def interleaved(

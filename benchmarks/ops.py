@@ -42,6 +42,10 @@ WORKS: dict[str, tuple[Callable[..., Work], list[dict[str, Any]]]] = {
         works.conditional_attention,
         _attention_shapes((1, 8, 32), (1050, 4200)),
     ),
+    "conditional_attention_separable": (
+        works.conditional_attention_separable,
+        _attention_shapes((1, 8), (1050,), (True,)),
+    ),
     "encoder_self_attention": (
         works.conditional_attention,
         [
@@ -71,6 +75,7 @@ WORKS: dict[str, tuple[Callable[..., Work], list[dict[str, Any]]]] = {
 # Sizes at which everything takes moments, also in triton's interpreter.
 TINY: dict[str, dict[str, Any]] = {
     "conditional_attention": {"batch": 1, "queries": 20, "height": 5, "width": 8, "masked": True},
+    "conditional_attention_separable": {"batch": 1, "queries": 20, "height": 5, "width": 8},
     "encoder_self_attention": {"batch": 1, "queries": None, "height": 4, "width": 9},
     "cross_attention_module": {"batch": 1, "queries": 20, "height": 5, "width": 8, "masked": True},
     "sine_position_2d": {"batch": 1, "height": 3, "width": 5},

@@ -225,6 +225,60 @@ def conditional_attention(
     )
 
 
+def conditional_attention_separable(
+    dtype: torch.dtype,
+    device: torch.device,
+    batch: int = 1,
+    height: int = 25,
+    width: int = 42,
+    masked: bool = False,
+    queries: int = 300,
+) -> Work:
+    """Spatial keys of rows and columns; who needs all of them adds them up, in its times."""
+    whole = conditional_attention(dtype, device, batch, queries, height, width, masked)
+    normal, _ = _draw(device, dtype, seed=1)
+    inputs = {name: x for name, x in whole.inputs.items() if name != "k_spatial"}
+    inputs |= {
+        "k_rows": normal(batch, height, HEADS, SIZE),
+        "k_columns": normal(batch, width, HEADS, SIZE),
+    }
+
+    def with_all_keys(function):
+        def attend(k_rows, k_columns, **others):
+            k_spatial = (k_rows[:, :, None] + k_columns[:, None]).flatten(1, 2)
+            return function(k_spatial=k_spatial, **others)
+
+        return attend
+
+    # The spatial scores of h + w keys in place of those of all keys.
+    forward, both = whole.operations
+    saved = 2 * batch * HEADS * SIZE * queries * (height * width - height - width)
+    moved = _bytes(*inputs.values(), inputs["q_content"])
+    return Work(
+        "conditional_attention_separable",
+        f"B={batch} Q={queries} h={height} w={width}{' masked' if masked else ''}",
+        dtype,
+        inputs,
+        with_all_keys(whole.exact),
+        {
+            **_own(
+                "conditional_attention_separable",
+                inputs["value"],
+                cdetr_kernels.conditional_attention_separable,
+            ),
+            **{
+                f"all keys, {name}": lambda make=make: with_all_keys(make())
+                for name, make in whole.providers.items()
+                if "compiled" not in name and "flex" not in name
+            },
+        },
+        (forward - saved, both - 4 * saved),
+        (moved, 3 * moved),
+        tuple(name for name in inputs if name != "key_mask"),
+        per_image=True,
+    )
+
+
 def cross_attention_module(
     dtype: torch.dtype,
     device: torch.device,

@@ -1,0 +1,59 @@
+"""Every triton kernel once, forward and backward, at small odd sizes, for tools that watch them.
+
+    compute-sanitizer --tool memcheck python -m benchmarks.kernels_once
+
+Exits with 1 if a result is not accurate. Under `TRITON_INTERPRET=1` it runs on a CPU.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from benchmarks import accuracy, ops
+from cdetr_kernels import conditional_attention
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtypes", nargs="+", default=list(ops.DTYPES), choices=ops.DTYPES)
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    ran = failed = 0
+    for name, (make, _) in ops.WORKS.items():
+        for dtype in options.dtypes:
+            work = make(ops.DTYPES[dtype], device, **ops.TINY[name])
+            if "cdetr_fast triton" not in work.providers:
+                continue
+            judge = accuracy.Judge(work, bool(work.gradients))
+            errors = judge.errors(judge.evaluate(work.providers["cdetr_fast triton"]()))
+            wrong = [x for x in errors if not x.passes(accuracy.KERNELS_FACTOR)]
+            print(f"{name} {dtype}: {'; '.join(map(str, wrong)) or 'accurate'}", flush=True)
+            ran, failed = ran + 1, failed + bool(wrong)
+    _rarely_used(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(f"{ran} calls of operators with triton kernels, {failed} not accurate")
+    return 1 if failed or not ran else 0
+
+
+def _rarely_used(device: torch.device) -> None:
+    """Dropout, the attention map, and keys split into parts, which one image at a time has."""
+    generator = torch.Generator().manual_seed(0)
+    keys = 41 if device.type == "cpu" else 2100
+    tensors = [
+        torch.randn(1, rows, 2, 32, generator=generator).to(device).requires_grad_()
+        for rows in (21, 21, keys, keys, keys)
+    ]
+    output, attention = conditional_attention(
+        *tensors, dropout_p=0.1, seed=1, return_attention=True, backend="triton"
+    )
+    assert output.isfinite().all()
+    assert attention.isfinite().all()
+    for gradient in torch.autograd.grad(output.sum(), tensors):
+        assert gradient.isfinite().all()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
