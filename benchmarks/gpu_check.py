@@ -69,7 +69,7 @@ def stages(lines: Path, rehearse: bool) -> dict[str, Stage]:
     once = ["benchmarks.kernels_once", "--dtypes", "bf16", "fp32"]
     # Without torch's cache every tensor is an allocation, and reading past its end is noticed.
     exact = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20")
+    sanitizer = (_sanitizer(), "--error-exitcode", "9", "--print-limit", "20")
     common = ["benchmarks.ops", "--device", "cuda", "--into", str(lines)]
     theirs = ("transformers", "timm", "torchvision", "scipy")
     model = ["benchmarks.model", "--device", "cuda", "--repeats", "20"]
@@ -78,8 +78,6 @@ def stages(lines: Path, rehearse: bool) -> dict[str, Stage]:
         "kernels": _tests("tests/kernels", 150, *workers, "-k", "not in_the_interpreter"),
         "gpu": _tests("tests/gpu", 120),
         "every kernel once": Stage(once, 60),
-        "memcheck": Stage(once, 90, (*sanitizer, "--tool", "memcheck"), sanitizer[:1], exact),
-        "racecheck": Stage(once, 90, (*sanitizer, "--tool", "racecheck"), sanitizer[:1]),
         "microbenchmarks": Stage(
             [*common, "--seconds", "0.3", "--dtypes", "bf16", "fp32", "--providers",
              "^(?!.*(compiled|flex))"],
@@ -96,6 +94,8 @@ def stages(lines: Path, rehearse: bool) -> dict[str, Stage]:
         "loss": Stage(
             ["benchmarks.loss", "--device", "cuda", "--repeats", "10"], 60, needs=theirs
         ),
+        "memcheck": Stage(once, 90, (*sanitizer, "--tool", "memcheck"), sanitizer[:1], exact),
+        "racecheck": Stage(once, 90, (*sanitizer, "--tool", "racecheck"), sanitizer[:1]),
         # Last, as each size is compiled for each of them.
         "microbenchmarks, compiled": Stage(
             [*common, "--seconds", "0.3", "--dtypes", "bf16", "fp32", "--only",
@@ -105,14 +105,24 @@ def stages(lines: Path, rehearse: bool) -> dict[str, Stage]:
     }  # fmt: skip
 
 
+def _sanitizer() -> str:
+    """Returns compute-sanitizer's path; it is not always where programs are looked for."""
+    folders = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin", "/opt/cuda/bin"]
+    found = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=os.pathsep.join(folders)
+    )
+    return found or "compute-sanitizer"
+
+
 def _rehearsed(lines: Path) -> dict[str, Stage]:
     interpreted = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     theirs = ("transformers", "timm", "torchvision", "scipy")
-    small = "--backbone resnet18 --size 64 96 --batch 2 --threads 1 --repeats 1".split()
+    small = ["--backbone", "resnet18", "--size", "64", "96", "--batch", "2", "--threads", "1",
+             "--repeats", "1"]  # fmt: skip
     once = ["benchmarks.kernels_once", "--dtypes", "bf16"]
     return {
         "kernels": dataclasses.replace(
-            _tests("tests/kernels", 120, "-k", "one_of_each and float16 or no_queries"),
+            _tests("tests/kernels", 120, "-k", "no_queries or large_angles"),
             env=interpreted,
         ),
         "gpu": _tests("tests/gpu", 120),
@@ -251,6 +261,7 @@ def check(
         if left < 25:
             content["stages"].setdefault(name, {"status": PARTIAL, "reason": "not begun"})
             say(f"{name}: not begun, out of time; call again")
+            _write(path, content)
             continue
         say(f"{name}: {' '.join(stage.command[:6])} ...", flush=True)
         stage = output_options(name, stage, parts)
@@ -263,8 +274,12 @@ def check(
         if lines.is_file():
             cells = map(json.loads, lines.read_text(encoding="utf-8").splitlines())
             content["rows"]["microbenchmarks"] = [row for cell in cells for row in cell["rows"]]
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        _write(path, content)
     return content
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def report(content: dict[str, Any]) -> None:

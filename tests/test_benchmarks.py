@@ -1,12 +1,23 @@
 """The benchmarks run, at sizes that take no time, and the README shows what they gave last."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from benchmarks import loss, mask_head, measure, model, post_processing, tables
+from benchmarks import (
+    loss,
+    mask_head,
+    measure,
+    model,
+    ops,
+    post_processing,
+    tables,
+    training_step,
+)
 
 
 @pytest.fixture
@@ -19,6 +30,7 @@ def results(tmp_path, monkeypatch):
     ("script", "arguments"),
     [
         (model, "--backbone resnet18 --size 64 96 --padded --batch 2 --threads 1 --repeats 1"),
+        (training_step, "--backbone resnet18 --size 64 96 --batch 2 --threads 1 --repeats 1"),
         (mask_head, "--size 128 160 --queries 10 --threads 1 --repeats 1"),
         (loss, "--batch 2 --targets 3 --threads 1 --repeats 1"),
         (
@@ -55,3 +67,47 @@ def test_the_readme_shows_the_results(root):
     command = [sys.executable, "-m", tables.__name__, "--check"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_microbenchmarks_go_on_where_they_were_cut_off(tmp_path, results, capsys):
+    lines = tmp_path / "lines.jsonl"
+    common = ["--tiny", "--repeats", "1", "--threads", "1", "--providers", "^(?!.*compiled)"]
+    arguments = [*common, "--into", str(lines), "--output", "trial", "--only", "sine_query"]
+    assert ops.main(arguments) == 0
+    content = json.loads((results / "trial.json").read_text())
+    assert {row["provider"] for row in content["rows"]} == {"cdetr_fast torch", "transformers"}
+    for row in content["rows"]:
+        assert row["ms"] > 0
+        assert 0 < row["of the roofline"] < 10
+        assert row["error"] < 1e-4
+    whole = lines.read_text()
+    lines.write_text(whole[:-30])
+    capsys.readouterr()
+    assert ops.main(arguments) == 0
+    assert capsys.readouterr().out.count("cdetr_fast torch") == 1
+    assert [json.loads(line)["cell"] for line in lines.read_text().splitlines()] == [
+        json.loads(line)["cell"] for line in whole.splitlines()
+    ]
+    assert ops.main(["--tiny", "--only", "no such operator"]) == 2
+
+
+def test_every_operator_is_measured():
+    """At tiny sizes; every provider but those that are compiled passes the check of accuracy."""
+    for name in ops.WORKS:
+        for mode in ops.MODES:
+            cell = (name, ops.TINY[name], "fp32", mode)
+            rows = ops.run_cell(cell, torch.device("cpu"), 1, 1.0, "^(?!.*compiled)")
+            assert len(rows) > 1
+            assert all(row.get("ms") for row in rows), rows
+
+
+def test_no_speed_over_a_failed_check():
+    work = ops.WORKS["sine_query"][0](torch.float32, torch.device("cpu"), **ops.TINY["sine_query"])
+
+    def wrong(points, query_scale):
+        return work.exact(points, query_scale) * 1.001
+
+    wrong_work = dataclasses.replace(work, providers={"cdetr_fast wrong": lambda: wrong})
+    (row,) = ops.measured(wrong_work, "forward and backward", 1, 1.0)
+    assert row["not measured"] == "fails the check of accuracy"
+    assert "ms" not in row
