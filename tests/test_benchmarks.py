@@ -15,6 +15,7 @@ from benchmarks import (
     model,
     ops,
     post_processing,
+    preprocessing,
     tables,
     training_step,
 )
@@ -33,6 +34,7 @@ def results(tmp_path, monkeypatch):
         (training_step, "--backbone resnet18 --size 64 96 --batch 2 --threads 1 --repeats 1"),
         (mask_head, "--size 128 160 --queries 10 --threads 1 --repeats 1"),
         (loss, "--batch 2 --targets 3 --threads 1 --repeats 1"),
+        (preprocessing, "--batch 1 2 --threads 1 --repeats 1 --steps"),
         (
             post_processing,
             "--size 60 80 --input 80 100 --queries 20 --classes 9 --kept 4 --threads 1 --repeats 1",

@@ -1,5 +1,6 @@
 """Images and annotations to model inputs, against transformers where transformers has an answer."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -12,7 +13,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cdetr_fast.image_processing import (
     BatchFeature,
@@ -21,6 +22,7 @@ from cdetr_fast.image_processing import (
     ConditionalDetrImageProcessorFast,
 )
 from cdetr_fast.image_processing import annotations as annotations_module
+from cdetr_fast.image_processing.inputs import load_images
 from cdetr_fast.image_processing.sizes import resized_hw
 
 Theirs = transformers.ConditionalDetrImageProcessor
@@ -296,6 +298,73 @@ def test_paths_and_data_urls(tmp_path):
         assert torch.equal(processor(source).pixel_values, expected)
     with pytest.raises(FileNotFoundError, match="absent"):
         processor(tmp_path / "absent.png")
+
+
+def jpeg(image: Image.Image, **options) -> bytes:
+    stream = BytesIO()
+    image.save(stream, "JPEG", **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options",
+    [{"quality": 90}, {"progressive": True, "subsampling": 0}, {"quality": 40, "subsampling": 1}],
+    ids=str,
+)
+def test_jpeg_files_are_read_as_pil_reads_them(mode, options, tmp_path):
+    content = jpeg(Image.fromarray(pixels(97, 131)).convert(mode), **options)
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    expected = chw(np.array(Image.open(path).convert("RGB")))
+    for source in (path, str(path), content):
+        (read,) = load_images(source)
+        assert torch.equal(read, expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_jpeg_files_are_turned_upright(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = jpeg(Image.fromarray(pixels(97, 131)), exif=exif)
+    (read,) = load_images(content)
+    upright = ImageOps.exif_transpose(Image.open(BytesIO(content)))
+    assert torch.equal(read, chw(np.array(upright)))
+
+
+@pytest.mark.parametrize("content", [jpeg(Image.new("RGB", (9, 9)))[:-60], b"nothing", b""])
+def test_broken_files(content, tmp_path):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(content)
+    for source in (path, content):
+        with pytest.raises(OSError, match=r"(?i)truncated|cannot identify image file"):
+            load_images(source)
+
+
+def test_jpeg_files_without_torchvisions_decoder(monkeypatch):
+    content = jpeg(Image.fromarray(pixels(97, 131)))
+    (expected,) = load_images(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torchvision 0.29 warns that it will be gone
+        assert torch.equal(load_images(content)[0], expected)
+    monkeypatch.delattr("torchvision.io.decode_jpeg")
+    assert torch.equal(load_images(content)[0], expected)
+
+
+def test_nvjpeg_decodes_upright_files_on_a_gpu(monkeypatch):
+    asked = []
+
+    def decode(data, mode, **options):
+        asked.append(options)
+        raise RuntimeError("no GPU here")
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", decode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for content in (jpeg(Image.new("RGB", (9, 6))), jpeg(Image.new("RGB", (9, 6)), exif=exif)):
+        with contextlib.suppress(RuntimeError, AssertionError):  # no GPU to put PIL's pixels on
+            load_images(content, device="cuda:0")
+    assert asked == [{"device": "cuda:0"}, {"apply_exif_orientation": True}]
 
 
 def test_channels_first_is_assumed_or_told():

@@ -18,7 +18,12 @@ from cdetr_fast.image_processing.settings import (
     checked_settings,
     without_deprecated,
 )
-from cdetr_fast.image_processing.transforms import batch_size_hw, padded_batch, transformed
+from cdetr_fast.image_processing.transforms import (
+    batch_size_hw,
+    normalized_batch,
+    padded_batch,
+    resized,
+)
 
 
 class ConditionalDetrImageProcessor(StoredSettings):
@@ -80,7 +85,8 @@ class ConditionalDetrImageProcessor(StoredSettings):
 
         Args:
             images: PIL images, `[H, W]`, `[C, H, W]` or `[H, W, C]` arrays or tensors (1, 3 or 4
-                channels), paths or URLs; one, a list, nested lists, or a 4-d batch.
+                channels), paths, URLs or the bytes of files; one, a list, nested lists, or a 4-d
+                batch.
             annotations: One COCO annotation per image: {"image_id", "annotations"}, or {"image_id",
                 "file_name", "segments_info"} for "coco_panoptic". Crowds among detections are
                 skipped.
@@ -126,13 +132,13 @@ class ConditionalDetrImageProcessor(StoredSettings):
             ]
 
         old_sizes = [tuple(image.shape[-2:]) for image in tensors]
-        tensors = transformed(tensors, settings)
+        tensors = resized(tensors, settings)
         new_sizes = [tuple(image.shape[-2:]) for image in tensors]
         batch_hw = batch_size_hw(new_sizes, settings["pad_size"] if settings["do_pad"] else None)
         if not settings["do_pad"] and len(set(new_sizes)) > 1:
             raise ValueError(f"images: expected one size with do_pad=False, got {new_sizes}")
 
-        pixel_values, pixel_mask = padded_batch(tensors, batch_hw)
+        pixel_values, pixel_mask = normalized_batch(tensors, settings, batch_hw)
         if settings["data_format"] == "channels_last":
             pixel_values = pixel_values.permute(0, 2, 3, 1)
         features = BatchFeature({"pixel_values": pixel_values})

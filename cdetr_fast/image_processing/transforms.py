@@ -1,4 +1,9 @@
-"""What happens to the pixels: resize, rescale, normalise, pad."""
+"""What happens to the pixels: resize, rescale, normalise, pad.
+
+Images keep the memory layout they come in: files, PIL images and most arrays have the channels
+last, and torchvision resizes such uint8 images in a third of the time (0.9 ms in place of 2.7 ms
+from 640x480 to 1066x800, one thread), to the same values.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,10 +15,13 @@ from torchvision.transforms.v2 import functional as tvF
 
 from cdetr_fast.image_processing.settings import INTERPOLATION
 from cdetr_fast.image_processing.sizes import resized_hw
+from cdetr_kernels import normalize_and_pad
 
 
-def transformed(images: Sequence[Tensor], settings: Mapping[str, Any]) -> list[Tensor]:
-    """Resizes, rescales and normalises images `[C, H, W]`; those of one shape together on a GPU."""
+def resized(images: Sequence[Tensor], settings: Mapping[str, Any]) -> list[Tensor]:
+    """Resizes images `[C, h, w]`; those of one shape together on a GPU."""
+    if not settings["do_resize"]:
+        return list(images)
     groups = defaultdict(list)
     for i, image in enumerate(images):
         alone = settings["disable_grouping"]
@@ -26,31 +34,38 @@ def transformed(images: Sequence[Tensor], settings: Mapping[str, Any]) -> list[T
         batch = images[members[0]][None]
         if len(members) > 1:
             batch = torch.stack([images[i] for i in members])
-        if settings["do_resize"]:
-            new_hw = resized_hw(*batch.shape[-2:], settings["size"])
-            interpolation = INTERPOLATION[settings["resample"]]
-            batch = tvF.resize(batch, list(new_hw), interpolation=interpolation, antialias=True)
-        results.update(zip(members, _rescaled_and_normalized(batch, settings), strict=True))
+        new_hw = resized_hw(*batch.shape[-2:], settings["size"])
+        interpolation = INTERPOLATION[settings["resample"]]
+        batch = tvF.resize(batch, list(new_hw), interpolation=interpolation, antialias=True)
+        results.update(zip(members, batch, strict=True))
     return [results[i] for i in range(len(images))]
 
 
-def _rescaled_and_normalized(batch: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    """Rescales and normalises a batch `[B, C, H, W]`, in one pass over the pixels."""
-    if not settings["do_normalize"]:
-        return batch * settings["rescale_factor"] if settings["do_rescale"] else batch
-    mean = torch.tensor(settings["image_mean"], device=batch.device).reshape(-1)
-    std = torch.tensor(settings["image_std"], device=batch.device).reshape(-1)
-    channels = batch.shape[1]
+def normalized_batch(
+    images: Sequence[Tensor], settings: Mapping[str, Any], batch_hw: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Rescales, normalises and pads images `[C, h, w]` to one batch, in one pass over the pixels.
+
+    Returns:
+        pixel_values `[B, C, H, W]` and pixel_mask int64 `[B, H, W]`.
+    """
+    if not settings["do_normalize"]:  # the dtype stays that of the images, as in transformers
+        if settings["do_rescale"]:
+            images = [image * settings["rescale_factor"] for image in images]
+        return padded_batch(images, batch_hw)
+    channels = images[0].shape[0]
+    mean, std = (_per_channel(settings[name]) for name in ("image_mean", "image_std"))
     for name, values in (("image_mean", mean), ("image_std", std)):
         if channels != 1 and len(values) not in (1, channels):
             raise ValueError(f"{name}: expected {channels} values (channels), got {len(values)}")
-    if settings["do_rescale"]:
-        scale = 1.0 / settings["rescale_factor"]
-        mean, std = mean * scale, std * scale
     if channels == 1 and len(mean) > 1:
-        batch = batch.expand(-1, len(mean), -1, -1)
-    fresh = batch.dtype != torch.float32  # then the cast makes a copy, which may be overwritten
-    return tvF.normalize(batch.to(torch.float32), mean, std, inplace=fresh)
+        images = [image.expand(len(mean), -1, -1) for image in images]
+    factor = settings["rescale_factor"] if settings["do_rescale"] else None
+    return normalize_and_pad(images, mean, std, factor, batch_hw)
+
+
+def _per_channel(values: float | Sequence[float]) -> tuple[float, ...]:
+    return (values,) if isinstance(values, float) else tuple(values)
 
 
 def batch_size_hw(
