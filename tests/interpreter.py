@@ -8,12 +8,12 @@ from pathlib import Path
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def run_in_the_interpreter(root: Path, test_file: str) -> None:
-    """Runs a test file with TRITON_INTERPRET=1; fails with its output."""
+def run_in_the_interpreter(root: Path, *arguments: str, **environment: str) -> None:
+    """Runs tests (files, options of pytest) with TRITON_INTERPRET=1; fails with their output."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test_file],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=root,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1"} | environment,
         capture_output=True,
         text=True,
         check=False,
