@@ -35,6 +35,11 @@ def tile(kernel: str, architecture: str, precision: str, size: int) -> Tile:
     return TILES[architecture, precision, width, kernel]
 
 
+def has_entries(architecture: str) -> bool:
+    """Whether an architecture has tiles of its own, and does not borrow those of another one."""
+    return any(name == architecture for name, *_ in TILES)
+
+
 def padded(size: int) -> int:
     """Returns the power of two, 16 at least, into which tensor cores take a head of `size`."""
     return max(16, 1 << (size - 1).bit_length())
