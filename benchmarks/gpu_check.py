@@ -75,7 +75,10 @@ def stages(lines: Path, rehearse: bool) -> dict[str, Stage]:
     model = ["benchmarks.model", "--device", "cuda", "--repeats", "20"]
     training = ["benchmarks.training_step", "--device", "cuda", "--repeats", "10"]
     return {
-        "kernels": _tests("tests/kernels", 150, *workers, "-k", "not in_the_interpreter and not audit"),
+        # What needs no GPU is left out: it takes minutes.
+        "kernels": _tests(
+            "tests/kernels", 150, *workers, "-k", "not in_the_interpreter and not audit"
+        ),
         "gpu": _tests("tests/gpu", 120),
         "every kernel once": Stage(once, 60),
         "microbenchmarks": Stage(
