@@ -33,6 +33,7 @@ from cdetr_kernels.fused import (
     configurations,
     launching,
     matching_cost,
+    set_loss,
     sine_position_2d,
     sine_query,
 )
@@ -156,8 +157,19 @@ def loss_launches(case: LossCase) -> dict[str, Launch]:
     cost = torch.empty(48, case.targets, 300, device="meta")
     inputs = (logits, boxes, labels, targets, counts)
     softmax = case.classification == "softmax"
-    return {
+    costs = {
         "matching_cost": matching_cost.cost_launch(*inputs, (2, 5, 2), softmax, 0.25, 2.0, cost),
+    }
+    if softmax:
+        return costs
+    matches = torch.empty(6, 8, case.targets, dtype=torch.int64, device="meta")
+    saved = (torch.empty(6, 8, 300, 91, device="meta"), torch.empty(2, *boxes.shape, device="meta"))
+    partial = torch.empty(48, 19, 4, device="meta")
+    losses, num_boxes = torch.empty(4, 6, device="meta"), torch.empty((), device="meta")
+    return costs | {
+        "set_loss": set_loss.forward_launch(*inputs[:4], matches, 0.25, 2.0, *saved, partial),
+        "set_loss_sum": set_loss.sum_launch(partial, counts, num_boxes, losses),
+        "set_loss_backward": set_loss.backward_launch(losses, *saved, num_boxes, logits, boxes),
     }
 
 
@@ -294,8 +306,13 @@ def _output(*command) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-# Kernels that gather, or read a byte or a row of 4 numbers at a time: loads of 16 bytes are none.
-NARROW = (sine_position_2d.position_kernel, matching_cost.cost_kernel)
+# Kernels that gather, or read masks, rows of 91 classes or 4 numbers: no loads of 16 bytes.
+NARROW = (
+    sine_position_2d.position_kernel,
+    matching_cost.cost_kernel,
+    set_loss.forward_kernel,
+    set_loss.sum_kernel,
+)
 
 
 def complaints(

@@ -89,10 +89,8 @@ def set_loss(
     predictions, labels, boxes, counts = _predictions_and_targets(
         dtype, device, batch, queries, targets
     )
-    layer, image, target = torch.meshgrid(
-        *(torch.arange(n, device=device) for n in (LAYERS, batch, targets)), indexing="ij"
-    )
-    matches = torch.stack([x.flatten() for x in (layer, image, (target + layer) % queries, target)])
+    layer, target = torch.arange(LAYERS, device=device), torch.arange(targets, device=device)
+    matches = (target + layer[:, None, None]).expand(-1, batch, -1) % queries
     number = float(batch * targets)
 
     def run(logits, boxes_cxcywh, backend="torch"):

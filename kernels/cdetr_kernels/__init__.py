@@ -10,12 +10,8 @@ from cdetr_kernels.attention_ops import (
     conditional_attention_separable,
 )
 from cdetr_kernels.image_ops import detection_topk, normalize_and_pad
-from cdetr_kernels.ops import (
-    matching_cost,
-    set_loss,
-    sine_position_2d,
-    sine_query,
-)
+from cdetr_kernels.loss_ops import matching_cost, set_loss
+from cdetr_kernels.ops import sine_position_2d, sine_query
 
 __all__ = [
     "conditional_attention",

@@ -10,7 +10,9 @@ from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
 from transformers.loss import loss_deformable_detr, loss_for_object_detection
 
 from cdetr_fast import ConditionalDetrConfig
-from cdetr_fast.losses import Targets, _pad_targets, detection_loss, match
+from cdetr_fast.assignment import match
+from cdetr_fast.losses import detection_loss
+from cdetr_fast.targets import Targets, pad_targets
 from cdetr_kernels import matching_cost, set_loss
 from cdetr_kernels.reference.matching import corners, generalized_iou
 
@@ -33,7 +35,13 @@ def batch(layers=3, queries=6, classes=5, counts=COUNTS, seed=0, dtype=torch.flo
 
 
 def padded(labels) -> Targets:
-    return _pad_targets(labels, torch.device("cpu"), len(labels))
+    return pad_targets(labels, torch.device("cpu"), len(labels), 1000)
+
+
+def pairs_of(matches) -> torch.Tensor:
+    """Layer, image, query and target of each pair, [4, M]."""
+    layer, image, target = (matches >= 0).nonzero().T
+    return torch.stack([layer, image, matches[layer, image, target], target])
 
 
 def their_cost(logits, boxes, labels, matcher_class, monkeypatch) -> list[torch.Tensor]:
@@ -91,7 +99,7 @@ def all_losses(logits, boxes, labels, matches, dtype=torch.float32):
 def test_loss_equals_transformers_criterion(queries):
     logits, boxes, labels = batch(queries=queries)
     config = ConditionalDetrConfig(num_labels=5)
-    matches = match(logits, boxes, padded(labels), config)
+    matches = match(logits, boxes, padded(labels), config).queries
     got = all_losses(logits, boxes, labels, matches)
     matcher = loss_deformable_detr.DeformableDetrHungarianMatcher(2, 5, 2)
     criterion = loss_deformable_detr.DeformableDetrImageLoss(
@@ -108,8 +116,8 @@ def test_loss_equals_transformers_criterion(queries):
 def test_loss_of_confident_predictions(confidence):
     """Near the end of a training: matched logits high, all others low, and the loss very small."""
     exact, boxes, labels = batch(layers=1, queries=50, classes=20, dtype=torch.float64)
-    matches = match(exact, boxes, padded(labels), ConditionalDetrConfig(num_labels=20))
-    layer, image, query, target = matches
+    matches = match(exact, boxes, padded(labels), ConditionalDetrConfig(num_labels=20)).queries
+    layer, image, query, target = pairs_of(matches)
     matched = (layer, image, query, padded(labels).labels[image, target])
     exact = (0.1 * exact - confidence - 1).index_put(matched, torch.tensor(confidence).double())
     wanted = torch.zeros_like(exact).index_put(matched, torch.tensor(1.0).double())
@@ -135,7 +143,7 @@ def test_loss_of_confident_predictions(confidence):
 
 def test_loss_gradients():
     logits, boxes, labels = batch(dtype=torch.float64)
-    matches = match(logits, boxes, padded(labels), ConditionalDetrConfig(num_labels=5))
+    matches = match(logits, boxes, padded(labels), ConditionalDetrConfig(num_labels=5)).queries
 
     def total(logits, boxes):
         losses = all_losses(logits, boxes, labels, matches, torch.float64)
@@ -155,7 +163,7 @@ def test_loss_gradients():
 def test_match_is_a_cheapest_assignment(queries, counts, layers, seed):
     logits, boxes, labels = batch(layers, queries, 3, counts, seed)
     targets = padded(labels)
-    matches = match(logits, boxes, targets, ConditionalDetrConfig(num_labels=3))
+    matches = pairs_of(match(logits, boxes, targets, ConditionalDetrConfig(num_labels=3)).queries)
     cost = matching_cost(logits, boxes, targets.labels, targets.boxes_cxcywh, targets.counts)
     cost = cost.unflatten(0, (layers, len(counts)))
     assert matches.shape[1] == layers * sum(min(queries, count) for count in counts)
@@ -181,6 +189,7 @@ def test_non_finite_predictions_are_matched_last(caplog):
     logits[0, 1, 2, 4] = float("inf")
     with caplog.at_level("WARNING", logger="cdetr_fast"):
         matches = match(logits, boxes, padded(labels), ConditionalDetrConfig(num_labels=5))
+    matches = pairs_of(matches.queries)
     of_image = matches[2, (matches[0] == 1) & (matches[1] == 0)]
     assert (of_image >= 3).all()
     messages = sorted(record.getMessage() for record in caplog.records)
@@ -226,5 +235,7 @@ def test_errors():
             matching_cost(**(arguments | change))
     with pytest.raises(TypeError, match="target_labels: expected int64"):
         matching_cost(**(arguments | {"target_labels": targets.labels.int()}))
-    with pytest.raises(ValueError, match=r"matches: expected \[4, M\], got \[3, 0\]"):
-        set_loss(**arguments, matches=torch.zeros(3, 0, dtype=torch.int64), num_boxes=1)
+    with pytest.raises(ValueError, match=r"matches: expected \[3, 4, 7\], got \[3, 4, 6\]"):
+        set_loss(**arguments, matches=torch.zeros(3, 4, 6, dtype=torch.int64), num_boxes=1)
+    with pytest.raises(TypeError, match=r"matches: expected int64 \[3, 4, 7\], got float32"):
+        set_loss(**arguments, matches=torch.zeros(3, 4, 7), num_boxes=1)

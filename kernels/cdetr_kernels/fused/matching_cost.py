@@ -121,7 +121,7 @@ def cost_launch(
     """The cost, into `output` `[L*B, T, Q]`."""
     layers, batch, queries, classes = logits.shape
     targets = target_labels.shape[1]
-    tile = _tile(targets)
+    tile = _tile(targets, softmax)
     arguments = {
         "p_logits": logits,
         "p_boxes": boxes_cxcywh,
@@ -153,10 +153,11 @@ def cost_launch(
     return Launch(cost_kernel, layers * batch * blocks, arguments, tile)
 
 
-def _tile(targets: int) -> Tile:
-    """Four pairs a thread, two where there is one target."""
+def _tile(targets: int, softmax: bool) -> Tile:
+    """Four pairs a thread, two where there is one target; softmax has 8 logits a thread."""
     rows = min(_TARGETS, triton.next_power_of_2(max(targets, 1)))
-    return Tile(QUERIES, rows, max(1, QUERIES * rows // 128), 1, registers=80, shared=2)
+    warps = QUERIES * _CLASSES // 256 if softmax else max(1, QUERIES * rows // 128)
+    return Tile(QUERIES, rows, warps, 1, registers=80, shared=2)
 
 
 LIBRARY = torch.library.Library("cdetr_fast", "FRAGMENT")

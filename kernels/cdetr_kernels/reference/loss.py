@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cdetr_kernels.reference.focal import focal_in_one_pass
 from cdetr_kernels.reference.matching import corners, generalized_iou
 
 
@@ -18,44 +19,72 @@ def set_loss(
     target_boxes_cxcywh: Tensor,
     target_counts: Tensor,
     matches: Tensor,
-    num_boxes: Tensor,
+    num_boxes: Tensor | float,
     alpha: float,
     gamma: float,
 ) -> dict[str, Tensor]:
     """Defines `cdetr_kernels.set_loss`; see there for shapes."""
-    layers = logits.shape[0]
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    logits = logits.to(dtype)
-    layer, image, query, target = matches  # [M] each
+    is_pair = matches >= 0  # [L, B, T]
+    query = matches.clamp(min=0)
+    pairs = _pairs(query, is_pair, target_labels, logits.shape)
+    # On a CPU the derivative is made along with the loss; a compiler does so by itself.
+    one_pass = logits.device.type == "cpu" and dtype == torch.float32
+    if one_pass and not torch.compiler.is_compiling():
+        focal = focal_in_one_pass(logits, pairs, alpha, gamma)
+    else:
+        focal = focal_loss(logits.to(dtype), pairs, alpha, gamma)
 
-    # A matched pair is positive, every other one negative. The logit -inf takes the matched ones
-    # out of the negatives; subtracting them again would leave the difference of large numbers.
-    pairs = (layer, image, query, target_labels[image, target])
-    others = logits.index_put(pairs, logits.new_tensor(float("-inf")))
-    negatives = _focal_negative(others, alpha, gamma).sum((1, 2, 3))
-    positives = _focal_positive(logits[pairs], alpha, gamma)  # [M]
-
-    predicted = boxes_cxcywh.to(dtype)[layer, image, query]  # [M, 4]
-    wanted = target_boxes_cxcywh.to(dtype)[image, target]
-    l1 = (predicted - wanted).abs().sum(-1)
-    giou = 1 - generalized_iou(corners(predicted), corners(wanted))
-    per_layer = torch.zeros(layers, dtype=dtype, device=logits.device)
+    predicted = boxes_cxcywh.to(dtype).gather(2, query[..., None].expand(*query.shape, 4))
+    # Where there is no pair, equal boxes meet: no loss, and no NaN.
+    predicted = torch.where(is_pair[..., None], predicted, 1.0)  # [L, B, T, 4]
+    wanted = torch.where(is_pair[..., None], target_boxes_cxcywh.to(dtype), 1.0)
+    l1 = (predicted - wanted).abs().sum((1, 2, 3))
+    giou = (1 - generalized_iou(corners(predicted), corners(wanted))).sum((1, 2))
 
     predicted_counts = (logits.detach().amax(-1) > 0).sum(-1)  # sigmoid > 0.5, [L, B]
-    cardinality = (predicted_counts.to(dtype) - target_counts.to(dtype)).abs().mean(-1)
+    cardinality = (predicted_counts - target_counts).to(dtype).abs().mean(-1)
     return {
-        "loss_ce": negatives.index_add(0, layer, positives) / num_boxes,
-        "loss_bbox": per_layer.index_add(0, layer, l1) / num_boxes,
-        "loss_giou": per_layer.index_add(0, layer, giou) / num_boxes,
+        "loss_ce": focal / num_boxes,
+        "loss_bbox": l1 / num_boxes,
+        "loss_giou": giou / num_boxes,
         "cardinality_error": cardinality,
     }
 
 
-def _focal_positive(logits: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Focal loss of pairs that belong together, of the shape of `logits`."""
-    return alpha * (-logits).sigmoid() ** gamma * F.softplus(-logits)
+def _pairs(query: Tensor, is_pair: Tensor, labels: Tensor, shape: torch.Size) -> Tensor:
+    """Where in a layer's `[B, Q, K]` logits, flattened, the matched ones are; behind them if none.
+
+    Returns:
+        int64 `[L, B*T]`.
+    """
+    _, batch, queries, classes = shape
+    first = torch.arange(0, batch * queries, queries, device=query.device)[:, None]
+    place = (first + query) * classes + labels
+    return torch.where(is_pair, place, batch * queries * classes).flatten(1)
 
 
-def _focal_negative(logits: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Focal loss of pairs that do not belong together, of the shape of `logits`."""
-    return (1 - alpha) * logits.sigmoid() ** gamma * F.softplus(logits)
+def focal_loss(logits: Tensor, pairs: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Sum of the focal losses of each layer.
+
+    Args:
+        logits: `[L, B, Q, K]`.
+        pairs: int64 `[L, P]`, places of the positive ones in a layer's logits, flattened; the
+            number of logits stands for none.
+        alpha: Balance.
+        gamma: Exponent.
+
+    Returns:
+        `[L]`.
+    """
+    padded = F.pad(logits.flatten(1), (0, 1), value=float("inf"))  # of a positive one: no loss
+    positives = _focal_negative(-padded.gather(1, pairs), gamma).sum(1)
+    # The logit -inf takes the matched ones out of the negatives; subtracting them again would
+    # leave the difference of large numbers.
+    others = padded.scatter(1, pairs, float("-inf"))[:, :-1]
+    return alpha * positives + (1 - alpha) * _focal_negative(others, gamma).sum(1)
+
+
+def _focal_negative(logits: Tensor, gamma: float) -> Tensor:
+    """Focal loss, without its weight, of logits that should be low, of the shape of `logits`."""
+    return logits.sigmoid() ** gamma * F.softplus(logits)
