@@ -20,6 +20,7 @@ _MODULES = {
     "ConditionalDetrImageProcessorFast": "image_processing",
     "ConditionalDetrModel": "models.modeling",
     "ConditionalDetrPreTrainedModel": "models.modeling",
+    "optimize": "inference",
     "patch_transformers": "integrations.patching",
     "unpatch_transformers": "integrations.patching",
 }
@@ -34,6 +35,7 @@ __all__ = [
     "ConditionalDetrModel",
     "ConditionalDetrPreTrainedModel",
     "__version__",
+    "optimize",
     "patch_transformers",
     "unpatch_transformers",
 ]
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
         ConditionalDetrImageProcessor,
         ConditionalDetrImageProcessorFast,
     )
+    from cdetr_fast.inference import optimize
     from cdetr_fast.integrations.patching import patch_transformers, unpatch_transformers
     from cdetr_fast.models.modeling import (
         ConditionalDetrForObjectDetection,

@@ -1,0 +1,232 @@
+"""The backbone rewritten for inference: norms folded, convolutions with their epilogues."""
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from timm.models._features_fx import get_notrace_modules
+from torch import Tensor, fx, nn
+
+from cdetr_fast.inference.convolution import FOLDABLE, RELU, FusedConv2d, activation_of
+from cdetr_fast.models.backbone import FrozenBatchNorm2d, FrozenBatchNormAct2d
+
+_ADDITIONS = {operator.add, operator.iadd, torch.add}
+
+
+class _Tracer(fx.Tracer):
+    """Looks into everything but convolutions, frozen norms and what timm marks as opaque."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        leaves = (nn.Conv2d, FrozenBatchNorm2d, *get_notrace_modules())
+        return isinstance(module, leaves) or super().is_leaf_module(module, name)
+
+
+class InferenceBackbone(nn.Module):
+    """A backbone that computes the same maps in fewer passes over them.
+
+    Args:
+        backbone: timm model that returns feature maps, its batch norms frozen; it is left as it is,
+            and weights that are not folded are shared with it.
+
+    Attributes:
+        notes: What could not be fused, and why.
+        fused: Number of convolutions with something folded or fused in.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+        self.nhwc = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+        try:
+            graph = _Tracer().trace(backbone)
+            self.body = fx.GraphModule(backbone, graph)
+            _fuse(self.body)
+            self._compare(backbone)
+        except Exception as error:  # tracing runs the backbone's own code, which may do anything
+            self.notes.append(f"backbone runs as it is: {_first_line(error)}")
+            self.body = backbone
+        self.fused = sum(isinstance(module, FusedConv2d) for module in self.body.modules())
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """Images `[B, C, H, W]` -> feature maps, fine to coarse."""
+        maps = self.body(pixel_values.contiguous(memory_format=torch.channels_last))
+        return [x.permute(0, 3, 1, 2) for x in maps] if self.nhwc else list(maps)
+
+    def _compare(self, backbone: nn.Module) -> None:
+        """Checks the rewritten backbone, then its fused operators, against the original."""
+        image = _probe(self.body)
+        expected = backbone(image)
+        convolutions = [m for m in self.body.modules() if isinstance(m, FusedConv2d)]
+        _check_maps(self.body(image), expected)
+        reasons = {reason for conv in convolutions if (reason := conv.choose_way())}
+        self.notes += sorted(f"backbone: {reason}" for reason in reasons)
+        _check_maps(self.body(image), expected)
+
+
+def _probe(module: nn.Module) -> Tensor:
+    """A small image for a backbone."""
+    weight = next(m for m in module.modules() if isinstance(m, (nn.Conv2d, FusedConv2d))).weight
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, weight.shape[1], 64, 96, generator=generator)
+    return image.to(weight.device, weight.dtype, memory_format=torch.channels_last)
+
+
+def _check_maps(got: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        a, b = a.double(), b.double()
+        # rounding grows with the depth; a wrong graph is off by as much as the values themselves
+        limit = max(1e-3, 30 * torch.finfo(expected[0].dtype).eps) * b.abs().max()
+        if not (a - b).abs().max() <= limit and b.isfinite().all():
+            raise RuntimeError(
+                f"the rewritten backbone is off by {(a - b).abs().max().item():.1e}"
+            )
+
+
+def _fuse(traced: fx.GraphModule) -> None:
+    """Rewrites a traced backbone in place; modules of the original are not changed."""
+    graph, modules = traced.graph, dict(traced.named_modules())
+
+    def module_of(node: fx.Node) -> nn.Module | None:
+        return modules[node.target] if node.op == "call_module" else None
+
+    def put(node: fx.Node, conv: FusedConv2d) -> None:
+        name = f"fused_{node.name}"
+        traced.add_submodule(name, conv)
+        modules[name] = conv
+        node.target = name
+
+    for node in list(graph.nodes):
+        if isinstance(module_of(node), (nn.Identity, nn.Dropout)):
+            _replace(node, node.args[0])
+    for node in list(graph.nodes):
+        if type(module_of(node)) not in FOLDABLE:
+            continue
+        follower = _only_user(node)
+        norm = None if follower is None else module_of(follower)
+        if not isinstance(norm, FrozenBatchNorm2d):
+            norm = None
+        conv = FusedConv2d(module_of(node), norm)
+        put(node, conv)
+        if norm is None:
+            continue
+        activation = None
+        if isinstance(norm, FrozenBatchNormAct2d) and not isinstance(norm.act, nn.Identity):
+            activation = activation_of(norm.act)
+            if activation is None:
+                with graph.inserting_after(node):
+                    name = f"activation_{node.name}"
+                    traced.add_submodule(name, norm.act)
+                    modules[name] = norm.act
+                    after = graph.call_module(name, ())
+                follower.replace_all_uses_with(after)
+                after.args = (node,)
+                graph.erase_node(follower)
+                continue
+        conv.activation = activation
+        _replace(follower, node)
+    shapes = _shapes(traced)
+    for node in list(graph.nodes):
+        _fuse_addition(node, module_of, shapes)
+        _fuse_activation(node, module_of)
+    for node in graph.nodes:
+        if isinstance(conv := module_of(node), FusedConv2d) and len(node.args) > 1:
+            conv.in_place = _may_overwrite(node, module_of)
+    graph.lint()
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+
+
+def _fuse_addition(node: fx.Node, module_of, shapes: dict[str, tuple]) -> None:
+    """Makes `conv(x) + residual` one call, if nothing else reads the convolution."""
+    is_addition = node.op == "call_function" and node.target in _ADDITIONS and not node.kwargs
+    if not is_addition or not all(isinstance(argument, fx.Node) for argument in node.args):
+        return
+    if shapes[node.args[0].name] != shapes[node.args[1].name]:
+        return
+    order = list(node.graph.nodes)
+    # the operand that is computed last, so that the other one is there when it runs
+    residual, last = sorted(node.args, key=order.index)
+    conv = module_of(last)
+    if (
+        isinstance(conv, FusedConv2d)
+        and conv.activation is None
+        and len(last.args) == 1
+        and _only_user(last) is node
+        and residual is not last
+    ):
+        last.args = (last.args[0], residual)
+        _replace(node, last)
+
+
+def _fuse_activation(node: fx.Node, module_of) -> None:
+    """Makes `act(conv(x))` one call, if nothing else reads the convolution."""
+    activation = _activation(node, module_of)
+    if activation is None or not isinstance(node.args[0], fx.Node):
+        return
+    conv = module_of(node.args[0])
+    if (
+        isinstance(conv, FusedConv2d)
+        and conv.activation is None
+        and _only_user(node.args[0]) is node
+        and conv.can_fuse(activation, residual=len(node.args[0].args) > 1)
+    ):
+        conv.activation = activation
+        _replace(node, node.args[0])
+
+
+def _may_overwrite(node: fx.Node, module_of) -> bool:
+    """Whether a convolution may write its result over its residual.
+
+    That saves a pass over memory, and fresh pages for the largest maps. The residual has to be a
+    tensor of its own, which only convolutions read, all of them before.
+    """
+    source, residual = node.args
+    order = list(node.graph.nodes)
+    return (
+        isinstance(module_of(residual), (FusedConv2d, nn.MaxPool2d))
+        and source is not residual
+        and all(
+            user is node
+            or isinstance(module_of(user), FusedConv2d)
+            and residual not in user.args[1:]
+            and order.index(user) < order.index(node)
+            for user in residual.users
+        )
+    )
+
+
+def _activation(node: fx.Node, module_of):
+    if node.op == "call_module":
+        return activation_of(module_of(node))
+    functions = {F.relu: RELU, torch.relu: RELU}
+    return functions.get(node.target) if node.op == "call_function" else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _replace(node: fx.Node, by: fx.Node) -> None:
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
+
+
+def _shapes(traced: fx.GraphModule) -> dict[str, tuple[int, ...] | None]:
+    """Shape of every intermediate tensor for a small image."""
+    shapes = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, node: fx.Node):
+            result = super().run_node(node)
+            shapes[node.name] = tuple(result.shape) if isinstance(result, Tensor) else None
+            return result
+
+    traced.graph.lint()
+    traced.recompile()
+    Recorder(traced).run(_probe(traced))
+    return shapes
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

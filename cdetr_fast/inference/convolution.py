@@ -1,0 +1,223 @@
+"""A convolution with everything that follows it: frozen batch norm, bias, residual, activation."""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame
+from timm.layers.padding import pad_same
+from torch import Tensor, nn
+
+from cdetr_fast.models.backbone import FrozenBatchNorm2d
+
+FOLDABLE = (nn.Conv2d, Conv2dSame)
+"""Exact types whose forward is a convolution with their own weight; subclasses may do more."""
+
+
+class Activation(NamedTuple):
+    """An activation by the name that oneDNN has for it.
+
+    Attributes:
+        name: oneDNN's name.
+        scalars: Its parameters.
+        algorithm: A variant.
+    """
+
+    name: str
+    scalars: tuple[float, ...] = ()
+    algorithm: str | None = None
+
+
+def activation_of(module: nn.Module) -> Activation | None:
+    """The activation that a module is, or None if it is none that oneDNN can fuse."""
+    simple = {
+        nn.ReLU: "relu",
+        nn.SiLU: "swish",
+        nn.Hardswish: "hardswish",
+        nn.Hardsigmoid: "hardsigmoid",
+        nn.Sigmoid: "sigmoid",
+        nn.Tanh: "tanh",
+    }
+    kind = type(module)
+    if kind in simple:
+        return Activation(simple[kind])
+    if kind is nn.ReLU6:
+        return Activation("hardtanh", (0.0, 6.0))
+    if kind is nn.LeakyReLU:
+        return Activation("leaky_relu", (module.negative_slope,))
+    if kind is nn.GELU:
+        return Activation("gelu", (), module.approximate)
+    return None
+
+
+RELU = Activation("relu")
+
+
+class FusedConv2d(nn.Module):
+    """`act(conv(x) * scale + shift [+ residual])` with scale and shift folded into the weight.
+
+    Args:
+        conv: One of `FOLDABLE`; its weight is read, not changed.
+        norm: The frozen batch norm that follows it, or None.
+
+    The weight is channels-last. It is not repacked for oneDNN beforehand: the packed form is chosen
+    for one size of the map and makes others up to three times slower (ResNet-50, last stage),
+    while packing in each call costs 3 % of the backbone at 800x1066.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d | None) -> None:
+        super().__init__()
+        weight = conv.weight.detach().double()
+        bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().double()
+        if norm is not None:
+            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            weight = weight * scale[:, None, None, None]
+            bias = (bias - norm.running_mean.double()) * scale + norm.bias.double()
+        weight = weight.to(
+            conv.weight.dtype, memory_format=torch.channels_last, copy=True
+        )
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias.to(conv.weight.dtype, copy=True))
+        self.stride, self.dilation = list(conv.stride), list(conv.dilation)
+        self.groups = conv.groups
+        self.same = type(conv) is Conv2dSame
+        self.padding = [0, 0] if self.same else conv.padding
+        if self.padding == "valid":
+            self.padding = [0, 0]
+        elif self.padding == "same":  # of torch: symmetric, where stride is 1
+            sizes = zip(conv.dilation, conv.kernel_size, strict=True)
+            self.padding = [d * (k - 1) // 2 for d, k in sizes]
+        self.padding = list(self.padding)
+        self.kernel_size = list(conv.kernel_size)
+        self.activation: Activation | None = None
+        self.in_place = False
+        self.way = "plain"
+
+    def can_fuse(self, activation: Activation, residual: bool) -> bool:
+        """Whether an activation after this convolution (and a residual) can be part of it."""
+        return activation == RELU if residual else True
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Computes the block.
+
+        Args:
+            x: `[B, C, H, W]`.
+            residual: Added before the activation, of the shape of the result. It is overwritten
+                by the result where `in_place` says that nothing else reads it.
+        """
+        if self.same:
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        if self.way == "onednn":
+            return self._onednn(x, residual)
+        if self.way == "cudnn":
+            return self._cudnn(x, residual)
+        x = F.conv2d(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+        if residual is not None:
+            x = x.add_(residual)
+        return x if self.activation is None else _apply(self.activation, x)
+
+    def _onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        name, scalars, algorithm = self.activation or ("none", (), None)
+        where = (self.padding, self.stride, self.dilation, self.groups)
+        if residual is None:
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, self.weight, self.bias, *where, name, list(scalars), algorithm
+            )
+        unary = None if self.activation is None else name
+        if self.in_place:
+            return torch.ops.mkldnn._convolution_pointwise_.binary(
+                residual, x, self.weight, self.bias, *where, "add", 1.0, unary, [], None
+            )
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x, residual, self.weight, self.bias, *where, "add", 1.0, unary, [], None
+        )
+
+    def _cudnn(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        where = (self.stride, self.padding, self.dilation, self.groups)
+        if residual is None:
+            return torch.ops.aten.cudnn_convolution_relu(x, self.weight, self.bias, *where)
+        return torch.ops.aten.cudnn_convolution_add_relu(
+            x, self.weight, residual, 1.0, self.bias, *where
+        )
+
+    def choose_way(self) -> str | None:
+        """Takes the fused operator of the device if it works; returns why not, or None."""
+        self.way = "plain"
+        if self.weight.device.type == "cpu":
+            if not has_onednn(self.weight.dtype):
+                return f"oneDNN does not run {self.weight.dtype} here"
+            way = "onednn"
+        elif self.weight.device.type == "cuda" and torch.version.cuda:
+            if self.activation != RELU:
+                return None  # cuDNN has an epilogue for ReLU alone
+            way = "cudnn"
+        else:
+            return f"no fused convolution on {self.weight.device.type}"
+        return _trial(self, way)
+
+
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether torch has oneDNN's fused convolutions for a dtype on this CPU."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops, "mkldnn")):
+        return False
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
+
+
+@torch.no_grad()
+def _trial(conv: FusedConv2d, way: str) -> str | None:
+    """Runs a convolution both ways on a small map: a fused operator is taken only if it is right.
+
+    cuDNN refuses some combinations of dtype, groups and layout only when it is called.
+    """
+    channels = conv.weight.shape[1] * conv.groups
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, channels, 9, 9, generator=generator)
+    x = x.to(conv.weight.device, conv.weight.dtype, memory_format=torch.channels_last)
+    in_place, conv.in_place = conv.in_place, False
+    try:
+        expected = conv(x)
+        residuals = (None, torch.ones_like(expected)) if conv.activation in (None, RELU) else (None,)
+        for residual in residuals:
+            conv.way = "plain"
+            expected = conv(x, residual)
+            conv.way = way
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                got = conv(x, residual)
+            error = (got.double() - expected.double()).abs().max()
+            limit = 100 * torch.finfo(x.dtype).eps * (1 + expected.double().abs().max())
+            if not error <= limit:
+                conv.way = "plain"
+                return f"the {way} convolution is off by {error.item():.1e}"
+    except RuntimeError as error:
+        conv.way = "plain"
+        return f"{way}: {str(error).splitlines()[0]}"
+    finally:
+        conv.in_place = in_place
+    return None
+
+
+def _apply(activation: Activation, x: Tensor) -> Tensor:
+    name, scalars, algorithm = activation
+    if name == "gelu":
+        return F.gelu(x, approximate=algorithm)
+    functions = {
+        "relu": F.relu_,
+        "swish": lambda y: F.silu(y, inplace=True),
+        "hardswish": lambda y: F.hardswish(y, inplace=True),
+        "hardsigmoid": lambda y: F.hardsigmoid(y, inplace=True),
+        "sigmoid": torch.sigmoid_,
+        "tanh": torch.tanh_,
+        "hardtanh": F.hardtanh_,
+        "leaky_relu": F.leaky_relu_,
+    }
+    return functions[name](x, *scalars)

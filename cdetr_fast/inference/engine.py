@@ -1,0 +1,192 @@
+"""A model's inference as one module of its own: weights prepared, constants kept by map size."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdetr_fast.inference.backbone import InferenceBackbone
+from cdetr_fast.inference.convolution import FusedConv2d
+from cdetr_fast.inference.transformer import (
+    HOLDERS,
+    InferenceDecoder,
+    InferenceEncoder,
+    InferenceHeads,
+    MapConstants,
+)
+
+PREPARED = (FusedConv2d, *HOLDERS)
+MAPS_KEPT = 8
+"""Map sizes whose constants are kept: 22 MiB each at 800x1066 in fp32."""
+
+
+class Engine(nn.Module):
+    """Computes what a model computes, from images to predictions.
+
+    Args:
+        model: One of this package's models, in eval mode. It is not changed; weights that are
+            neither folded nor joined are shared with it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        with torch.inference_mode(False), torch.no_grad():
+            self._prepare(model)
+        self.eval()
+        self._lock = threading.Lock()
+        self._constants: OrderedDict[tuple, MapConstants] = OrderedDict()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the weights."""
+        return self.input_projection.weight.dtype
+
+    def check(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> None:
+        """Refuses images as the model's own forward does."""
+        self._base._check_images(pixel_values, pixel_mask)
+
+    def describe(self) -> list[tuple[str, str]]:
+        """What was done, and to what."""
+        convolutions = [m for m in self.modules() if isinstance(m, FusedConv2d)]
+        ways = [conv.way for conv in convolutions]
+        rows = [
+            (
+                "backbone",
+                f"{self.backbone.fused} convolutions with norm and epilogue folded in, "
+                f"channels-last; {', '.join(f'{ways.count(w)} {w}' for w in sorted(set(ways)))}",
+            ),
+            ("encoder", f"{len(self.encoder.layers)} layers, one product for q, k and v"),
+            (
+                "decoder",
+                f"{len(self.decoder.cross)} layers; the first up to its cross-attention is a "
+                "constant; memory and positions projected for all layers at once",
+            ),
+            ("map sizes kept", ", ".join(f"{h}x{w}" for h, w in self._constants) or "none yet"),
+        ]
+        return rows + [("not done", note) for note in self.backbone.notes]
+
+    @torch.no_grad()
+    def take(self, other: "Engine") -> bool:
+        """Takes over the values of another engine, if it has tensors of the same kinds.
+
+        The tensors stay the same ones, so what was compiled with them stays right.
+        """
+        settings = [(e.decoder.auxiliary, e.decoder.feeds_normed_state) for e in (self, other)]
+        here, there = (dict(_tensors(engine)) for engine in (self, other))
+        if settings[0] != settings[1] or here.keys() != there.keys():
+            return False
+        for name, (tensor, is_own) in here.items():
+            new = there[name][0]
+            if _kind(tensor) != _kind(new) or not (is_own or tensor.data_ptr() == new.data_ptr()):
+                return False
+        with self._lock:
+            for name, (tensor, is_own) in here.items():
+                if is_own:
+                    tensor.copy_(there[name][0])
+            self._constants.clear()
+        return True
+
+    def _prepare(self, model: nn.Module) -> None:
+        name = type(model).__name__
+        detector = model.conditional_detr if name == "ConditionalDetrForSegmentation" else model
+        base = model if name == "ConditionalDetrModel" else detector.model
+        config = model.config
+        self.__dict__["_base"] = base  # for its checks; its weights are not the engine's
+        self.backbone = InferenceBackbone(base.backbone.model)
+        self.input_projection = FusedConv2d(base.input_projection, None)
+        self.input_projection.choose_way()
+        self.position_embedding = base.position_embedding
+        self.encoder = InferenceEncoder(base.encoder)
+        self.decoder = InferenceDecoder(
+            base.decoder,
+            base.query_position_embeddings.weight[None],
+            auxiliary=config.auxiliary_loss,
+            feeds_normed_state=config.auxiliary_loss and config.compat == "transformers",
+        )
+        self.heads = self.mask_attention = self.mask_head = None
+        if name != "ConditionalDetrModel":
+            is_offset = name == "ConditionalDetrForObjectDetection" or config.compat == "paper"
+            points = self.decoder.reference_points if is_offset else None
+            self.heads = InferenceHeads(detector, points)
+        if name == "ConditionalDetrForSegmentation":
+            self.mask_attention, self.mask_head = model.bbox_attention, model.mask_head
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> dict[str, Tensor]:
+        """Runs the model.
+
+        Args:
+            pixel_values: `[B, C, H, W]`.
+            pixel_mask: `[B, H, W]`, nonzero = image; None if nothing is padded.
+
+        Returns:
+            The output's fields by name, those that are not None.
+        """
+        maps = self.backbone(pixel_values)
+        projected = self.input_projection(maps[-1])
+        mask = key_mask = None
+        if pixel_mask is not None:
+            mask = F.interpolate(pixel_mask[:, None].float(), size=projected.shape[-2:])[:, 0] > 0
+            key_mask = mask.flatten(1)
+        constants = self.constants_of(maps[-1], mask, pixel_values.dtype)
+        x = projected.permute(0, 2, 3, 1).flatten(1, 2)  # [B, S, C], a view: channels are last
+        memory = self.encoder(x, constants, key_mask)
+        last, intermediate = self.decoder(memory, constants, key_mask)
+        output = {}
+        if self.heads is not None:
+            output["logits"], output["pred_boxes"] = self.heads(last)
+        if self.mask_head is not None:
+            attention = self.mask_attention(last, memory, key_mask)
+            output["pred_masks"] = self.mask_head(
+                projected, attention.unflatten(-1, projected.shape[-2:]), maps[2::-1]
+            )
+        output["last_hidden_state"] = last
+        output["encoder_last_hidden_state"] = memory
+        if self.heads is None:
+            if intermediate is not None:
+                output["intermediate_hidden_states"] = intermediate
+            points = self.decoder.reference_points.transpose(0, 1)
+            output["reference_points"] = points.expand(-1, len(x), -1)
+        return output
+
+    def constants_of(
+        self, feature_map: Tensor, mask: Tensor | None, dtype: torch.dtype
+    ) -> MapConstants:
+        """What the position code gives, kept by map size where nothing is padded."""
+        if mask is not None or torch.compiler.is_compiling():
+            return self._make_constants(feature_map, mask, dtype)
+        size = tuple(feature_map.shape[-2:])
+        with self._lock:
+            found = self._constants.get(size)
+            if found is None:
+                with torch.inference_mode(False), torch.no_grad():
+                    found = self._make_constants(feature_map, None, dtype)
+                self._constants[size] = found
+                if len(self._constants) > MAPS_KEPT:
+                    self._constants.popitem(last=False)
+            self._constants.move_to_end(size)
+        return found
+
+    def _make_constants(
+        self, feature_map: Tensor, mask: Tensor | None, dtype: torch.dtype
+    ) -> MapConstants:
+        position = self.position_embedding(feature_map, mask, dtype)
+        biases = None
+        if len(position) == 1 and mask is None:
+            biases = tuple(layer.position_bias(position) for layer in self.encoder.layers)
+        return MapConstants(position, biases, self.decoder.project_position(position))
+
+
+def _tensors(engine: Engine) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
+    """Name, tensor, and whether the engine made the tensor; the others are the model's."""
+    for prefix, module in engine.named_modules():
+        for name, tensor in module.named_parameters(prefix, recurse=False):
+            yield name, (tensor, False)
+        for name, tensor in module.named_buffers(prefix, recurse=False):
+            yield name, (tensor, isinstance(module, PREPARED))
+
+
+def _kind(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.dtype, tensor.device

@@ -1,0 +1,113 @@
+"""Optimised forms of this package's models: same names, same weights, another forward."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Self
+
+from torch import nn
+
+from cdetr_fast.inference.runner import Runner
+from cdetr_fast.models import modeling
+from cdetr_fast.models.outputs import (
+    ConditionalDetrModelOutput,
+    ConditionalDetrObjectDetectionOutput,
+    ConditionalDetrSegmentationOutput,
+    ModelOutput,
+)
+
+
+class OptimizedModel:
+    """What `optimize` adds to a model's class.
+
+    Calls with images and a mask run the prepared engine; all others (labels, attention maps, hidden
+    states, an encoder output ...) run the model's own forward with the same weights.
+    """
+
+    runner: Runner
+    _output_class: type
+
+    def train(self, mode: bool = True) -> Self:
+        """Refuses training mode: what was prepared is for inference.
+
+        Raises:
+            RuntimeError: `mode` is True.
+        """
+        if mode:
+            raise RuntimeError(
+                "train: expected mode=False, as this model is optimised for inference; train the "
+                "model it was made from, and this one follows its weights"
+            )
+        return super().train(False)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Loads weights, and prepares the engine anew at once."""
+        result = super().load_state_dict(*args, **kwargs)
+        self.runner.prepare(self)
+        return result
+
+    def explain(self) -> str:
+        """Says what was done to the model, what runs a call, and what was left, with reasons."""
+        return self.runner.explain(self)
+
+    def _run(self, arguments: dict[str, Any]) -> Any:
+        """Runs the engine; None where the model's own forward has to run."""
+        runner = self.runner
+        reason = runner.reason_for_plain(self, arguments) or runner.prepare(self)
+        runner.last_plain = reason
+        if reason is not None:
+            return None
+        pixel_values, pixel_mask = arguments["pixel_values"], arguments.get("pixel_mask")
+        runner.engine.check(pixel_values, pixel_mask)
+        output = self._output_class(**runner.run(pixel_values, pixel_mask))
+        wants_dict = arguments.get("return_dict")
+        if wants_dict is None:
+            wants_dict = self.config.return_dict
+        return output if wants_dict else output.to_tuple()
+
+
+def forward_of(base: type[nn.Module]) -> Callable:
+    """An optimised forward with the signature and documentation of a model's own."""
+    names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
+
+    @functools.wraps(base.forward)
+    def forward(self, *args, **kwargs):
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        output = self._run(arguments)
+        return base.forward(self, *args, **kwargs) if output is None else output
+
+    return forward
+
+
+class ConditionalDetrModel(OptimizedModel, modeling.ConditionalDetrModel):
+    """`cdetr_fast.ConditionalDetrModel` for inference."""
+
+    _output_class: type[ModelOutput] = ConditionalDetrModelOutput
+    forward = forward_of(modeling.ConditionalDetrModel)
+
+
+class ConditionalDetrForObjectDetection(OptimizedModel, modeling.ConditionalDetrForObjectDetection):
+    """`cdetr_fast.ConditionalDetrForObjectDetection` for inference."""
+
+    _output_class: type[ModelOutput] = ConditionalDetrObjectDetectionOutput
+    forward = forward_of(modeling.ConditionalDetrForObjectDetection)
+
+
+class ConditionalDetrForSegmentation(OptimizedModel, modeling.ConditionalDetrForSegmentation):
+    """`cdetr_fast.ConditionalDetrForSegmentation` for inference."""
+
+    _output_class: type[ModelOutput] = ConditionalDetrSegmentationOutput
+    forward = forward_of(modeling.ConditionalDetrForSegmentation)
+
+
+CLASSES = {
+    modeling.ConditionalDetrModel: ConditionalDetrModel,
+    modeling.ConditionalDetrForObjectDetection: ConditionalDetrForObjectDetection,
+    modeling.ConditionalDetrForSegmentation: ConditionalDetrForSegmentation,
+}
+"""Model class -> its optimised form; exactly these, as a subclass may compute something else."""
+
+
+def itself(model: nn.Module) -> nn.Module:
+    """This package's model with the weights of one of this package's models."""
+    return model

@@ -1,0 +1,205 @@
+"""`optimize(model)`: the same model, faster at inference."""
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from cdetr_fast import validation as check
+from cdetr_fast.inference import models
+from cdetr_fast.inference.runner import Options, Runner
+from cdetr_fast.inference.watch import attached
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def optimize(
+    model: Model,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    compile: bool | str = "auto",
+    cuda_graphs: bool | str = "auto",
+    *,
+    bucket: int | str = "exact",
+    max_batch: int | None = None,
+    max_graphs: int = 8,
+    static_outputs: bool = False,
+    inplace: bool = False,
+) -> Model:
+    """Returns a model of the same class name, signature, outputs and weights that runs faster.
+
+    Frozen batch norms are folded into the convolutions, which run with bias, residual and
+    activation as one operator in channels-last memory; self-attention is one product for queries,
+    keys and values; what no image changes is computed once. Outputs agree with the model's up to
+    rounding (1e-4 in fp32).
+
+    The result shares all weights with `model` that are not folded or joined, and watches them: after
+    they are trained there it prepares itself anew at the next call. Weights that are loaded into the
+    result are its own from then on. It does not train. Calls with labels, `output_attentions` and the like run the model's own forward.
+
+    Args:
+        model: A model of this package or of transformers, in eval mode.
+        dtype: Convert the weights; None keeps them. Boxes are computed in fp32 in any case.
+        device: Move the weights; None keeps them where they are.
+        compile: Run the engine through torch.compile: True or the name of a mode. "auto" does not:
+            on a CPU it gains nothing (see docs/decisions.md), and takes a minute for each size.
+        cuda_graphs: Capture a CUDA graph for each shape; "auto" does on a GPU.
+        bucket: Pad images to multiples of 32 or 64 pixels, with masks, so that fewer shapes are
+            captured or compiled. Like all padding it changes predictions a little, as convolutions
+            see it. "exact" pads nothing.
+        max_batch: Larger batches run in parts of this size.
+        max_graphs: Graphs that are kept; the one not used for longest is dropped first.
+        static_outputs: Return the graph's own tensors, which the next call of that shape overwrites.
+        inplace: Change `model` itself, and return it.
+
+    Raises:
+        TypeError: `model` is of another class, or an argument of another type.
+        ValueError: The model is in training mode, has hooks or adapters, or an argument is out of
+            range.
+        RuntimeError: `cuda_graphs=True` where there is no GPU, or a dtype that the device does not
+            run.
+    """
+    optimized_class, twin_of = _recognise(model)
+    _check_state(model)
+    dtype = None if dtype is None else check.dtype("dtype", dtype)
+    target = _device(device) if device is not None else next(model.parameters()).device
+    _check_dtype(dtype or next(p.dtype for p in model.parameters()), target)
+    options = Options(
+        compile=_compile_mode(compile),
+        cuda_graphs=_use_graphs(cuda_graphs, target),
+        bucket=_bucket(bucket),
+        max_batch=None if max_batch is None else check.integer(1)("max_batch", max_batch),
+        max_graphs=check.integer(1)("max_graphs", max_graphs),
+        static_outputs=check.flag("static_outputs", static_outputs),
+    )
+    result = _alias(model)
+    runner = _prepared(result, target, dtype, Runner(options, twin_of))
+    if inplace:  # all that could fail has been tried on the alias, so this is done in full
+        result = model
+        runner = _prepared(result, target, dtype, Runner(options, twin_of))
+    result.__class__ = optimized_class
+    result.runner = runner
+    return result
+
+
+def _prepared(
+    model: nn.Module, device: torch.device, dtype: torch.dtype | None, runner: Runner
+) -> Runner:
+    """Converts a model and prepares its engine."""
+    model.to(device=device, dtype=dtype)
+    if dtype is not None:
+        model.config.dtype = dtype
+    runner.prepare(model)
+    return runner
+
+
+def _recognise(model: Any) -> tuple[type, Callable[[nn.Module], nn.Module]]:
+    """The optimised class of a model, and what gives its twin in this package."""
+    if type(model) in models.CLASSES:
+        return models.CLASSES[type(model)], models.itself
+    if type(model).__module__.startswith("transformers.") and "transformers" in sys.modules:
+        from cdetr_fast.integrations.transformers import recognise
+
+        if (found := recognise(model)) is not None:
+            return found
+    if isinstance(model, models.OptimizedModel):
+        raise TypeError("model: expected one that is not optimised yet, got an optimised one")
+    got = f"{type(model).__module__}.{type(model).__name__}"
+    raise TypeError(
+        "model: expected ConditionalDetrModel, ConditionalDetrForObjectDetection or "
+        f"ConditionalDetrForSegmentation of cdetr_fast or transformers, got {got}"
+    )
+
+
+def _check_state(model: nn.Module) -> None:
+    if model.training or any(part.training for part in model.modules()):
+        raise ValueError("model: expected one in eval mode, got training mode; call model.eval()")
+    if (reason := attached(model)) is not None:
+        raise ValueError(
+            f"model: expected plain layers, which can be folded and joined, but {reason}"
+        )
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("model: expected weights, got parameters on the meta device")
+    devices = {p.device for p in model.parameters()}
+    if len(devices) > 1:
+        raise ValueError(f"model: expected one device, got {sorted(map(str, devices))}")
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        first = str(error).splitlines()[0]
+        raise RuntimeError(f"device: {device!r} cannot be used: {first}") from error
+    return target
+
+
+def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    if (
+        dtype == torch.bfloat16
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) < (8, 0)
+    ):
+        name = torch.cuda.get_device_name(device)
+        raise RuntimeError(f"dtype: bfloat16 needs compute capability 8.0, {name} has less")
+    if dtype == torch.float64 and device.type == "mps":
+        raise RuntimeError("dtype: float64 does not run on mps")
+
+
+def _compile_mode(value: bool | str) -> str | None:
+    if value is False or value == "auto":
+        return None
+    if value is True:
+        return "default"
+    if value not in _COMPILE_MODES:
+        expected = f'"auto", True, False or one of {_COMPILE_MODES}'
+        raise ValueError(f"compile: expected {expected}, got {value!r}")
+    return value
+
+
+def _use_graphs(value: bool | str, device: torch.device) -> bool:
+    if value == "auto":
+        return device.type == "cuda"
+    if not isinstance(value, bool):
+        raise ValueError(f'cuda_graphs: expected "auto", True or False, got {value!r}')
+    if value and device.type != "cuda":
+        raise RuntimeError(f"cuda_graphs: expected a CUDA device to capture graphs on, got {device}")
+    return value
+
+
+def _bucket(value: int | str) -> int | None:
+    if value == "exact":
+        return None
+    if isinstance(value, bool) or value not in (32, 64):
+        raise ValueError(f'bucket: expected 32, 64 or "exact", got {value!r}')
+    return value
+
+
+def _alias(model: Model) -> Model:
+    """A copy of a model whose tensors share memory, and counts of writes, with the model's."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        alias = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = alias
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach()
+    result = copy.deepcopy(model, memo)
+    for module in result.modules():
+        module.register_load_state_dict_pre_hook(_unshare)
+    return result
+
+
+def _unshare(module: nn.Module, *_: Any) -> None:
+    """Gives a module memory of its own before weights are loaded into it: not into the original."""
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None:
+            tensor.data = tensor.detach().clone()

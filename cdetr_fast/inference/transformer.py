@@ -1,0 +1,305 @@
+"""Encoder, decoder and heads with everything computed beforehand that no image changes.
+
+The arithmetic is that of `cdetr_fast.models`, with these exact savings: queries, keys and values of
+self-attention in one product, the position code as a cached bias, `(x + p) W = x W + p W`; the
+memory projected for all decoder layers in one product; the decoder up to its first cross-attention,
+the reference points and their sine code as constants of the parameters; position keys as constants
+of the map's size.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdetr_fast.models.decoder import ConditionalDetrDecoder, ConditionalDetrDecoderLayer
+from cdetr_fast.models.encoder import ConditionalDetrEncoderLayer
+from cdetr_fast.models.heads import ConditionalDetrMLPPredictionHead, inverse_sigmoid
+from cdetr_kernels import conditional_attention, sine_query
+
+
+class MapConstants(NamedTuple):
+    """What depends on the position code of a map alone.
+
+    Attributes:
+        position: Position code `[B|1, S, C]`.
+        encoder_biases: Bias of queries, keys and values `[S, 3C]` of each encoder layer; None where
+            images are padded, each in its own way.
+        decoder_keys: Position keys of all decoder layers `[B|1, S, L, N, D]`.
+    """
+
+    position: Tensor
+    encoder_biases: tuple[Tensor, ...] | None
+    decoder_keys: Tensor
+
+
+class _Joined(nn.Module):
+    """Several linear layers with the same input as one."""
+
+    def __init__(self, *layers: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.cat([layer.weight.detach() for layer in layers]))
+        self.register_buffer("bias", torch.cat([layer.bias.detach() for layer in layers]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class _Rest(nn.Module):
+    """What follows attention in a layer: output projection, feed-forward, residuals and norms."""
+
+    def __init__(self, attention: nn.Module, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.o_proj = attention.o_proj
+        self.norm = norm
+
+    def forward(self, attended: Tensor, residual: Tensor) -> Tensor:
+        return self.norm(self.o_proj(attended.flatten(2)) + residual)
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = layer.mlp.fc1, layer.mlp.fc2
+        self.activation = layer.mlp.activation_fn
+        self.norm = layer.final_layer_norm
+        self.is_relu = isinstance(self.activation, nn.ReLU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x)
+        hidden = hidden.relu_() if self.is_relu else self.activation(hidden)
+        return self.norm(self.fc2(hidden) + x)
+
+
+class _EncoderLayer(nn.Module):
+    def __init__(self, layer: ConditionalDetrEncoderLayer) -> None:
+        super().__init__()
+        attention = layer.self_attn
+        self.heads = attention.num_heads
+        self.qkv = _Joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.rest = _Rest(attention, layer.self_attn_layer_norm)
+        self.feed_forward = _FeedForward(layer)
+
+    def position_bias(self, position: Tensor) -> Tensor:
+        """Bias of queries, keys and values at each map position, `[1, S, C] -> [S, 3C]`."""
+        channels = position.shape[-1]
+        bias = self.qkv.bias.expand(position.shape[1], -1).clone()
+        bias[:, : 2 * channels] += F.linear(position[0], self.qkv.weight[: 2 * channels])
+        return bias
+
+    def forward(
+        self, x: Tensor, position: Tensor, bias: Tensor | None, key_mask: Tensor | None
+    ) -> Tensor:
+        batch, _, channels = x.shape
+        if bias is None:
+            weight, offset = self.qkv.weight, self.qkv.bias
+            split = 2 * channels
+            query_key = F.linear(x + position, weight[:split], offset[:split])
+            query, key = query_key.split(channels, -1)
+            value = F.linear(x, weight[split:], offset[split:])
+        else:
+            # One image is one call with the bias as its start; more would copy the bias for each.
+            if batch == 1:
+                joint = torch.addmm(bias, x[0], self.qkv.weight.t())[None]
+            else:
+                joint = F.linear(x, self.qkv.weight) + bias
+            query, key, value = joint.split(channels, -1)
+        query, key, value = (t.unflatten(-1, (self.heads, -1)) for t in (query, key, value))
+        attended = conditional_attention(query, None, key, None, value, key_mask)
+        return self.feed_forward(self.rest(attended, x))
+
+
+class InferenceEncoder(nn.Module):
+    """The encoder's layers, with cached position biases."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_EncoderLayer(layer) for layer in encoder.layers)
+
+    def forward(self, x: Tensor, constants: MapConstants, key_mask: Tensor | None) -> Tensor:
+        """Map `[B, S, C]` -> memory `[B, S, C]`."""
+        biases = constants.encoder_biases or [None] * len(self.layers)
+        for layer, bias in zip(self.layers, biases, strict=True):
+            x = layer(x, constants.position, bias, key_mask)
+        return x
+
+
+class _DecoderLayer(nn.Module):
+    """A decoder layer after the first one (whose self-attention is a constant).
+
+    Its input is read by four linear layers: queries, keys and values of self-attention, and the
+    first layer of the scale of the sine code. They are one product.
+    """
+
+    def __init__(
+        self,
+        layer: ConditionalDetrDecoderLayer,
+        query_position: Tensor,
+        query_scale: ConditionalDetrMLPPredictionHead,
+    ) -> None:
+        super().__init__()
+        attention = layer.self_attn
+        self.heads = attention.num_heads
+        projections = (
+            attention.q_content_proj,
+            attention.k_content_proj,
+            attention.v_proj,
+            query_scale.layers[0],
+        )
+        joined = _Joined(*projections)
+        self.register_buffer("weight", joined.weight)
+        channels = query_position.shape[-1]
+        bias = joined.bias.expand(query_position.shape[1], -1).clone()
+        bias[:, :channels] += attention.q_pos_proj(query_position)[0]
+        bias[:, channels : 2 * channels] += attention.k_pos_proj(query_position)[0]
+        self.register_buffer("bias", bias)  # [Q, 4C]
+        self.scale_output = query_scale.layers[1]
+        self.rest = _Rest(attention, layer.self_attn_layer_norm)
+        self.q_content_proj = layer.encoder_attn.q_content_proj
+        self.q_pos_sine_proj = layer.encoder_attn.q_pos_sine_proj
+
+    def forward(self, x: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """State `[B, Q, C]` -> state, content and spatial queries of cross-attention."""
+        batch, queries, channels = x.shape
+        if batch == 1:
+            joint = torch.addmm(self.bias, x[0], self.weight.t())[None]
+        else:
+            joint = F.linear(x, self.weight) + self.bias
+        query, key, value, scale = joint.split(channels, -1)
+        query, key, value = (t.unflatten(-1, (self.heads, -1)) for t in (query, key, value))
+        scaled = (sine * self.scale_output(scale.relu())).to(x.dtype)
+        attended = conditional_attention(query, None, key, None, value)
+        x = self.rest(attended, x)
+        return x, self.q_content_proj(x), self.q_pos_sine_proj(scaled)
+
+
+class InferenceDecoder(nn.Module):
+    """The decoder from its constants on.
+
+    Args:
+        decoder: The model's decoder.
+        query_position: Object-query embedding `[1, Q, C]`.
+        auxiliary: Also read out every layer.
+        feeds_normed_state: The layer-normed state goes on to the next layer, as in transformers
+            with the auxiliary loss.
+    """
+
+    def __init__(
+        self,
+        decoder: ConditionalDetrDecoder,
+        query_position: Tensor,
+        auxiliary: bool,
+        feeds_normed_state: bool,
+    ) -> None:
+        super().__init__()
+        self.auxiliary, self.feeds_normed_state = auxiliary, feeds_normed_state
+        channels = query_position.shape[-1]
+        reference_points = decoder.ref_point_head(query_position).sigmoid()
+        code_dtype = torch.promote_types(query_position.dtype, torch.float32)
+        sine = sine_query(reference_points, channels, dtype=code_dtype)
+        first = decoder.layers[0]
+        state = torch.zeros_like(query_position)
+        update, _ = first.self_attn(state, query_position, None)
+        state = first.self_attn_layer_norm(state + update)
+        cross = first.encoder_attn
+        content = cross.q_content_proj(state) + cross.q_pos_proj(query_position)
+        # The first layer's content keys also hold the position keys; see the model's attention.
+        spatial = content + cross.q_pos_sine_proj(sine.to(query_position.dtype))
+        self.register_buffer("reference_points", reference_points)  # [1, Q, 2]
+        self.register_buffer("sine", sine)  # [1, Q, C]
+        self.register_buffer("first_state", state)  # [1, Q, C] each
+        self.register_buffer("first_content", content)
+        self.register_buffer("first_spatial", spatial)
+        self.layers = nn.ModuleList(
+            _DecoderLayer(layer, query_position, decoder.query_scale)
+            for layer in list(decoder.layers)[1:]
+        )
+        attentions = [layer.encoder_attn for layer in decoder.layers]
+        self.heads = cross.num_heads
+        self.cross = nn.ModuleList(
+            _Rest(layer.encoder_attn, layer.encoder_attn_layer_norm) for layer in decoder.layers
+        )
+        self.feed_forward = nn.ModuleList(_FeedForward(layer) for layer in decoder.layers)
+        self.memory = _Joined(
+            *(attention.k_content_proj for attention in attentions),
+            *(attention.v_proj for attention in attentions),
+        )
+        self.position_keys = _Joined(*(attention.k_pos_proj for attention in attentions))
+        self.norm = decoder.layernorm
+
+    def project_position(self, position: Tensor) -> Tensor:
+        """Position keys of all layers, `[B|1, S, C] -> [B|1, S, L, N, D]`."""
+        keys = self.position_keys(position)
+        return keys.unflatten(-1, (len(self.cross), self.heads, -1))
+
+    def forward(
+        self, memory: Tensor, constants: MapConstants, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Memory `[B, S, C]` -> last state `[B, Q, C]`, states of all layers `[L, B, Q, C]`."""
+        batch, layers = memory.shape[0], len(self.cross)
+        content_keys, values = self.memory(memory).unflatten(
+            -1, (2, layers, self.heads, -1)
+        ).unbind(2)
+        x = self.first_state
+        normed_states = []
+        for index in range(layers):
+            if index == 0:
+                content = self.first_content.expand(batch, -1, -1)
+                spatial = self.first_spatial.expand(batch, -1, -1)
+            else:
+                x, content, spatial = self.layers[index - 1](x, self.sine)
+            attended = conditional_attention(
+                content.unflatten(-1, (self.heads, -1)),
+                spatial.unflatten(-1, (self.heads, -1)),
+                content_keys[:, :, index],
+                constants.decoder_keys[:, :, index],
+                values[:, :, index],
+                key_mask,
+            )
+            x = self.feed_forward[index](self.cross[index](attended, x))
+            if self.auxiliary:
+                normed_states.append(self.norm(x))
+                if self.feeds_normed_state:
+                    x = normed_states[-1]
+        if normed_states and not self.feeds_normed_state:
+            last = normed_states[-1]
+        else:
+            last = self.norm(x)
+        return last, torch.stack(normed_states) if normed_states else None
+
+
+class InferenceHeads(nn.Module):
+    """Class and box heads; boxes in fp32.
+
+    Args:
+        detector: Model with `class_labels_classifier` and `bbox_predictor`.
+        reference_points: `[1, Q, 2]`; None predicts boxes without them.
+    """
+
+    def __init__(self, detector: nn.Module, reference_points: Tensor | None) -> None:
+        super().__init__()
+        self.classifier = detector.class_labels_classifier
+        weight = self.classifier.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.layers = len(detector.bbox_predictor.layers)
+        for index, layer in enumerate(detector.bbox_predictor.layers):
+            self.register_buffer(f"weight_{index}", layer.weight.detach().to(dtype, copy=True))
+            self.register_buffer(f"bias_{index}", layer.bias.detach().to(dtype, copy=True))
+        start = torch.zeros(1, 1, 4, dtype=dtype, device=weight.device)
+        if reference_points is not None:
+            start = F.pad(inverse_sigmoid(reference_points), (0, 2))
+        self.register_buffer("start", start)  # [1, Q, 4]
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """States `[B, Q, C]` -> logits `[B, Q, K]`, boxes_cxcywh `[B, Q, 4]` in fp32."""
+        logits = self.classifier(states)
+        x = states.to(self.start.dtype)
+        for index in range(self.layers):
+            x = F.linear(x, getattr(self, f"weight_{index}"), getattr(self, f"bias_{index}"))
+            x = x.relu_() if index < self.layers - 1 else x
+        return logits, (x + self.start).sigmoid_()
+
+
+HOLDERS = (_Joined, _DecoderLayer, InferenceDecoder, InferenceHeads)
+"""Modules whose buffers are computed from the model's weights, not shared with it."""
