@@ -77,9 +77,7 @@ def _check_maps(got: list[Tensor], expected: list[Tensor]) -> None:
         # rounding grows with the depth; a wrong graph is off by as much as the values themselves
         limit = max(1e-3, 30 * torch.finfo(expected[0].dtype).eps) * b.abs().max()
         if not (a - b).abs().max() <= limit and b.isfinite().all():
-            raise RuntimeError(
-                f"the rewritten backbone is off by {(a - b).abs().max().item():.1e}"
-            )
+            raise RuntimeError(f"the rewritten backbone is off by {(a - b).abs().max().item():.1e}")
 
 
 def _fuse(traced: fx.GraphModule) -> None:
@@ -187,9 +185,11 @@ def _may_overwrite(node: fx.Node, module_of) -> bool:
         and source is not residual
         and all(
             user is node
-            or isinstance(module_of(user), FusedConv2d)
-            and residual not in user.args[1:]
-            and order.index(user) < order.index(node)
+            or (
+                isinstance(module_of(user), FusedConv2d)
+                and residual not in user.args[1:]
+                and order.index(user) < order.index(node)
+            )
             for user in residual.users
         )
     )

@@ -74,9 +74,7 @@ class FusedConv2d(nn.Module):
             scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
             weight = weight * scale[:, None, None, None]
             bias = (bias - norm.running_mean.double()) * scale + norm.bias.double()
-        weight = weight.to(
-            conv.weight.dtype, memory_format=torch.channels_last, copy=True
-        )
+        weight = weight.to(conv.weight.dtype, memory_format=torch.channels_last, copy=True)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias.to(conv.weight.dtype, copy=True))
         self.stride, self.dilation = list(conv.stride), list(conv.dilation)
@@ -108,10 +106,10 @@ class FusedConv2d(nn.Module):
         """
         if self.same:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
-        if self.way == "onednn":
-            return self._onednn(x, residual)
-        if self.way == "cudnn":
-            return self._cudnn(x, residual)
+        # Compiled and exported graphs take the plain form: the fused operators have no fake
+        # implementation, and Inductor fuses by itself.
+        if self.way != "plain" and not torch.compiler.is_compiling():
+            return (self._onednn if self.way == "onednn" else self._cudnn)(x, residual)
         x = F.conv2d(
             x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
         )
@@ -185,7 +183,9 @@ def _trial(conv: FusedConv2d, way: str) -> str | None:
     in_place, conv.in_place = conv.in_place, False
     try:
         expected = conv(x)
-        residuals = (None, torch.ones_like(expected)) if conv.activation in (None, RELU) else (None,)
+        residuals = (
+            (None, torch.ones_like(expected)) if conv.activation in (None, RELU) else (None,)
+        )
         for residual in residuals:
             conv.way = "plain"
             expected = conv(x, residual)

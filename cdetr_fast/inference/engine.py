@@ -41,7 +41,7 @@ class Engine(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the weights."""
+        """Dtype of the weights."""
         return self.input_projection.weight.dtype
 
     def check(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> None:
@@ -61,7 +61,7 @@ class Engine(nn.Module):
             ("encoder", f"{len(self.encoder.layers)} layers, one product for q, k and v"),
             (
                 "decoder",
-                f"{len(self.decoder.cross)} layers; the first up to its cross-attention is a "
+                f"{len(self.decoder.after)} layers; the first up to its cross-attention is a "
                 "constant; memory and positions projected for all layers at once",
             ),
             ("map sizes kept", ", ".join(f"{h}x{w}" for h, w in self._constants) or "none yet"),
@@ -173,10 +173,31 @@ class Engine(nn.Module):
         self, feature_map: Tensor, mask: Tensor | None, dtype: torch.dtype
     ) -> MapConstants:
         position = self.position_embedding(feature_map, mask, dtype)
-        biases = None
-        if len(position) == 1 and mask is None:
+        height, width = feature_map.shape[-2:]
+        biases = rows = columns = keys = None
+        if mask is None:
             biases = tuple(layer.position_bias(position) for layer in self.encoder.layers)
-        return MapConstants(position, biases, self.decoder.project_position(position))
+        if mask is None or _is_rectangular(mask):
+            # Both codes, sine and learned, are a code of the row beside a code of the column.
+            grid = position.unflatten(1, (height, width))
+            rows = self.decoder.project_position(grid[:, :, 0])
+            columns = self.decoder.project_position(grid[:, 0])
+            columns = columns - rows[:, :1]
+        else:
+            keys = self.decoder.project_position(position)
+        return MapConstants(position, biases, rows, columns, keys)
+
+
+def _is_rectangular(mask: Tensor) -> bool:
+    """Whether the unpadded part of each map is a rectangle at its top left, where that can be seen.
+
+    Then the position code of an unpadded position is that of its row and that of its column. A GPU
+    is not asked, as that would synchronise.
+    """
+    if mask.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    values = mask.numpy()
+    return bool((values == (values[:, :, :1] & values[:, :1])).all())
 
 
 def _tensors(engine: Engine) -> Iterator[tuple[str, tuple[Tensor, bool]]]:

@@ -39,9 +39,10 @@ def optimize(
     keys and values; what no image changes is computed once. Outputs agree with the model's up to
     rounding (1e-4 in fp32).
 
-    The result shares all weights with `model` that are not folded or joined, and watches them: after
-    they are trained there it prepares itself anew at the next call. Weights that are loaded into the
-    result are its own from then on. It does not train. Calls with labels, `output_attentions` and the like run the model's own forward.
+    The result shares all weights with `model` that are not folded or joined, and watches them:
+    after they are trained there, it prepares itself anew at the next call. Weights that are loaded
+    into the result are its own from then on. It does not train. Calls with labels,
+    `output_attentions` and the like run the model's own forward.
 
     Args:
         model: A model of this package or of transformers, in eval mode.
@@ -55,7 +56,7 @@ def optimize(
             see it. "exact" pads nothing.
         max_batch: Larger batches run in parts of this size.
         max_graphs: Graphs that are kept; the one not used for longest is dropped first.
-        static_outputs: Return the graph's own tensors, which the next call of that shape overwrites.
+        static_outputs: Return the graph's own tensors, which its next call overwrites.
         inplace: Change `model` itself, and return it.
 
     Raises:
@@ -172,7 +173,9 @@ def _use_graphs(value: bool | str, device: torch.device) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f'cuda_graphs: expected "auto", True or False, got {value!r}')
     if value and device.type != "cuda":
-        raise RuntimeError(f"cuda_graphs: expected a CUDA device to capture graphs on, got {device}")
+        raise RuntimeError(
+            f"cuda_graphs: expected a CUDA device to capture graphs on, got {device}"
+        )
     return value
 
 

@@ -1,4 +1,4 @@
-"""What an optimised model holds besides its weights: the engine, kept up to date, and how to run it."""
+"""What an optimised model holds besides its weights: its engine, up to date, and how to run it."""
 
 import threading
 from collections.abc import Callable
@@ -134,12 +134,12 @@ class Runner:
             return output
 
     def _call_engine(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> dict[str, Tensor]:
+        if self.options.compile is None or torch.compiler.is_compiling():
+            return self.engine(pixel_values, pixel_mask)
         if self._call is None:
-            self._call = self.engine
-            if self.options.compile is not None and not torch.compiler.is_compiling():
-                self._call = torch.compile(
-                    self.engine, mode=self.options.compile, fullgraph=True, dynamic=False
-                )
+            self._call = torch.compile(
+                self.engine, mode=self.options.compile, fullgraph=True, dynamic=False
+            )
         return self._call(pixel_values, pixel_mask)
 
 
@@ -170,7 +170,5 @@ def _joined(name: str, parts: list[Tensor]) -> Tensor:
 
 
 def _cropped(masks: Tensor, size: torch.Size, padded: torch.Size) -> Tensor:
-    height, width = (
-        -(-masks.shape[-2 + i] * size[i] // padded[i]) for i in range(2)
-    )
+    height, width = (-(-masks.shape[-2 + i] * size[i] // padded[i]) for i in range(2))
     return masks[..., :height, :width]

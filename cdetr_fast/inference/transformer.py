@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdetr_fast.inference.linear import FusedLinear
 from cdetr_fast.models.decoder import ConditionalDetrDecoder, ConditionalDetrDecoderLayer
 from cdetr_fast.models.encoder import ConditionalDetrEncoderLayer
 from cdetr_fast.models.heads import ConditionalDetrMLPPredictionHead, inverse_sigmoid
-from cdetr_kernels import conditional_attention, sine_query
+from cdetr_kernels import conditional_attention, conditional_attention_separable, sine_query
 
 
 class MapConstants(NamedTuple):
@@ -26,50 +27,47 @@ class MapConstants(NamedTuple):
         position: Position code `[B|1, S, C]`.
         encoder_biases: Bias of queries, keys and values `[S, 3C]` of each encoder layer; None where
             images are padded, each in its own way.
-        decoder_keys: Position keys of all decoder layers `[B|1, S, L, N, D]`.
+        rows: Each map row's part of the position keys of all decoder layers `[B|1, h, L, N, D]`;
+            None where the code is not known to be the sum of one of rows and one of columns.
+        columns: Each map column's part `[B|1, w, L, N, D]`.
+        keys: Otherwise the position keys of all positions `[B|1, S, L, N, D]`.
     """
 
     position: Tensor
     encoder_biases: tuple[Tensor, ...] | None
-    decoder_keys: Tensor
+    rows: Tensor | None
+    columns: Tensor | None
+    keys: Tensor | None
 
 
-class _Joined(nn.Module):
-    """Several linear layers with the same input as one."""
-
-    def __init__(self, *layers: nn.Linear) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.cat([layer.weight.detach() for layer in layers]))
-        self.register_buffer("bias", torch.cat([layer.bias.detach() for layer in layers]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-class _Rest(nn.Module):
-    """What follows attention in a layer: output projection, feed-forward, residuals and norms."""
+class _AfterAttention(nn.Module):
+    """Output projection, residual and norm."""
 
     def __init__(self, attention: nn.Module, norm: nn.LayerNorm) -> None:
         super().__init__()
-        self.o_proj = attention.o_proj
+        self.output = FusedLinear(attention.o_proj)
         self.norm = norm
 
     def forward(self, attended: Tensor, residual: Tensor) -> Tensor:
-        return self.norm(self.o_proj(attended.flatten(2)) + residual)
+        return self.norm(self.output(attended.flatten(2), residual))
 
 
 class _FeedForward(nn.Module):
+    """Feed-forward block, residual and norm."""
+
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.fc1, self.fc2 = layer.mlp.fc1, layer.mlp.fc2
-        self.activation = layer.mlp.activation_fn
+        self.fc1, self.fc2 = FusedLinear(layer.mlp.fc1), FusedLinear(layer.mlp.fc2)
+        self.activation = None
+        if not isinstance(layer.mlp.activation_fn, nn.ReLU):
+            self.activation = layer.mlp.activation_fn
         self.norm = layer.final_layer_norm
-        self.is_relu = isinstance(self.activation, nn.ReLU)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x)
-        hidden = hidden.relu_() if self.is_relu else self.activation(hidden)
-        return self.norm(self.fc2(hidden) + x)
+        hidden = self.fc1(x, relu=self.activation is None)
+        if self.activation is not None:
+            hidden = self.activation(hidden)
+        return self.norm(self.fc2(hidden, x))
 
 
 class _EncoderLayer(nn.Module):
@@ -77,37 +75,31 @@ class _EncoderLayer(nn.Module):
         super().__init__()
         attention = layer.self_attn
         self.heads = attention.num_heads
-        self.qkv = _Joined(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.rest = _Rest(attention, layer.self_attn_layer_norm)
+        self.qkv = FusedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
+        # where images are padded the position code is that of each, and is added to the state
+        self.query_key = FusedLinear(attention.q_proj, attention.k_proj)
+        self.value = FusedLinear(attention.v_proj)
+        self.after = _AfterAttention(attention, layer.self_attn_layer_norm)
         self.feed_forward = _FeedForward(layer)
 
     def position_bias(self, position: Tensor) -> Tensor:
         """Bias of queries, keys and values at each map position, `[1, S, C] -> [S, 3C]`."""
         channels = position.shape[-1]
         bias = self.qkv.bias.expand(position.shape[1], -1).clone()
-        bias[:, : 2 * channels] += F.linear(position[0], self.qkv.weight[: 2 * channels])
+        bias[:, : 2 * channels] += F.linear(position[0], self.query_key.weight)
         return bias
 
     def forward(
         self, x: Tensor, position: Tensor, bias: Tensor | None, key_mask: Tensor | None
     ) -> Tensor:
-        batch, _, channels = x.shape
         if bias is None:
-            weight, offset = self.qkv.weight, self.qkv.bias
-            split = 2 * channels
-            query_key = F.linear(x + position, weight[:split], offset[:split])
-            query, key = query_key.split(channels, -1)
-            value = F.linear(x, weight[split:], offset[split:])
+            query, key = self.query_key(x + position).unflatten(-1, (2, self.heads, -1)).unbind(2)
+            value = self.value(x).unflatten(-1, (self.heads, -1))
         else:
-            # One image is one call with the bias as its start; more would copy the bias for each.
-            if batch == 1:
-                joint = torch.addmm(bias, x[0], self.qkv.weight.t())[None]
-            else:
-                joint = F.linear(x, self.qkv.weight) + bias
-            query, key, value = joint.split(channels, -1)
-        query, key, value = (t.unflatten(-1, (self.heads, -1)) for t in (query, key, value))
+            joint = self.qkv(x, bias=bias)
+            query, key, value = joint.unflatten(-1, (3, self.heads, -1)).unbind(2)
         attended = conditional_attention(query, None, key, None, value, key_mask)
-        return self.feed_forward(self.rest(attended, x))
+        return self.feed_forward(self.after(attended, x))
 
 
 class InferenceEncoder(nn.Module):
@@ -147,31 +139,25 @@ class _DecoderLayer(nn.Module):
             attention.v_proj,
             query_scale.layers[0],
         )
-        joined = _Joined(*projections)
-        self.register_buffer("weight", joined.weight)
         channels = query_position.shape[-1]
-        bias = joined.bias.expand(query_position.shape[1], -1).clone()
+        bias = torch.cat([projection.bias for projection in projections])
+        bias = bias.expand(query_position.shape[1], -1).clone()  # [Q, 4C]
         bias[:, :channels] += attention.q_pos_proj(query_position)[0]
         bias[:, channels : 2 * channels] += attention.k_pos_proj(query_position)[0]
-        self.register_buffer("bias", bias)  # [Q, 4C]
-        self.scale_output = query_scale.layers[1]
-        self.rest = _Rest(attention, layer.self_attn_layer_norm)
-        self.q_content_proj = layer.encoder_attn.q_content_proj
-        self.q_pos_sine_proj = layer.encoder_attn.q_pos_sine_proj
+        self.joint = FusedLinear(*projections, bias=bias)
+        self.scale = FusedLinear(query_scale.layers[1])
+        self.after = _AfterAttention(attention, layer.self_attn_layer_norm)
+        self.content = FusedLinear(layer.encoder_attn.q_content_proj)
+        self.spatial = FusedLinear(layer.encoder_attn.q_pos_sine_proj)
 
     def forward(self, x: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """State `[B, Q, C]` -> state, content and spatial queries of cross-attention."""
-        batch, queries, channels = x.shape
-        if batch == 1:
-            joint = torch.addmm(self.bias, x[0], self.weight.t())[None]
-        else:
-            joint = F.linear(x, self.weight) + self.bias
-        query, key, value, scale = joint.split(channels, -1)
-        query, key, value = (t.unflatten(-1, (self.heads, -1)) for t in (query, key, value))
-        scaled = (sine * self.scale_output(scale.relu())).to(x.dtype)
+        query_key_value, hidden = self.joint(x).split([3 * x.shape[-1], x.shape[-1]], -1)
+        query, key, value = query_key_value.unflatten(-1, (3, self.heads, -1)).unbind(2)
+        scaled = (sine * self.scale(hidden.relu())).to(x.dtype)
         attended = conditional_attention(query, None, key, None, value)
-        x = self.rest(attended, x)
-        return x, self.q_content_proj(x), self.q_pos_sine_proj(scaled)
+        x = self.after(attended, x)
+        return x, self.content(x), self.spatial(scaled)
 
 
 class InferenceDecoder(nn.Module):
@@ -217,30 +203,53 @@ class InferenceDecoder(nn.Module):
         )
         attentions = [layer.encoder_attn for layer in decoder.layers]
         self.heads = cross.num_heads
-        self.cross = nn.ModuleList(
-            _Rest(layer.encoder_attn, layer.encoder_attn_layer_norm) for layer in decoder.layers
+        self.after = nn.ModuleList(
+            _AfterAttention(layer.encoder_attn, layer.encoder_attn_layer_norm)
+            for layer in decoder.layers
         )
         self.feed_forward = nn.ModuleList(_FeedForward(layer) for layer in decoder.layers)
-        self.memory = _Joined(
+        self.memory = FusedLinear(
             *(attention.k_content_proj for attention in attentions),
             *(attention.v_proj for attention in attentions),
         )
-        self.position_keys = _Joined(*(attention.k_pos_proj for attention in attentions))
+        self.position_keys = FusedLinear(*(attention.k_pos_proj for attention in attentions))
         self.norm = decoder.layernorm
 
     def project_position(self, position: Tensor) -> Tensor:
         """Position keys of all layers, `[B|1, S, C] -> [B|1, S, L, N, D]`."""
         keys = self.position_keys(position)
-        return keys.unflatten(-1, (len(self.cross), self.heads, -1))
+        return keys.unflatten(-1, (len(self.after), self.heads, -1))
+
+    def _attend(
+        self,
+        index: int,
+        content: Tensor,
+        spatial: Tensor,
+        memory: Tensor,
+        constants: MapConstants,
+        key_mask: Tensor | None,
+    ) -> Tensor:
+        """Cross-attention of one layer, memory `[B, S, 2, L, N, D]` -> `[B, Q, N, D]`."""
+        queries = (x.unflatten(-1, (self.heads, -1)) for x in (content, spatial))
+        content_keys, value = memory[:, :, :, index].unbind(2)
+        if constants.keys is None:
+            return conditional_attention_separable(
+                *queries,
+                content_keys,
+                constants.rows[:, :, index],
+                constants.columns[:, :, index],
+                value,
+                key_mask,
+            )
+        keys = constants.keys[:, :, index]
+        return conditional_attention(*queries, content_keys, keys, value, key_mask)
 
     def forward(
         self, memory: Tensor, constants: MapConstants, key_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Memory `[B, S, C]` -> last state `[B, Q, C]`, states of all layers `[L, B, Q, C]`."""
-        batch, layers = memory.shape[0], len(self.cross)
-        content_keys, values = self.memory(memory).unflatten(
-            -1, (2, layers, self.heads, -1)
-        ).unbind(2)
+        batch, layers = memory.shape[0], len(self.after)
+        projected = self.memory(memory).unflatten(-1, (2, layers, self.heads, -1))
         x = self.first_state
         normed_states = []
         for index in range(layers):
@@ -249,24 +258,16 @@ class InferenceDecoder(nn.Module):
                 spatial = self.first_spatial.expand(batch, -1, -1)
             else:
                 x, content, spatial = self.layers[index - 1](x, self.sine)
-            attended = conditional_attention(
-                content.unflatten(-1, (self.heads, -1)),
-                spatial.unflatten(-1, (self.heads, -1)),
-                content_keys[:, :, index],
-                constants.decoder_keys[:, :, index],
-                values[:, :, index],
-                key_mask,
-            )
-            x = self.feed_forward[index](self.cross[index](attended, x))
+            attended = self._attend(index, content, spatial, projected, constants, key_mask)
+            x = self.feed_forward[index](self.after[index](attended, x))
             if self.auxiliary:
                 normed_states.append(self.norm(x))
                 if self.feeds_normed_state:
                     x = normed_states[-1]
-        if normed_states and not self.feeds_normed_state:
-            last = normed_states[-1]
-        else:
-            last = self.norm(x)
-        return last, torch.stack(normed_states) if normed_states else None
+        if not normed_states:
+            return self.norm(x), None
+        last = self.norm(x) if self.feeds_normed_state else normed_states[-1]
+        return last, torch.stack(normed_states)
 
 
 class InferenceHeads(nn.Module):
@@ -279,13 +280,10 @@ class InferenceHeads(nn.Module):
 
     def __init__(self, detector: nn.Module, reference_points: Tensor | None) -> None:
         super().__init__()
-        self.classifier = detector.class_labels_classifier
-        weight = self.classifier.weight
+        weight = detector.class_labels_classifier.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.layers = len(detector.bbox_predictor.layers)
-        for index, layer in enumerate(detector.bbox_predictor.layers):
-            self.register_buffer(f"weight_{index}", layer.weight.detach().to(dtype, copy=True))
-            self.register_buffer(f"bias_{index}", layer.bias.detach().to(dtype, copy=True))
+        self.classifier = FusedLinear(detector.class_labels_classifier)
+        self.boxes = nn.ModuleList(FusedLinear(x) for x in detector.bbox_predictor.layers).to(dtype)
         start = torch.zeros(1, 1, 4, dtype=dtype, device=weight.device)
         if reference_points is not None:
             start = F.pad(inverse_sigmoid(reference_points), (0, 2))
@@ -295,11 +293,10 @@ class InferenceHeads(nn.Module):
         """States `[B, Q, C]` -> logits `[B, Q, K]`, boxes_cxcywh `[B, Q, 4]` in fp32."""
         logits = self.classifier(states)
         x = states.to(self.start.dtype)
-        for index in range(self.layers):
-            x = F.linear(x, getattr(self, f"weight_{index}"), getattr(self, f"bias_{index}"))
-            x = x.relu_() if index < self.layers - 1 else x
-        return logits, (x + self.start).sigmoid_()
+        for layer in self.boxes[:-1]:
+            x = layer(x, relu=True)
+        return logits, (self.boxes[-1](x) + self.start).sigmoid_()
 
 
-HOLDERS = (_Joined, _DecoderLayer, InferenceDecoder, InferenceHeads)
+HOLDERS = (FusedLinear, InferenceDecoder, InferenceHeads)
 """Modules whose buffers are computed from the model's weights, not shared with it."""
