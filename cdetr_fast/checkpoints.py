@@ -150,6 +150,11 @@ def load_pretrained(
         config._attn_implementation = attn_implementation
 
     model = _build(model_class, config)
+    # `predict` finds the image processor there; a token is not kept.
+    model._processor_source = (
+        name_or_path,
+        {k: v for k, v in download.items() if k not in ("token", "force_download")},
+    )
     chosen = _choose_dtype(dtype, config, state_dict)
     report = _fill(model, state_dict)
     report.complain(name_or_path, type(model).__name__, ignore_mismatched_sizes, strict)

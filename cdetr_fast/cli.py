@@ -12,7 +12,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,8 @@ from cdetr_fast.files import write_atomically
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+    from cdetr_fast.results import DetectionResult
 
 app = typer.Typer(
     add_completion=False,
@@ -103,35 +106,40 @@ def detect(
     console = Console(stderr=True)
     records: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
-    skipped = 0
     names = _PictureNames(output, paths)
+    read: deque[tuple[int, Path, Image.Image]] = deque()
 
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("detecting", total=len(paths))
-        for start in range(0, len(paths), batch_size):
-            batch = []
-            for image_id, path in enumerate(paths[start : start + batch_size], start):
+
+        def readable() -> Iterator[Image.Image]:  # in a thread of its own, ahead of the model
+            for image_id, path in enumerate(paths):
                 try:
-                    batch.append((image_id, path, _read_image(path)))
+                    image = _read_image(path)
                 except UserError as error:
-                    skipped += 1
                     message = f"cdetr-fast: skipped: {error}"
                     console.print(message, markup=False, highlight=False, soft_wrap=True)
-            found = detector([image for _, _, image in batch], threshold, top_k) if batch else []
-            for (image_id, path, image), detections in zip(batch, found, strict=True):
-                picture = names.take(path)
-                detector.draw(image, detections).save(picture, quality=92)
-                records.append(
-                    {
-                        "id": image_id,
-                        "file_name": str(path),
-                        "width": image.width,
-                        "height": image.height,
-                        "picture": picture.name,
-                    }
-                )
-                results.extend(coco_results(image_id, detections))
-            progress.advance(task, min(batch_size, len(paths) - start))
+                    progress.advance(task)
+                else:
+                    read.append((image_id, path, image))
+                    yield image
+
+        for result in detector.predict_each(readable(), threshold, top_k, batch_size):
+            image_id, path, image = read.popleft()
+            picture = names.take(path)
+            result.draw(image).save(picture, quality=92)
+            records.append(
+                {
+                    "id": image_id,
+                    "file_name": str(path),
+                    "width": image.width,
+                    "height": image.height,
+                    "picture": picture.name,
+                }
+            )
+            results.extend(result.to_coco(image_id))
+            progress.advance(task)
+    skipped = len(paths) - len(records)
 
     if not records:
         raise UserError(f"none of {len(paths)} images could be read")
@@ -187,12 +195,13 @@ def demo(
         for i in progress.track(range(count), description="scenes"):
             scene, annotation = scenes.draw_scene(seed * _SCENES_PER_SEED + i)
             start = time.perf_counter()
-            (detections,) = detector([scene], threshold=0.0)
+            result = detector.model.predict(scene, threshold=0.0)
             seconds.append(time.perf_counter() - start)
             annotations.append(annotation)
-            results.extend(coco_results(i, detections))
+            results.extend(result.to_coco(i))
             if len(sheet) < _SHEET_COLUMNS * _SHEET_ROWS:
-                sheet.append(detector.draw(scene, detections, threshold, zoom=2))
+                zoomed = scene.resize((2 * scene.width, 2 * scene.height))
+                sheet.append(result.above(threshold).draw(zoomed))
 
     for i, picture in enumerate(sheet[:_SINGLE_PICTURES]):
         picture.save(output / f"scene_{i}.png")
@@ -268,34 +277,6 @@ def build_native() -> None:
         raise UserError(str(error)) from error
 
 
-def coco_results(image_id: int, detections: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
-    """Write one image's detections in COCO results form.
-
-    Args:
-        image_id: The image's id.
-        detections: "scores" `[k]`, "labels" `[k]` and "boxes" `[k, 4]` xyxy pixels, as
-            `post_process_object_detection` returns them.
-
-    Returns:
-        One dictionary a detection; `bbox` is left, top, width and height in pixels.
-    """
-    rows = zip(
-        detections["boxes"].tolist(),
-        detections["labels"].tolist(),
-        detections["scores"].tolist(),
-        strict=True,
-    )
-    return [
-        {
-            "image_id": image_id,
-            "category_id": label,
-            "bbox": [round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0)],
-            "score": round(score, 6),
-        }
-        for (x0, y0, x1, y1), label, score in rows
-    ]
-
-
 def average_precision(
     ground_truth: dict[str, Any], results: list[dict[str, Any]]
 ) -> tuple[float, float]:
@@ -303,7 +284,7 @@ def average_precision(
 
     Args:
         ground_truth: A COCO detection dictionary with at least one annotation.
-        results: COCO results, as `coco_results` gives them.
+        results: COCO results, as `DetectionResult.to_coco` gives them.
 
     Returns:
         AP (mean over IoU 0.50 to 0.95) and AP50, both in [0, 1].
@@ -336,63 +317,34 @@ def write_json(path: Path, content: Any) -> None:
 
 
 class _Detector:
-    """A model with its image processor, from images to detections."""
+    """The model that `--model` names."""
 
     def __init__(self, name: str | None, revision: str | None, device: str | None) -> None:
         import torch
 
-        from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
+        import cdetr_fast
 
         self.name = "embedded" if name is None else name
         self.device = _pick_device(device)
         source = str(assets.DEMO) if name is None else name
         options = {} if revision is None else {"revision": revision}
         try:
-            model = ConditionalDetrForObjectDetection.from_pretrained(
-                source, dtype=torch.float32, **options
-            )
-            self.processor = ConditionalDetrImageProcessor.from_pretrained(source, **options)
+            config = cdetr_fast.ConditionalDetrConfig.from_pretrained(source, **options)
+            self.segments = "ConditionalDetrForSegmentation" in (config.architectures or ())
+            task = "Segmentation" if self.segments else "ObjectDetection"
+            model_class = getattr(cdetr_fast, f"ConditionalDetrFor{task}")
+            model = model_class.from_pretrained(source, dtype=torch.float32, **options)
+            model.image_processor  # noqa: B018 - read here, where its errors are reported
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"--model {self.name}: {_first_line(error)}") from error
-        self.model = model.to(self.device).eval()
+        self.model = model.to(self.device)
         self.id2label: dict[int, str] = self.model.config.id2label
 
-    def __call__(
-        self, images: list[Image.Image], threshold: float, top_k: int = 100
-    ) -> list[dict[str, torch.Tensor]]:
-        import torch
-
-        inputs = self.processor(images=images, return_tensors="pt")
-        with torch.inference_mode():
-            outputs = self.model(
-                pixel_values=inputs["pixel_values"].to(self.device),
-                pixel_mask=inputs["pixel_mask"].to(self.device),
-            )
-            results = self.processor.post_process_object_detection(
-                outputs,
-                threshold=threshold,
-                target_sizes=[(image.height, image.width) for image in images],
-                top_k=top_k,
-            )
-            return [{key: value.cpu() for key, value in result.items()} for result in results]
-
-    def draw(
-        self,
-        image: Image.Image,
-        detections: dict[str, torch.Tensor],
-        threshold: float = 0.0,
-        zoom: int = 1,
-    ) -> Image.Image:
-        from cdetr_fast.visualization import draw_detections
-
-        kept = detections["scores"] >= threshold
-        return draw_detections(
-            image.resize((image.width * zoom, image.height * zoom)) if zoom != 1 else image,
-            detections["boxes"][kept] * zoom,
-            detections["labels"][kept],
-            detections["scores"][kept],
-            self.id2label,
-        )
+    def predict_each(
+        self, images: Iterable[Image.Image], threshold: float, top_k: int, batch_size: int
+    ) -> Iterator[DetectionResult]:
+        options = {} if self.segments else {"top_k": top_k}  # segments are as many as queries
+        return self.model.predict_each(images, threshold, batch_size=batch_size, **options)
 
     def describe(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -435,20 +387,16 @@ def _demo_photograph(
     _make_folder(output)
     detector = _Detector(model, None, device)
     start = time.perf_counter()
-    (detections,) = detector([image], threshold)
+    result = detector.model.predict(image, threshold)
     seconds = time.perf_counter() - start
     picture = _PictureNames(output, [path]).take(path)
-    detector.draw(image, detections).save(picture, quality=92)
+    result.draw(image).save(picture, quality=92)
     print(f"model      {detector.describe()}")
-    for result in coco_results(0, detections):
-        left, top, width, height = result["bbox"]
-        label = result["category_id"]
-        print(
-            f"{result['score']:.2f}       {detector.id2label.get(label, label)} "
-            f"at {left:.0f}, {top:.0f}, {width:.0f} x {height:.0f} pixels"
-        )
-    if len(detections["scores"]) == 0:
-        print(f"nothing    scores {threshold} or more")
+    for line in str(result).splitlines() if len(result) else ():
+        score, _, rest = line.partition(" ")
+        print(f"{score}       {rest}")
+    if len(result) == 0:
+        print(f"nothing    scores above {threshold}")
     print(f"time       {seconds * 1e3:.1f} ms (first call, on {detector.describe_device()})")
     print(f"picture    {picture}")
 

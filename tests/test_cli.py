@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from cdetr_fast import cli
+from cdetr_fast.results import DetectionResult
 from cdetr_fast.scenes import CLASSES, TRAIN_SEED, coco_ground_truth, draw_scene
 
 
@@ -325,8 +326,8 @@ def test_average_precision_of_known_cases(capsys):
             boxes = torch.tensor(annotation["boxes_xyxy"])
             width = (boxes[:, 2] - boxes[:, 0])[:, None] * torch.tensor([1.0, 0.0, 1.0, 0.0])
             labels = torch.tensor(annotation["labels"])
-            found = {"boxes": boxes + shift * width, "labels": labels, "scores": labels * 0 + 1.0}
-            results += cli.coco_results(i, found)
+            found = DetectionResult(labels * 0 + 1.0, labels, boxes + shift * width, (128, 128), {})
+            results += found.to_coco(i)
         return results
 
     assert cli.average_precision(truth, detections(0.0, 6)) == pytest.approx((1.0, 1.0))

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision import io
 from torchvision.transforms.v2 import functional as tvF
@@ -39,6 +39,7 @@ def load_images(
     do_convert_rgb: bool | None = None,
     input_data_format: str | None = None,
     device: torch.device | str | None = None,
+    first: int = 0,
 ) -> list[Tensor]:
     """Returns the images as a flat list of `[C, H, W]` tensors, in the memory layout they have.
 
@@ -50,6 +51,7 @@ def load_images(
         input_data_format: "channels_first" or "channels_last" for arrays and tensors; None infers
             it.
         device: Where the tensors go; None leaves them where they are.
+        first: Number of the first image in error messages.
 
     Raises:
         TypeError: An entry is not an image, or has a dtype that is none.
@@ -65,11 +67,10 @@ def load_images(
     if not flat:
         raise ValueError("images: expected at least one image, got an empty list")
     tensors = []
-    for position, image in enumerate(flat):
+    for position, image in enumerate(flat, first):
         name = f"images[{position}]"
         if isinstance(image, str | os.PathLike | bytes):
-            content = image if isinstance(image, bytes) else _read(image)
-            tensor = _from_file(content, name, do_convert_rgb, device)
+            tensor = _from_file(image, name, do_convert_rgb, device)
         elif isinstance(image, Image.Image):
             tensor = _from_pil(image, name, do_convert_rgb, warn_if_turned=True)
         else:
@@ -103,9 +104,28 @@ def _read(source: str | os.PathLike) -> bytes:
 
 
 def _from_file(
+    source: str | os.PathLike | bytes,
+    name: str,
+    do_convert_rgb: bool | None,
+    device: torch.device | str | None,
+) -> Tensor:
+    """Returns the image in a file, upright and RGB, as a tensor `[C, H, W]`."""
+    if isinstance(source, bytes):
+        content = source
+    else:
+        content = _read(source)
+        name = os.fspath(source)[:200]  # a data: string has no end
+    try:
+        return _decoded(content, name, do_convert_rgb, device)
+    except UnidentifiedImageError as error:
+        raise UnidentifiedImageError(f"{name}: not an image that can be read") from error
+    except (OSError, SyntaxError) as error:  # PIL raises the second for damaged PNG files
+        raise OSError(f"{name}: {error}") from error
+
+
+def _decoded(
     content: bytes, name: str, do_convert_rgb: bool | None, device: torch.device | str | None
 ) -> Tensor:
-    """Returns the image in a file's bytes, upright and RGB, as a tensor `[C, H, W]`."""
     image = Image.open(BytesIO(content))  # reads the header alone
     # Other modes (CMYK) become RGB in another way in torchvision. MPO is a JPEG with more to come.
     is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")

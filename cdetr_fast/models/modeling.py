@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from cdetr_fast.configuration import ConditionalDetrConfig
+from cdetr_fast.image_processing.post_processing import upcast
+from cdetr_fast.image_processing.segmentation import kept_queries
 from cdetr_fast.losses import Labels, detection_loss, segmentation_loss
 from cdetr_fast.models.backbone import ConditionalDetrConvEncoder
 from cdetr_fast.models.decoder import ConditionalDetrDecoder
@@ -27,7 +29,8 @@ from cdetr_fast.models.position import (
     ConditionalDetrLearnedPositionEmbedding,
     ConditionalDetrSinePositionEmbedding,
 )
-from cdetr_fast.models.pretrained import ConditionalDetrPreTrainedModel, ModelWithLoss
+from cdetr_fast.models.prediction import DetectingModel, SegmentingModel
+from cdetr_fast.models.pretrained import ConditionalDetrPreTrainedModel
 from cdetr_fast.models.segmentation import (
     ConditionalDetrMaskHeadSmallConv,
     ConditionalDetrMHAttentionMap,
@@ -246,7 +249,7 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
 
 
-class ConditionalDetrForObjectDetection(ModelWithLoss):
+class ConditionalDetrForObjectDetection(DetectingModel):
     """Conditional DETR with class and box heads.
 
     Args:
@@ -359,7 +362,7 @@ class ConditionalDetrForObjectDetection(ModelWithLoss):
         return self.predict_from(states, reference_points)
 
 
-class ConditionalDetrForSegmentation(ModelWithLoss):
+class ConditionalDetrForSegmentation(SegmentingModel):
     """Conditional DETR with class, box and mask heads.
 
     Under `compat="transformers"` boxes are predicted without their reference points and matched by
@@ -437,14 +440,7 @@ class ConditionalDetrForSegmentation(ModelWithLoss):
         logits, pred_boxes = detector.predict_from(
             outputs.last_hidden_state, outputs.reference_points if use_reference_points else None
         )
-        attention_maps = self.bbox_attention(
-            outputs.last_hidden_state, outputs.encoder_last_hidden_state, features.mask
-        )
-        pred_masks = self.mask_head(
-            features.projected,
-            attention_maps.unflatten(-1, features.projected.shape[-2:]),
-            features.maps[2::-1],
-        )
+        pred_masks = self._masks_of(outputs.last_hidden_state, outputs, features)
         loss, loss_dict, auxiliary_outputs = None, None, None
         if labels is not None:
             loss, loss_dict, auxiliary_outputs = self.loss_function(
@@ -466,6 +462,55 @@ class ConditionalDetrForSegmentation(ModelWithLoss):
             **_states(outputs),
         )
         return self._output(output, return_dict)
+
+    def forward_above(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None, threshold: float
+    ) -> ConditionalDetrSegmentationOutput:
+        """Segments with the queries whose score is above a threshold alone.
+
+        Args:
+            pixel_values: `[B, num_channels, H, W]`.
+            pixel_mask: `[B, H, W]` or None.
+            threshold: Of the score that segmentation post-processing keeps queries by.
+
+        Returns:
+            `logits`, `pred_boxes` and `pred_masks` of the q queries of the image that has most,
+            those above the threshold first, in their order.
+        """
+        detector = self.conditional_detr
+        features = detector.model.embed_images(pixel_values, pixel_mask)
+        outputs = detector.model.transform(features)
+        use_reference_points = self.config.compat == "paper"
+        logits, pred_boxes = detector.predict_from(
+            outputs.last_hidden_state, outputs.reference_points if use_reference_points else None
+        )
+        _, _, keep = kept_queries(upcast(logits), threshold, self.config.compat)
+        count = int(keep.sum(dim=1).amax())
+        queries = (~keep).int().argsort(dim=1, stable=True)[:, :count, None]
+        logits, pred_boxes, states = (
+            tensor.take_along_dim(queries, dim=1)
+            for tensor in (logits, pred_boxes, outputs.last_hidden_state)
+        )
+        if count:
+            pred_masks = self._masks_of(states, outputs, features)
+        else:
+            pred_masks = logits.new_zeros(len(logits), 0, *features.maps[0].shape[-2:])
+        return ConditionalDetrSegmentationOutput(
+            logits=logits, pred_boxes=pred_boxes, pred_masks=pred_masks
+        )
+
+    def _masks_of(
+        self, states: Tensor, outputs: ConditionalDetrModelOutput, features: ImageFeatures
+    ) -> Tensor:
+        """Mask logits `[B, q, H/4, W/4]` of decoder states `[B, q, C]`."""
+        attention_maps = self.bbox_attention(
+            states, outputs.encoder_last_hidden_state, features.mask
+        )
+        return self.mask_head(
+            features.projected,
+            attention_maps.unflatten(-1, features.projected.shape[-2:]),
+            features.maps[2::-1],
+        )
 
 
 def _states(outputs: ConditionalDetrModelOutput) -> dict[str, Any]:
