@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from topk_cases import KINDS, VALUES, adversarial, expected_order
 from torch import Tensor
 
 from cdetr_kernels import detection_topk, image_ops, native
@@ -17,9 +18,6 @@ from cdetr_kernels.reference import topk as reference
 
 HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 DTYPES = (*HALF_AND_SINGLE, torch.float64)
-
-# Few distinct values, so that ties abound; both zeros, infinities, NaN, and the extremes of fp32.
-VALUES = [0.0, -0.0, 1.0, -1.0, 2.5, np.inf, -np.inf, np.nan, 3.4028235e38, -3.4028235e38, 1e-45]
 
 
 def implementations(*backends: str):
@@ -58,13 +56,6 @@ def run(path, logits: Tensor, boxes_cxcywh: Tensor, *args, **kwargs) -> tuple[Te
         logits.to(device), boxes_cxcywh.to(device), *args, backend=backend, **kwargs
     )
     return tuple(x.cpu() for x in results)
-
-
-def expected_order(logits: Tensor) -> list[int]:
-    """Flat indices of `[Q, K]` logits: descending, ties by index, NaN last."""
-    flat = logits.double().numpy().ravel()
-    numbers, nans = np.flatnonzero(~np.isnan(flat)), np.flatnonzero(np.isnan(flat))
-    return np.concatenate((numbers[np.argsort(-flat[numbers], kind="stable")], nans)).tolist()
 
 
 def check_order(path, logits: Tensor, k: int, threshold: float = 0.5):
@@ -112,48 +103,6 @@ def test_order_equals_a_stable_sort(path, dtype, case):
     logits, k, threshold = case
     if takes(path, dtype):
         check_order(path, torch.from_numpy(logits).to(dtype), k, threshold)
-
-
-def adversarial(kind: str, shape: tuple[int, int, int]) -> Tensor:
-    """Logits that are hard to select among, digit by digit or by the maxima of chunks."""
-    generator = torch.Generator().manual_seed(0)
-    count = math.prod(shape)
-    flat = {
-        "all equal": torch.full((count,), -4.6),
-        "zeros of both signs": torch.zeros(count) * torch.randn(count, generator=generator).sign(),
-        "all NaN": torch.full((count,), math.nan),
-        "all -inf": torch.full((count,), -math.inf),
-        "one high": torch.full((count,), -4.6).index_fill(0, torch.tensor([count // 2]), 4.0),
-        "ascending": torch.arange(count) / count,
-        "descending": -torch.arange(count) / count,
-        "one digit": 1.0 + torch.rand(count, generator=generator) * 2**-12,
-        "last bits": (torch.arange(count, dtype=torch.int32) % 7 + 0x3F800000).view(torch.float32),
-        "subnormal": (torch.arange(count, dtype=torch.int32) % 999).view(torch.float32),
-        # All of the best in one chunk, in the last elements, or one in each chunk.
-        "best together": torch.where(torch.arange(count) % 4096 < 64, 5.0, -5.0),
-        "best last": torch.where(torch.arange(count) >= count - 70, 5.0, -5.0),
-        "best apart": torch.where(torch.arange(count) % 64 == 63, 5.0, -5.0),
-        "half NaN": torch.where(torch.arange(count) % 2 == 0, math.nan, -math.inf),
-    }[kind]
-    return flat.reshape(shape)
-
-
-KINDS = [
-    "all equal",
-    "zeros of both signs",
-    "all NaN",
-    "all -inf",
-    "one high",
-    "ascending",
-    "descending",
-    "one digit",
-    "last bits",
-    "subnormal",
-    "best together",
-    "best last",
-    "best apart",
-    "half NaN",
-]
 
 
 @each_implementation
