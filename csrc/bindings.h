@@ -37,18 +37,19 @@ inline Number number(const char* name, const Tensor& tensor) {
   }
 }
 
+// Images whose logits [Q, K] lie in a row: a copy if they do not.
 inline Tensor with_flat_images(const Tensor& logits) {
+  STD_TORCH_CHECK(logits.dim() == 3, "logits: expected [B, Q, K]");
   const bool flat = logits.stride(2) == 1 && logits.stride(1) == logits.size(2);
   return flat ? logits : torch::stable::contiguous(logits);
 }
 
 using DetectionOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Checks what would read or write out of bounds; the rest is checked in Python. Allocates outputs.
-inline std::tuple<Detections, DetectionOutputs> describe(const Tensor& logits, const Tensor& boxes,
-                                                         const std::optional<Tensor>& sizes,
-                                                         int64_t k, double threshold) {
-  STD_TORCH_CHECK(logits.dim() == 3, "logits: expected [B, Q, K]");
+// Checks what would read or write out of bounds; the rest is checked in Python. `logits` comes from
+// with_flat_images.
+inline Detections describe(const Tensor& logits, const Tensor& boxes,
+                           const std::optional<Tensor>& sizes, int64_t k, double threshold) {
   const int64_t batch = logits.size(0), queries = logits.size(1), classes = logits.size(2);
   STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(0) == batch && boxes.size(1) == queries &&
                       boxes.size(2) == 4,
@@ -78,7 +79,11 @@ inline std::tuple<Detections, DetectionOutputs> describe(const Tensor& logits, c
   d.threshold = threshold;
   d.is_double = logits.scalar_type() == ScalarType::Double ||
                 boxes.scalar_type() == ScalarType::Double;
+  return d;
+}
 
+inline DetectionOutputs allocate(Detections& d, const Tensor& logits) {
+  const int64_t batch = d.batch, k = d.kept;
   const auto real = d.is_double ? ScalarType::Double : ScalarType::Float;
   DetectionOutputs outputs{torch::stable::new_empty(logits, {batch, k}, real),
                            torch::stable::new_empty(logits, {batch, k}, ScalarType::Long),
@@ -90,7 +95,7 @@ inline std::tuple<Detections, DetectionOutputs> describe(const Tensor& logits, c
   d.boxes_xyxy = std::get<2>(outputs).data_ptr();
   d.query_index = static_cast<int64_t*>(std::get<3>(outputs).data_ptr());
   d.counts = static_cast<int64_t*>(std::get<4>(outputs).data_ptr());
-  return {d, std::move(outputs)};
+  return outputs;
 }
 
 }  // namespace cdetr

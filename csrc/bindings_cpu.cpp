@@ -41,7 +41,8 @@ DetectionOutputs detection_topk(Tensor logits, Tensor boxes, std::optional<Tenso
                                 double threshold) {
   STD_TORCH_CHECK(!sizes.has_value() || sizes->is_cpu(), "sizes_hw: expected them on the CPU");
   logits = with_flat_images(logits);
-  auto [d, outputs] = describe(logits, boxes, sizes, k, threshold);
+  Detections d = describe(logits, boxes, sizes, k, threshold);
+  DetectionOutputs outputs = allocate(d, logits);
   switch (number("logits", logits)) {
     case Number::kFloat16:
       detection_topk_of<Float16>(d);

@@ -1,4 +1,5 @@
 // torch.ops.cdetr_fast on CUDA devices. Schemas are in kernels/cdetr_kernels/native.py.
+#define USE_CUDA  // declares aoti_torch_get_current_cuda_stream
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -30,14 +31,18 @@ DetectionOutputs detection_topk(Tensor logits, Tensor boxes, std::optional<Tenso
   STD_TORCH_CHECK(!sizes.has_value() || sizes_on_host ||
                       sizes->get_device_index() == logits.get_device_index(),
                   "sizes_hw: expected them on the CPU or on the device of logits");
+  logits = with_flat_images(logits);
+  Detections d = describe(logits, boxes, sizes, k, threshold);
+  const Number type = number("logits", logits);
+  STD_TORCH_CHECK(type <= Number::kFloat32,
+                  "logits: expected float16, bfloat16 or float32");
+  STD_TORCH_CHECK(logits.is_cuda(), "logits: expected them on a CUDA device");
+
   const int32_t device = logits.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-
-  logits = with_flat_images(logits);
-  auto [d, outputs] = describe(logits, boxes, sizes, k, threshold);
-  const Number type = number("logits", logits);
+  DetectionOutputs outputs = allocate(d, logits);
   if (d.batch == 0) return outputs;
   if (k <= cuda::kMostKeptByOneLaunch) {
     const cuda::Workspace needed = cuda::workspace_of(d);

@@ -20,7 +20,7 @@ from pathlib import Path
 OLDEST_TORCH = (2, 11)
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG"]
-PARTS = {"cpu": "C++"}
+PARTS = {"cpu": "C++", "cuda": "CUDA"}
 _FOLDER = Path(__file__).resolve().parent
 
 
@@ -116,7 +116,7 @@ def command(part: str) -> list[str]:
             str(sources / "bindings_cpu.cpp"),
             *libraries,
         ]
-    if torch_has_no_cuda(torch_folder):
+    if not (torch_folder / "lib" / "libtorch_cuda.so").is_file():
         raise BuildError("this torch is built without CUDA")
     return [
         *nvcc(),
@@ -151,14 +151,12 @@ def cxx() -> list[str]:
 
 
 def nvcc() -> list[str]:
-    """Returns CUDA's compiler."""
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    for home in homes:
-        if (Path(home) / "bin" / "nvcc").is_file():
-            return [str(Path(home) / "bin" / "nvcc")]
-    found = shutil.which("nvcc", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+    """Returns CUDA's compiler: that of CUDA_HOME if it is set, else that of the PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    path = f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin"
+    found = shutil.which("nvcc", path=str(Path(home) / "bin") if home else path)
     if found is None:
-        raise BuildError("no nvcc is on the PATH or under CUDA_HOME")
+        raise BuildError(f"no nvcc {f'in {home}/bin' if home else 'on the PATH'}")
     return [found]
 
 
@@ -201,11 +199,6 @@ def _torch_folder() -> Path:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise BuildError(f"torch {oldest} or newer is needed, this is {torch.__version__}")
     return Path(torch.__file__).parent
-
-
-def torch_has_no_cuda(torch_folder: Path) -> bool:
-    """Tells a torch that a CUDA library cannot be linked with."""
-    return not (torch_folder / "lib" / "libtorch_cuda.so").is_file()
 
 
 def _run(command: list[str]) -> str:

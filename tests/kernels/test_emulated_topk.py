@@ -98,7 +98,11 @@ def program(root, tmp_path_factory):
 
 def run(program: Path, cases: list[Case]) -> None:
     done = subprocess.run(
-        [program], input=b"".join(c.packed() for c in cases), capture_output=True, check=False
+        [program],
+        input=b"".join(c.packed() for c in cases),
+        capture_output=True,
+        check=False,
+        timeout=300,  # without one of its barriers the selection may never end
     )
     assert done.returncode == 0, done.stderr.decode()[-4000:]
     output = memoryview(done.stdout)
