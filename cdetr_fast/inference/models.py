@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from cdetr_fast.inference.runner import Runner
+from cdetr_fast.inference.runner import Kind, Runner
 from cdetr_fast.models import modeling
 from cdetr_fast.models.outputs import (
     ConditionalDetrModelOutput,
@@ -100,14 +100,22 @@ class ConditionalDetrForSegmentation(OptimizedModel, modeling.ConditionalDetrFor
     forward = forward_of(modeling.ConditionalDetrForSegmentation)
 
 
-CLASSES = {
+_CLASSES = {
     modeling.ConditionalDetrModel: ConditionalDetrModel,
     modeling.ConditionalDetrForObjectDetection: ConditionalDetrForObjectDetection,
     modeling.ConditionalDetrForSegmentation: ConditionalDetrForSegmentation,
 }
-"""Model class -> its optimised form; exactly these, as a subclass may compute something else."""
 
 
-def itself(model: nn.Module) -> nn.Module:
-    """This package's model with the weights of one of this package's models."""
+def recognise(model: nn.Module) -> Kind | None:
+    """The kind of one of this package's models; exactly these, as a subclass may do otherwise."""
+    optimized_class = _CLASSES.get(type(model))
+    return optimized_class and Kind(optimized_class, _itself, _never)
+
+
+def _itself(model: nn.Module) -> nn.Module:
     return model
+
+
+def _never(hook: Callable) -> bool:
+    return False

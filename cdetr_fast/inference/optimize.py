@@ -2,7 +2,6 @@
 
 import copy
 import sys
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from cdetr_fast import validation as check
 from cdetr_fast.inference import models
-from cdetr_fast.inference.runner import Options, Runner
+from cdetr_fast.inference.runner import Kind, Options, Runner
 from cdetr_fast.inference.watch import attached
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -66,8 +65,8 @@ def optimize(
         RuntimeError: `cuda_graphs=True` where there is no GPU, or a dtype that the device does not
             run.
     """
-    optimized_class, twin_of = _recognise(model)
-    _check_state(model)
+    kind = _recognise(model)
+    _check_state(model, kind)
     dtype = None if dtype is None else check.dtype("dtype", dtype)
     target = _device(device) if device is not None else next(model.parameters()).device
     _check_dtype(dtype or next(p.dtype for p in model.parameters()), target)
@@ -80,11 +79,11 @@ def optimize(
         static_outputs=check.flag("static_outputs", static_outputs),
     )
     result = _alias(model)
-    runner = _prepared(result, target, dtype, Runner(options, twin_of))
+    runner = _prepared(result, target, dtype, Runner(options, kind))
     if inplace:  # all that could fail has been tried on the alias, so this is done in full
         result = model
-        runner = _prepared(result, target, dtype, Runner(options, twin_of))
-    result.__class__ = optimized_class
+        runner = _prepared(result, target, dtype, Runner(options, kind))
+    result.__class__ = kind.optimized_class
     result.runner = runner
     return result
 
@@ -100,15 +99,15 @@ def _prepared(
     return runner
 
 
-def _recognise(model: Any) -> tuple[type, Callable[[nn.Module], nn.Module]]:
-    """The optimised class of a model, and what gives its twin in this package."""
-    if type(model) in models.CLASSES:
-        return models.CLASSES[type(model)], models.itself
-    if type(model).__module__.startswith("transformers.") and "transformers" in sys.modules:
+def _recognise(model: Any) -> Kind:
+    """Says what a model is."""
+    kind = models.recognise(model)
+    if kind is None and "transformers" in sys.modules:
         from cdetr_fast.integrations.transformers import recognise
 
-        if (found := recognise(model)) is not None:
-            return found
+        kind = recognise(model)
+    if kind is not None:
+        return kind
     if isinstance(model, models.OptimizedModel):
         raise TypeError("model: expected one that is not optimised yet, got an optimised one")
     got = f"{type(model).__module__}.{type(model).__name__}"
@@ -118,10 +117,10 @@ def _recognise(model: Any) -> tuple[type, Callable[[nn.Module], nn.Module]]:
     )
 
 
-def _check_state(model: nn.Module) -> None:
+def _check_state(model: nn.Module, kind: Kind) -> None:
     if model.training or any(part.training for part in model.modules()):
         raise ValueError("model: expected one in eval mode, got training mode; call model.eval()")
-    if (reason := attached(model)) is not None:
+    if (reason := attached(model, kind.is_harmless)) is not None:
         raise ValueError(
             f"model: expected plain layers, which can be folded and joined, but {reason}"
         )

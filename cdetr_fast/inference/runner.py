@@ -28,16 +28,31 @@ class Options:
     static_outputs: bool = False
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What differs between models of this package and others of the same architecture.
+
+    Args:
+        optimized_class: Class of the optimised model.
+        twin_of: Gives this package's model with a model's weights.
+        is_harmless: Whether a forward hook of a submodule may go uncalled by the engine.
+    """
+
+    optimized_class: type[nn.Module]
+    twin_of: Callable[[nn.Module], nn.Module]
+    is_harmless: Callable[[Callable], bool]
+
+
 class Runner:
     """Runs a model's engine, and prepares it anew when the model's weights change.
 
     Args:
         options: How to run.
-        twin_of: Gives this package's model with the weights of the model that is run.
+        kind: What the model is.
     """
 
-    def __init__(self, options: Options, twin_of: Callable[[nn.Module], nn.Module]) -> None:
-        self.options, self.twin_of = options, twin_of
+    def __init__(self, options: Options, kind: Kind) -> None:
+        self.options, self.kind = options, kind
         self.engine: Engine | None = None
         self.refreshed = 0
         self.last_plain: str | None = None
@@ -47,7 +62,7 @@ class Runner:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copied or pickled, a model prepares itself again at its first call.
-        return {"options": self.options, "twin_of": self.twin_of}
+        return {"options": self.options, "kind": self.kind}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
@@ -78,11 +93,11 @@ class Runner:
                 watch = self._watch
                 if watch is None or watch.change() is not None:
                     watch = self._build(model)
-        return watch.attachment()
+        return watch.attachment(self.kind.is_harmless)
 
     def _build(self, model: nn.Module) -> Watch:
         watch = Watch(model, Settings(model.config))
-        fresh = Engine(self.twin_of(model))
+        fresh = Engine(self.kind.twin_of(model))
         if self.engine is None or not self.engine.take(fresh):
             self.engine = fresh
             self._call = None

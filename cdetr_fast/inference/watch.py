@@ -1,5 +1,6 @@
 """Notices that a model is no longer the one that something was prepared from."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,10 +48,11 @@ class Watch:
             return "the configuration has changed"
         return None
 
-    def attachment(self) -> str | None:
-        """Says which submodule has a hook, or is in training mode; None if none is."""
+    def attachment(self, is_harmless: Callable[[Callable], bool]) -> str | None:
+        """Says that a submodule has a hook (but a harmless one) or is in training mode, or None."""
         for state in self._states[1:]:  # the model's own hooks run whatever its forward does
-            if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+            hooks = (*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values())
+            if not all(map(is_harmless, hooks)):
                 return "a submodule has a forward hook"
             if state["training"]:
                 return "a submodule is in training mode"
@@ -74,12 +76,14 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def attached(module: nn.Module) -> str | None:
+def attached(module: nn.Module, is_harmless: Callable[[Callable], bool]) -> str | None:
     """Names a submodule that does more than its class says: a hook, an adapter, a new forward."""
     for name, part in module.named_modules():
         if "forward" in vars(part):
             return f"{name or 'model'} has a forward of its own"
-        if part._forward_hooks or part._forward_pre_hooks:
+        if not all(
+            map(is_harmless, (*part._forward_hooks.values(), *part._forward_pre_hooks.values()))
+        ):
             return f"{name or 'model'} has a forward hook"
         if isinstance(part, nn.Linear) and type(part) is not nn.Linear:
             return f"{name} is a {type(part).__name__}"

@@ -1,0 +1,78 @@
+"""Optimised forms of transformers' models: their classes and outputs, this package's engine.
+
+The weights go into this package's model by name (both use the names of transformers 5) under
+`compat="transformers"`, so the numbers are those of transformers, defects included.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.models.conditional_detr import modeling_conditional_detr as modeling
+
+from cdetr_fast.configuration import ConditionalDetrConfig
+from cdetr_fast.inference.models import OptimizedModel, forward_of
+from cdetr_fast.inference.runner import Kind
+from cdetr_fast.key_maps import to_v5
+from cdetr_fast.models import modeling as ours
+
+
+class ConditionalDetrModel(OptimizedModel, modeling.ConditionalDetrModel):
+    """transformers' `ConditionalDetrModel` for inference."""
+
+    _output_class = modeling.ConditionalDetrModelOutput
+    forward = forward_of(modeling.ConditionalDetrModel)
+
+
+class ConditionalDetrForObjectDetection(OptimizedModel, modeling.ConditionalDetrForObjectDetection):
+    """transformers' `ConditionalDetrForObjectDetection` for inference."""
+
+    _output_class = modeling.ConditionalDetrObjectDetectionOutput
+    forward = forward_of(modeling.ConditionalDetrForObjectDetection)
+
+
+class ConditionalDetrForSegmentation(OptimizedModel, modeling.ConditionalDetrForSegmentation):
+    """transformers' `ConditionalDetrForSegmentation` for inference."""
+
+    _output_class = modeling.ConditionalDetrSegmentationOutput
+    forward = forward_of(modeling.ConditionalDetrForSegmentation)
+
+
+_CLASSES = {
+    modeling.ConditionalDetrModel: ConditionalDetrModel,
+    modeling.ConditionalDetrForObjectDetection: ConditionalDetrForObjectDetection,
+    modeling.ConditionalDetrForSegmentation: ConditionalDetrForSegmentation,
+}
+
+
+def recognise(model: nn.Module) -> Kind | None:
+    """The kind of a model of transformers; exactly its classes, as a subclass may do otherwise."""
+    optimized_class = _CLASSES.get(type(model))
+    return optimized_class and Kind(optimized_class, twin_of, is_recorder)
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """This package's model with the weights of a model of transformers, which it shares.
+
+    Raises:
+        ValueError: This package does not have the model's backbone, or the weights do not fit.
+    """
+    config = ConditionalDetrConfig.from_dict(model.config.to_dict() | {"compat": "transformers"})
+    config.backbone_config.use_pretrained_backbone = False
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and not used
+        twin = getattr(ours, type(model).__name__)(config)
+    weights = {
+        name: tensor
+        for name, tensor in to_v5(model.state_dict(keep_vars=True)).items()
+        if not name.endswith(".num_batches_tracked")
+    }
+    try:
+        twin.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"model: expected the weights of its configuration, {error}") from error
+    return twin.eval()
+
+
+def is_recorder(hook: Callable) -> bool:
+    """Whether a forward hook is the one with which transformers records states and attentions."""
+    return getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing")
