@@ -1,0 +1,150 @@
+"""Errors of the kernels, and of torch in the same dtype, against fp64; parity of the model.
+
+    python -m benchmarks.numerics          prints the tables
+    python -m benchmarks.numerics --docs   also writes them into docs/numerics.md
+
+On a GPU if there is one; otherwise kernels are measured in triton's interpreter, at smaller sizes.
+The exit status is 1 if a kernel has more than twice torch's error and a rounding.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import accuracy, measure, ops
+
+PAGE = Path(__file__).parents[1] / "docs" / "numerics.md"
+INTERPRETED = {
+    "conditional_attention": {"batch": 2, "queries": 37, "height": 7, "width": 9, "masked": True},
+    "conditional_attention_separable": {"batch": 2, "queries": 37, "height": 7, "width": 9},
+    "encoder_self_attention": {"batch": 1, "queries": None, "height": 7, "width": 9},
+    "sine_position_2d": {"batch": 2, "height": 7, "width": 33},
+    "sine_query": {"batch": 2, "queries": 67},
+    "matching_cost": {"batch": 2, "queries": 67, "targets": 13},
+    "set_loss": {"batch": 2, "queries": 67, "targets": 13},
+}
+ON_A_GPU = {
+    "conditional_attention": {"batch": 8, "height": 25, "width": 42, "masked": True},
+    "conditional_attention_separable": {"batch": 8, "height": 25, "width": 42},
+    "encoder_self_attention": {"batch": 2, "queries": None, "height": 25, "width": 42},
+    "sine_position_2d": {"batch": 8, "height": 25, "width": 42},
+    "sine_query": {"batch": 8},
+    "matching_cost": {"batch": 8, "targets": 20},
+    "set_loss": {"batch": 8, "targets": 20},
+}
+
+
+def kernel_rows(device: torch.device) -> list[dict[str, Any]]:
+    """Returns a row for the output and the worst gradient of each operator in each dtype."""
+    rows = []
+    for name, size in (ON_A_GPU if device.type == "cuda" else INTERPRETED).items():
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            if name not in ops.WORKS:
+                continue
+            work = ops.WORKS[name][0](dtype, device, **size)
+            if "cdetr_fast triton" not in work.providers:
+                continue
+            judge = accuracy.Judge(work, bool(work.gradients))
+            errors = judge.errors(judge.evaluate(work.providers["cdetr_fast triton"]()))
+            for kind in ("output", "gradient"):
+                group = [x for x in errors if x.name.startswith(kind)]
+                if group:
+                    worst = max(group, key=lambda x: x.error / (2 * x.torchs + x.floor))
+                    rows.append(
+                        {
+                            "operator": name,
+                            "sizes": work.shape,
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "of": worst.name,
+                            "kernel": worst.error,
+                            "torch": worst.torchs,
+                            "allowed": 2 * worst.torchs + worst.floor,
+                        }
+                    )
+    return rows
+
+
+def model_rows() -> list[dict[str, Any]]:
+    """Returns the largest differences of whole models: ours, transformers', and both from fp64."""
+    from benchmarks.model import make_models
+
+    rows = []
+    for backbone in ("resnet18", "resnet50"):
+        theirs, ours = make_models(backbone, "sdpa", dilation=False)
+        generator = torch.Generator().manual_seed(0)
+        pixel_values = torch.randn(2, 3, 256, 320, generator=generator)
+        pixel_mask = torch.ones(2, 256, 320, dtype=torch.int64)
+        pixel_mask[1, 192:] = 0
+        with torch.no_grad():
+            got, their = ours(pixel_values, pixel_mask), theirs(pixel_values, pixel_mask)
+            exact = ours.double()(pixel_values.double(), pixel_mask)
+        for name in ("logits", "pred_boxes", "last_hidden_state", "encoder_last_hidden_state"):
+            a, b, c = got[name], their[name], exact[name]
+            rows.append(
+                {
+                    "backbone": backbone,
+                    "of": name,
+                    "ours - transformers": (a - b).abs().max().item(),
+                    "ours - fp64": (a - c).abs().max().item(),
+                    "transformers - fp64": (b - c).abs().max().item(),
+                }
+            )
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Rows of the same keys as a table of Markdown."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    for row in rows:
+        cells = (f"{x:.1e}" if isinstance(x, float) else str(x) for x in row.values())
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(page: Path, tables: dict[str, str]) -> None:
+    """Puts each table between the marks of its name."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}{table}\n{end}{rest.split(end)[1]}"
+    page.write_text(text, encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--docs", action="store_true", help="write docs/numerics.md")
+    options = parser.parse_args(arguments)
+    on_a_gpu = torch.cuda.is_available()
+    if not on_a_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        # triton decides at import whether it interprets.
+        command = [sys.executable, "-m", "benchmarks.numerics", *sys.argv[1:]]
+        return subprocess.call(command, env=os.environ | {"TRITON_INTERPRET": "1"})
+    kernels = kernel_rows(torch.device("cuda" if on_a_gpu else "cpu"))
+    measure.print_table(kernels)
+    models = model_rows()
+    measure.print_table(models)
+    if options.docs:
+        environment = measure.environment()
+        where = environment["device"] if on_a_gpu else "triton's interpreter on a CPU"
+        versions = ", ".join(f"{x} {environment[x]}" for x in ("torch", "triton", "transformers"))
+        note = f"Measured in {where} with {versions} on {environment['date']}."
+        write(
+            PAGE,
+            {
+                "kernels": f"{note}\n\n{markdown(kernels)}",
+                "models": f"fp32 on a CPU; images of 256 x 320, the second one padded.\n\n"
+                f"{markdown(models)}",
+            },
+        )
+        print("written to", PAGE)
+    return 1 if any(not row["kernel"] <= row["allowed"] for row in kernels) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
