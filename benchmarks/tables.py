@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ops import summary
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- figures: python -m benchmarks.tables -->", "<!-- end of figures -->"
@@ -51,7 +53,55 @@ def figures() -> str:
         f"{environment['torch']}, transformers {environment['transformers']}; medians, the two in "
         f"turns in one run. {made_by}."
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *gpu_figures(RESULTS)])
+
+
+def gpu_figures(folder: Path) -> list[str]:
+    """Returns the lines of a table from the latest file of `benchmarks.gpu_check`, if there is one.
+
+    A work that the file has no time for, on either side, is "not measured".
+    """
+    files = {
+        path: json.loads(path.read_text(encoding="utf-8"))
+        for path in folder.glob("*-torch*.json")
+        if not path.name.startswith("rehearsal")
+    }
+    if not files:
+        return []
+    path = max(files, key=lambda path: (files[path]["environment"]["date"], path.name))
+    environment, rows = files[path]["environment"], files[path]["rows"]
+    lines = [
+        "",
+        "| on a GPU | best of the others | cdetr_fast | times as fast |",
+        "|---|---|---|---|",
+    ]
+    cells = {
+        (line["op"], line["shape"], line["dtype"], line["mode"]): line
+        for line in summary(rows.get("microbenchmarks", []))
+    }
+    for batch, keys in ((1, 1050), (8, 1050), (32, 1050), (8, 4200)):
+        for mode in ("forward", "forward and backward"):
+            shape = f"cross B={batch} Q=300 S={keys}"
+            line = cells.get(("conditional_attention", shape, "bfloat16", mode), {})
+            work = f"conditional_attention, B={batch}, S={keys}, bf16, {mode}"
+            lines.append(
+                _compared(work, line.get("best other"), line.get("its ms"), line.get("ms"))
+            )
+    for name in ("model", "model bf16", "training step"):
+        times = {row["model"]: row["ms"] for row in rows.get(name, [])}
+        ours = [ms for model, ms in times.items() if model.startswith("cdetr_fast")]
+        their = times.get("transformers sdpa")
+        lines.append(_compared(name, "transformers sdpa", their, min(ours, default=None)))
+    versions = ", ".join(f"{x} {environment.get(x)}" for x in ("torch", "triton", "transformers"))
+    made_by = f"`python -m benchmarks.gpu_check` ({path.name})"
+    lines.append(f"\n{environment['device']}, {versions}; medians. {made_by}.")
+    return lines
+
+
+def _compared(work: str, other: str | None, their: float | None, our: float | None) -> str:
+    if their is None or our is None:
+        return f"| {work} | not measured | not measured | |"
+    return f"| {work} | {their:.3g} ms ({other}) | {our:.3g} ms | {their / our:.2f} |"
 
 
 def _model(rows: list[dict[str, Any]]) -> list[str]:

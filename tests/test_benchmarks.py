@@ -13,6 +13,7 @@ from benchmarks import (
     mask_head,
     measure,
     model,
+    numerics,
     ops,
     post_processing,
     preprocessing,
@@ -114,3 +115,53 @@ def test_no_speed_over_a_failed_check():
     (row,) = ops.measured(wrong_work, "forward and backward", 1, 1.0)
     assert row["not measured"] == "fails the check of accuracy"
     assert "ms" not in row
+
+
+def microbenchmark(provider, ms):
+    return {"op": "conditional_attention", "shape": "cross B=8 Q=300 S=1050", "dtype": "bfloat16",
+            "mode": "forward", "provider": provider, "ms": ms, "of the roofline": 0.5}  # fmt: skip
+
+
+def test_figures_from_a_gpu_appear_once_there_are_results(tmp_path):
+    assert tables.gpu_figures(tmp_path) == []
+    rows = [microbenchmark("cdetr_fast triton", 2.0), microbenchmark("sdpa math", 9.0),
+            microbenchmark("sdpa cudnn", 3.0)]  # fmt: skip
+    model = [{"model": "transformers sdpa", "ms": 10.0}, {"model": "cdetr_fast", "ms": 4.0}]
+    content = {
+        "environment": {"date": "2030-01-01", "device": "Some GPU", "torch": "2.11"},
+        "rows": {"microbenchmarks": rows, "model": model},
+    }
+    (tmp_path / "some-gpu-torch2.11-2030-01-01.json").write_text(json.dumps(content))
+    (tmp_path / "rehearsal-torch2.11-2030-01-02.json").write_text("not read")
+    lines = tables.gpu_figures(tmp_path)
+    measured = [line for line in lines if line.startswith("| ") and "not measured" not in line]
+    assert measured[1:] == [
+        "| conditional_attention, B=8, S=1050, bf16, forward | 3 ms (sdpa cudnn) | 2 ms | 1.50 |",
+        "| model | 10 ms (transformers sdpa) | 4 ms | 2.50 |",
+    ]
+    assert "Some GPU" in lines[-1]
+
+
+def test_plots(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    rows = [microbenchmark("cdetr_fast triton", 2.0), microbenchmark("sdpa math", 9.0)]
+    content = {"environment": {"device": "Some GPU", "torch": "2.11", "date": "2030-01-01"}}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(content | {"rows": rows}))
+    assert plots.main([str(path), "--folder", str(tmp_path)]) == 0
+    picture = tmp_path / "conditional_attention-bfloat16-forward.png"
+    assert capsys.readouterr().out.strip() == str(picture)
+    assert picture.stat().st_size > 10_000
+    path.write_text(json.dumps(content | {"rows": []}))
+    assert plots.main([str(path), "--folder", str(tmp_path)]) == 1
+
+
+def test_numerics_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n")
+    numerics.write(page, {"x": numerics.markdown([{"name": "n", "error": 1.23e-5}])})
+    assert page.read_text() == (
+        "a\n<!-- x -->\n| name | error |\n|---|---|\n| n | 1.2e-05 |\n<!-- /x -->\nb\n"
+    )

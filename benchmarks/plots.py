@@ -1,0 +1,111 @@
+"""Draws what the microbenchmarks measured, a picture for each operator, dtype and mode.
+
+    python -m benchmarks.plots benchmarks/results/RESULT.json --folder output/plots
+
+RESULT.json is of `benchmarks.ops --output` or `benchmarks.gpu_check`. Needs matplotlib (the extra
+`benchmarks`).
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+
+from benchmarks.ops import best_ms
+
+OURS = ("#08519c", "#3182bd", "#6baed6")
+OTHERS = ("#d95f0e", "#fe9929", "#fec44f", "#969696", "#636363", "#252525", "#bdbdbd")
+
+
+def read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Returns the rows of the microbenchmarks that have a time, and the environment."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rows = content["rows"]
+    if isinstance(rows, dict):
+        rows = rows.get("microbenchmarks", [])
+    return [row for row in rows if "ms" in row], content["environment"]
+
+
+def colours(providers: list[str]) -> dict[str, str]:
+    """Blues for ours, the same colour for a provider in all pictures."""
+    ours = [name for name in providers if name.startswith("cdetr_fast")]
+    others = [name for name in providers if name not in ours]
+    return {
+        name: palette[i % len(palette)]
+        for group, palette in ((ours, OURS), (others, OTHERS))
+        for i, name in enumerate(group)
+    }
+
+
+def draw(rows: list[dict[str, Any]], palette: dict[str, str], title: str, note: str):
+    """One picture: groups of bars by shape, a bar for each provider, in milliseconds."""
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    providers = [name for name in palette if any(row["provider"] == name for row in rows)]
+    height = 0.24 * sum(1 for _ in rows) + 0.45 * len(shapes) + 1.6
+    figure, axes = plt.subplots(figsize=(9, max(3.0, height)), layout="constrained")
+    y, ticks = 0.0, []
+    for shape in shapes:
+        group = {row["provider"]: row for row in rows if row["shape"] == shape}
+        first = y
+        for name in providers:
+            if name not in group:
+                continue
+            row = group[name]
+            ms = best_ms(row)
+            axes.barh(y, ms, 0.85, color=palette[name])
+            axes.text(ms, y, f" {ms:.3g}", va="center", fontsize=7)
+            y += 1
+        # No version can be faster: counted bytes and products at the rates that were measured.
+        some = next(iter(group.values()))
+        floor = best_ms(some) * some["of the roofline"]
+        axes.plot([floor, floor], [first - 0.5, y - 0.5], color="black", linewidth=1.2)
+        ticks.append(((first + y - 1) / 2, shape))
+        y += 1
+    axes.set_yticks([place for place, _ in ticks], [shape for _, shape in ticks], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(mpl.ticker.LogFormatter(minor_thresholds=(2, 0.6)))
+    axes.tick_params(axis="x", which="both", labelsize=8)
+    axes.set_xlabel("median time of a call, ms (log scale); black: the roofline of this device")
+    axes.margins(x=0.12)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(axis="x", alpha=0.3, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [mpl.patches.Patch(color=palette[name], label=name) for name in providers]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.suptitle(note, x=0.99, ha="right", fontsize=7, color="gray")
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--folder", type=Path, default=Path("output/plots"))
+    options = parser.parse_args(arguments)
+    mpl.use("Agg")
+    rows, environment = read(options.results)
+    if not rows:
+        print(f"{options.results}: no times of microbenchmarks", file=sys.stderr)
+        return 1
+    options.folder.mkdir(parents=True, exist_ok=True)
+    palette = colours(sorted({row["provider"] for row in rows}))
+    device = environment.get("device") or f"{environment['processor']}, CPU"
+    note = f"{device}, torch {environment['torch']}, {environment['date']}"
+    for key in dict.fromkeys((row["op"], row["dtype"], row["mode"]) for row in rows):
+        group = [row for row in rows if (row["op"], row["dtype"], row["mode"]) == key]
+        figure = draw(group, palette, ", ".join(key), note)
+        path = options.folder / (re.sub(r"\W+", "-", " ".join(key)) + ".png")
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
