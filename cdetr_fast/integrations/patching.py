@@ -48,7 +48,7 @@ _TECHNIQUES = {
             f"{_MODELING}:ConditionalDetrEncoder.forward",
             f"{_MODELING}:ConditionalDetrDecoder.forward",
         ),
-        ("0c6d038b2cad", "03300eb5db4c"),
+        ("84987232d8e8", "ac2a775b8fc5"),
     ),
     "position_codes": _Technique(
         {
@@ -59,12 +59,12 @@ _TECHNIQUES = {
             f"{_MODELING}:ConditionalDetrSinePositionEmbedding",
             f"{_MODELING}:encode_sinusoidal_position_embedding",
         ),
-        ("affa6f718730",),
+        ("83da024f22fa",),
     ),
     "overflow_clamp": _Technique(
         {f"{_MODELING}:ConditionalDetrEncoderLayer.forward": "encoder_layer"},
         (f"{_MODELING}:ConditionalDetrEncoderLayer",),
-        ("3a24dc8e6b35",),
+        ("c0d2c5f48e9a",),
     ),
     "losses": _Technique(
         {
@@ -86,7 +86,7 @@ _TECHNIQUES = {
             f"{_LOSSES}:sigmoid_focal_loss",
             f"{_LOSSES}:dice_loss",
         ),
-        ("0df947a743fe", "d3de1e3b85a9"),
+        ("3b1063efb26b", "c11ba95bfaab"),
     ),
     "mask_head": _Technique(
         {f"{_MODELING}:ConditionalDetrMaskHeadSmallConv.forward": "mask_head"},
@@ -95,7 +95,7 @@ _TECHNIQUES = {
             f"{_MODELING}:ConditionalDetrFPNFusionStage",
             f"{_MODELING}:ConditionalDetrConvBlock",
         ),
-        ("dfbe81665191",),
+        ("3b7a913bbf14",),
     ),
     "batch_norm": _Technique(
         {f"{_MODELING}:ConditionalDetrFrozenBatchNorm2d.forward": "batch_norm"},

@@ -37,12 +37,19 @@ def check_version(version: str) -> None:
 
 @functools.cache
 def fingerprint(*parts: Any) -> str:
-    """Returns a hash of the source of functions and classes; the same on every Python."""
+    """Returns a hash of the source of functions, and of classes' methods; one for all Pythons."""
     digest = hashlib.sha256()
-    for part in parts:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(part))))
+    for function in (function for part in parts for function in _functions(part)):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         digest.update(repr(_bare(tree)).encode())
     return digest.hexdigest()[:12]
+
+
+def _functions(part: Any) -> list[Callable]:
+    if not inspect.isclass(part):
+        return [inspect.unwrap(part)]
+    members = (getattr(member, "__func__", member) for _, member in sorted(vars(part).items()))
+    return [inspect.unwrap(member) for member in members if inspect.isfunction(member)]
 
 
 def check_structure(name: str, parts: dict[str, Any], known: tuple[str, ...]) -> None:
