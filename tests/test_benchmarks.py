@@ -15,6 +15,7 @@ from benchmarks import (
     model,
     numerics,
     ops,
+    patching,
     post_processing,
     preprocessing,
     tables,
@@ -35,6 +36,10 @@ def results(tmp_path, monkeypatch):
         (training_step, "--backbone resnet18 --size 64 96 --batch 2 --threads 1 --repeats 1"),
         (mask_head, "--size 128 160 --queries 10 --threads 1 --repeats 1"),
         (loss, "--batch 2 --targets 3 --threads 1 --repeats 1"),
+        (
+            patching,
+            "--backbone resnet18 --size 64 96 --training-size 64 96 --threads 1 --repeats 1",
+        ),
         (preprocessing, "--batch 1 2 --threads 1 --repeats 1 --steps"),
         (
             post_processing,

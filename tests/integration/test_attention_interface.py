@@ -6,7 +6,7 @@ from oracle import leaves, make_theirs, padded_images
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cdetr_fast
-from cdetr_fast.integrations import adapters
+from cdetr_fast.integrations import attention
 
 transformers = pytest.importorskip("transformers")
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
@@ -31,13 +31,13 @@ def _registered():
 def calls(monkeypatch):
     """Shapes of queries that reached the operator."""
     seen = []
-    original = adapters.conditional_attention
+    original = attention.conditional_attention
 
     def counted(query, *args, **kwargs):
         seen.append(tuple(query.shape))
         return original(query, *args, **kwargs)
 
-    monkeypatch.setattr(adapters, "conditional_attention", counted)
+    monkeypatch.setattr(attention, "conditional_attention", counted)
     return seen
 
 
@@ -203,7 +203,7 @@ class ScalarReads(TorchDispatchMode):
 
 
 def test_padding_is_not_looked_at(monkeypatch):
-    monkeypatch.setattr(adapters, "_is_trivial", lambda mask: False)  # as on a GPU
+    monkeypatch.setattr(attention, "_is_trivial", lambda mask: False)  # as on a GPU
     model = make_theirs("detection", "cdetr_fast").eval()
     with torch.no_grad(), ScalarReads() as mode:
         model(*padded_images())

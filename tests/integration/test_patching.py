@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cdetr_fast
-from cdetr_fast.integrations import adapters, patching, versions
+from cdetr_fast.integrations import adapters, attention, patching, versions
 
 transformers = pytest.importorskip("transformers")
 from transformers.loss.loss_utils import LOSS_MAPPING  # noqa: E402
@@ -146,7 +146,7 @@ def test_each_technique_alone(switch):
 
 
 OPERATORS = {
-    # name in adapters: (switch, calls of one training step of segmentation, of what)
+    # name: (switch, calls of one training step of segmentation, of what)
     "conditional_attention": ("attention", 2 + 3 + 3),  # a layer each
     "sine_position_2d": ("position_codes", 1),
     "sine_query": ("position_codes", 1),
@@ -161,8 +161,8 @@ def test_operators_are_called(implementation, monkeypatch):
     """Once per layer or per step, padded and in training; and only under their switch."""
     counts = dict.fromkeys(OPERATORS, 0)
 
-    def counted(name):
-        original = getattr(adapters, name)
+    def counted(module, name):
+        original = getattr(module, name)
 
         def call(*args, **kwargs):
             counts[name] += 1
@@ -171,7 +171,8 @@ def test_operators_are_called(implementation, monkeypatch):
         return call
 
     for name in OPERATORS:
-        monkeypatch.setattr(adapters, name, counted(name))
+        module = attention if name == "conditional_attention" else adapters
+        monkeypatch.setattr(module, name, counted(module, name))
     model = make_theirs("segmentation", implementation)
     for switch in SWITCHES:
         counts.update(dict.fromkeys(OPERATORS, 0))
@@ -232,7 +233,7 @@ def test_before_transformers_is_imported():
     )
     run = [sys.executable, "-c", script]
     lines = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
-    assert lines[-1].endswith("adapters.py")
+    assert lines[-1].endswith("attention.py")
 
 
 def test_without_transformers(monkeypatch):
@@ -366,7 +367,7 @@ class ScalarReads(TorchDispatchMode):
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "cdetr_fast"])
 def test_no_host_synchronisation(implementation, monkeypatch):
     """As on a GPU, where nobody looks at a mask."""
-    monkeypatch.setattr(adapters, "_is_trivial", lambda mask: False)
+    monkeypatch.setattr(attention, "_is_trivial", lambda mask: False)
     with cdetr_fast.patch_transformers(**only("attention_interface")):
         model = make_theirs("segmentation", implementation, auxiliary_loss=True)
     with ScalarReads() as theirs, contextlib.suppress(KeyError):
