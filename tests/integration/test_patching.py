@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 from oracle import leaves, make_theirs, padded_images, random_labels
+from packaging import version
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -264,11 +265,11 @@ def test_pickles_and_files_hold_nothing_of_it(tmp_path):
         assert torch.equal(value, leaves(expected)[name]), name
 
 
-@pytest.mark.parametrize("version", ["4.57.6", "5.16.1", "5.25.0.dev0", "6.0.0", "main"])
-def test_other_versions_are_refused(version, monkeypatch):
-    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+@pytest.mark.parametrize("release", ["4.57.6", "5.16.1", "5.25.0.dev0", "6.0.0", "main"])
+def test_other_versions_are_refused(release, monkeypatch):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", release)
     before = snapshot()
-    with pytest.raises(RuntimeError, match=rf"expected 5\.17 to 5\.24, got {version}"):
+    with pytest.raises(RuntimeError, match=rf"expected 5\.17 to 5\.24, got {release}"):
         cdetr_fast.patch_transformers()
     assert differences(before, snapshot()) == []
 
@@ -374,7 +375,9 @@ def test_no_host_synchronisation(implementation, monkeypatch):
         forward(model, "segmentation").loss.backward()
     with cdetr_fast.patch_transformers(), ScalarReads() as ours:
         forward(model, "segmentation").loss.backward()
-    assert ours.count == 0
+    # Older ones draw a number for each decoder layer, on the host, and read it.
+    drawn = 0 if version.parse(transformers.__version__) >= version.parse("5.23") else 3
+    assert ours.count == drawn
     assert theirs.count > 10 or implementation == "cdetr_fast"
 
 
