@@ -491,3 +491,58 @@ def test_half_precision_is_no_worse():
             ours = errors(half, dtype, autocast)
         for name, error in theirs.items():
             assert ours[name] <= 2 * error + 1e-4, name
+
+
+class Scenes(torch.utils.data.Dataset):
+    """Padded images and labels, as Trainer takes them."""
+
+    def __init__(self):
+        self.pixel_values, self.pixel_mask = padded_images()
+        self.labels = random_labels((2, 1))
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return self.pixel_values[index], self.pixel_mask[index], self.labels[index]
+
+
+def collate(samples):
+    pixel_values, pixel_mask, labels = zip(*samples, strict=True)
+    images = {"pixel_values": torch.stack(pixel_values), "pixel_mask": torch.stack(pixel_mask)}
+    return images | {"labels": list(labels)}
+
+
+def train(model, folder):
+    """Two steps of Trainer; the losses, and the model as its folder loads."""
+    settings = transformers.TrainingArguments(
+        str(folder), max_steps=2, logging_steps=1, save_steps=2, report_to="none", use_cpu=True,
+        per_device_train_batch_size=2, remove_unused_columns=False, learning_rate=1e-4, seed=0,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, settings, train_dataset=Scenes(), data_collator=collate)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, type(model).from_pretrained(folder / "checkpoint-2")
+
+
+def test_trainer_and_pipeline(tmp_path, photo):
+    model = make_theirs(implementation="sdpa", auxiliary_loss=True)
+    expected, trained = train(copy.deepcopy(model), tmp_path / "plain")
+    processor = transformers.ConditionalDetrImageProcessor(size={"height": 96, "width": 128})
+
+    def detect():
+        pipeline = transformers.pipeline(
+            "object-detection", model=trained.eval(), image_processor=processor, device="cpu"
+        )
+        return pipeline(photo, threshold=0.0)
+
+    found = detect()
+    with cdetr_fast.patch_transformers():
+        losses, patched = train(model, tmp_path / "patched")
+        again = detect()
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert_same_outputs(predict(patched), predict(trained))
+    assert len(found) > 10
+    assert [x["score"] for x in again] == pytest.approx([x["score"] for x in found], abs=1e-4)
+    assert again[0]["label"] == found[0]["label"]
+    assert again[0]["box"] == pytest.approx(found[0]["box"], abs=1)  # whole pixels, cut off
