@@ -322,7 +322,7 @@ def complaints(
     found = []
     memory = CAPACITY[architecture][0] - (not architecture.startswith("gfx"))
     registers = 512 if architecture.startswith("gfx") else 255
-    if configurations.has_entries(architecture):
+    if architecture in DOCUMENTED or not configurations.is_borrowed(architecture, launch.tile):
         memory, registers = min(memory, launch.tile.shared), launch.tile.registers
     if used["spills"] > launch.tile.spills:
         found.append(f"{used['spills']} spills > {launch.tile.spills}")

@@ -20,9 +20,9 @@ def test_budgets_of_an_entry_count_only_where_it_is_not_borrowed():
     launch = audit.launches(case, "sm_86")["forward"]
     used = {"registers": 250, "spills": 0, "shared": 60 * 1024, "programs": 1, "tensor": 1,
             "load16": 1, "store16": 1, "async": 1}  # fmt: skip
-    assert configurations.has_entries("sm_80")
+    assert not configurations.is_borrowed("sm_80", launch.tile)
     assert audit.complaints(used, launch, case, "sm_80")
-    assert not configurations.has_entries("sm_86")
+    assert configurations.is_borrowed("sm_86", launch.tile)
     assert audit.complaints(used, launch, case, "sm_86") == []
     # What a program can have there, whoever's tile it is.
     (complaint,) = audit.complaints(used | {"shared": 100 * 1024}, launch, case, "sm_86")

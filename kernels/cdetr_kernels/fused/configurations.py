@@ -11,7 +11,7 @@ KERNELS = ("forward", "backward_queries", "backward_keys", "attention_map")
 # The wider of a head's half and its value, padded to a power of two, falls into one of these.
 WIDTHS = (32, 64, 128)
 # sm_80's tiles fit into the 99 KiB of shared memory that the consumer chips have.
-_STAND_INS = {"sm_103": "sm_100", "gfx950": "gfx942", "gfx90a": "gfx942"}
+_STAND_INS = {"sm_89": "sm_86", "sm_103": "sm_100", "gfx950": "gfx942", "gfx90a": "gfx942"}
 # Small, so that small inputs have several tiles.
 _INTERPRETED = Tile(32, 32)
 
@@ -35,9 +35,9 @@ def tile(kernel: str, architecture: str, precision: str, size: int) -> Tile:
     return TILES[architecture, precision, width, kernel]
 
 
-def has_entries(architecture: str) -> bool:
-    """Whether an architecture has tiles of its own, and does not borrow those of another one."""
-    return any(name == architecture for name, *_ in TILES)
+def is_borrowed(architecture: str, tile: Tile) -> bool:
+    """Whether a tile is none of those that the table has for an architecture."""
+    return not any(name == architecture and x == tile for (name, *_), x in TILES.items())
 
 
 def padded(size: int) -> int:

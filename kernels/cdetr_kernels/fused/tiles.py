@@ -70,6 +70,13 @@ TILES = {
     ("sm_80", "ieee", 128, "backward_queries"): Tile(16, 16, 8, 1, 255, 49),
     ("sm_80", "ieee", 128, "backward_keys"): Tile(16, 16, 8, 1, 255, 50),
     ("sm_80", "ieee", 128, "attention_map"): Tile(16, 16, 8, 1, 48, 17),
+    # Consumer chips: only where sm_80's tile spills.
+    ("sm_86", "tf32", 32, "forward"): Tile(64, 32, 4, 1, 144, 21),
+    ("sm_86", "tf32", 64, "backward_keys"): Tile(32, 32, 8, 2, 152, 58),
+    ("sm_86", "ieee", 128, "backward_queries"): Tile(16, 16, 8, 1, 255, 49, 24),
+    ("sm_86", "ieee", 128, "backward_keys"): Tile(16, 16, 8, 1, 255, 50, 24),
+    ("sm_120", "tf32", 128, "backward_queries"): Tile(16, 32, 8, 1, 136, 73),
+    ("sm_120", "ieee", 128, "backward_keys"): Tile(16, 16, 8, 1, 255, 50, 56),
     ("sm_90", "half", 32, "forward"): Tile(64, 64, 4, 3, 168, 45),
     ("sm_90", "half", 32, "backward_queries"): Tile(64, 64, 4, 2, 240, 37),
     ("sm_90", "half", 32, "backward_keys"): Tile(64, 64, 4, 2, 224, 38),
