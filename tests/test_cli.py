@@ -197,6 +197,33 @@ def test_batches_change_nothing(run, checkpoint, pictures, tmp_path):
         np.testing.assert_allclose(*boxes, atol=0.02)
 
 
+def test_detect_with_a_segmentation_model(run, pictures, tmp_path):
+    from test_predict import config, randomized
+
+    from cdetr_fast import ConditionalDetrForSegmentation, ConditionalDetrImageProcessor
+
+    size = {"shortest_edge": 64, "longest_edge": 96}
+    model = randomized(ConditionalDetrForSegmentation(config(num_queries=1)))
+    model.save_pretrained(tmp_path / "model")
+    ConditionalDetrImageProcessor(size=size).save_pretrained(tmp_path / "model")
+    output = tmp_path / "results"
+    options = ["--model", tmp_path / "model", "--output", output, "--threshold", 0]
+    done = run("detect", pictures, *options)
+    assert (done.code, done.err.strip()) == (0, "")
+    coco_mask = pytest.importorskip("pycocotools.mask")
+    results = read(output / "detections.json")
+    assert results
+    for record in read(output / "images.json")["images"]:
+        masks = [
+            coco_mask.decode(item["segmentation"])
+            for item in results
+            if item["image_id"] == record["id"]
+        ]
+        assert all(mask.shape == (record["height"], record["width"]) for mask in masks)
+        assert np.sum(masks, axis=0).max() <= 1  # no pixel is in two of them
+        assert (output / record["picture"]).is_file()
+
+
 def test_threshold_drops_what_is_below(run, checkpoint, pictures, tmp_path):
     common = [pictures, "--model", checkpoint, "--output", tmp_path]
     run("detect", *common, "--threshold", 0)

@@ -35,9 +35,8 @@ def config(**changes) -> ConditionalDetrConfig:
         decoder_attention_heads=8,
         encoder_ffn_dim=32,
         decoder_ffn_dim=32,
-        num_queries=7,
         id2label=NAMES,
-        **changes,
+        **({"num_queries": 7} | changes),
     )
 
 
