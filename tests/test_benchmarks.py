@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    folder,
     loss,
     mask_head,
     measure,
@@ -40,6 +41,7 @@ def results(tmp_path, monkeypatch):
             patching,
             "--backbone resnet18 --size 64 96 --training-size 64 96 --threads 1 --repeats 1",
         ),
+        (folder, "--images 2 --edges 64 96 --backbone resnet18 --threads 1 --repeats 1"),
         (preprocessing, "--batch 1 2 --threads 1 --repeats 1 --steps"),
         (
             post_processing,
