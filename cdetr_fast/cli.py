@@ -1,4 +1,4 @@
-"""The command line: `cdetr-fast detect | demo | info | build-native`.
+"""The command line: `cdetr-fast detect | demo | train | evaluate | convert | info | build-native`.
 
 Heavy imports are inside the commands, so that `--help` and usage errors come at once.
 """
@@ -43,6 +43,12 @@ IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
 """What counts as an image in a folder; a file named on the command line may be called anything."""
+
+# The training package reads the arguments of its commands itself, `--help` too.
+_PASSED_ON: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "add_help_option": False,
+}
 
 _SCENES_PER_SEED = 10_000  # `--seed` 0 to 99,999 stay below the seeds of the training scenes
 _SHEET_COLUMNS, _SHEET_ROWS = 4, 3
@@ -217,6 +223,30 @@ def demo(
         f"(median; one image at a time, from picture to boxes, on {detector.describe_device()})"
     )
     print(f"pictures   {output / 'contact_sheet.png'}")
+
+
+@app.command(**_PASSED_ON)
+def train(context: typer.Context) -> None:
+    """Train a model on COCO-format data."""
+    from cdetr_fast.training.commands import train_command
+
+    train_command(context.args)
+
+
+@app.command(**_PASSED_ON)
+def evaluate(context: typer.Context) -> None:
+    """Score a checkpoint on COCO-format data."""
+    from cdetr_fast.training.commands import evaluate_command
+
+    evaluate_command(context.args)
+
+
+@app.command(**_PASSED_ON)
+def convert(context: typer.Context) -> None:
+    """Make COCO-format annotations of a Pascal VOC or YOLO folder."""
+    from cdetr_fast.training.commands import convert_command
+
+    convert_command(context.args)
 
 
 @app.command()

@@ -27,6 +27,7 @@ def detection_loss(
     config: ConditionalDetrConfig,
     outputs_class: Tensor | None = None,
     outputs_coord: Tensor | None = None,
+    num_boxes: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
     """Computes the loss of a detection model; the signature is that of transformers.
 
@@ -39,6 +40,9 @@ def detection_loss(
         config: Holds the weights of costs and losses, `auxiliary_loss` and `compat`.
         outputs_class: Class logits of every decoder layer `[L, B, Q, K]`, for the auxiliary losses.
         outputs_coord: Boxes of every decoder layer `[L, B, Q, 4]`.
+        num_boxes: Number of boxes that the losses are divided by, a scalar; None counts those of
+            this batch, averaged over the processes. With gradient accumulation it is the number in
+            all batches of the step, divided by the number of processes.
 
     Returns:
         The weighted sum; each loss by name, with `_i` appended for layer i < L-1; and the outputs
@@ -49,7 +53,7 @@ def detection_loss(
         ValueError: A label or box is out of range, or shapes do not fit.
     """
     criterion = _criterion(
-        logits, labels, device, pred_boxes, config, outputs_class, outputs_coord, "focal"
+        logits, labels, device, pred_boxes, config, outputs_class, outputs_coord, "focal", num_boxes
     )
     return criterion.loss, _named(criterion.per_layer), criterion.auxiliary_outputs
 
@@ -63,6 +67,7 @@ def segmentation_loss(
     config: ConditionalDetrConfig,
     outputs_class: Tensor | None = None,
     outputs_coord: Tensor | None = None,
+    num_boxes: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
     """Computes the loss of a segmentation model: `detection_loss`, and masks of the last layer.
 
@@ -79,13 +84,22 @@ def segmentation_loss(
         config: Holds the weights.
         outputs_class: `[L, B, Q, K]`.
         outputs_coord: `[L, B, Q, 4]`.
+        num_boxes: A scalar or None.
 
     Returns:
         As `detection_loss`.
     """
     classification = "focal" if config.compat == "paper" else "softmax"
     criterion = _criterion(
-        logits, labels, device, pred_boxes, config, outputs_class, outputs_coord, classification
+        logits,
+        labels,
+        device,
+        pred_boxes,
+        config,
+        outputs_class,
+        outputs_coord,
+        classification,
+        num_boxes,
     )
     _check_masks(labels)
     mask_losses = _mask_losses(
@@ -125,6 +139,7 @@ def _criterion(
     outputs_class: Tensor | None,
     outputs_coord: Tensor | None,
     classification: str,
+    num_boxes: Tensor | None,
 ) -> _Criterion:
     auxiliary = None
     layer_logits, layer_boxes = logits[None], pred_boxes[None]
@@ -143,7 +158,8 @@ def _criterion(
     targets = pad_targets(labels, device, len(logits), logits.shape[2], config.compat)
     with torch.no_grad():
         matches = match(layer_logits, layer_boxes, targets, config, classification)
-    num_boxes = _average_num_boxes(targets.counts, config.compat)
+    if num_boxes is None:
+        num_boxes = _average_num_boxes(targets.counts, config.compat)
     per_layer = set_loss(
         layer_logits,
         layer_boxes,

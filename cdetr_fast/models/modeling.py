@@ -279,6 +279,7 @@ class ConditionalDetrForObjectDetection(DetectingModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        num_boxes: Tensor | None = None,
     ) -> ConditionalDetrObjectDetectionOutput | tuple:
         """Detects objects; with labels, also computes the loss.
 
@@ -295,6 +296,8 @@ class ConditionalDetrForObjectDetection(DetectingModel):
             output_attentions: Return attention maps.
             output_hidden_states: Return the layers' states.
             return_dict: Return a `ConditionalDetrObjectDetectionOutput`, else a tuple.
+            num_boxes: Number of boxes that the losses are divided by, a scalar, for gradient
+                accumulation (see `cdetr_fast.losses.detection_loss`); None counts the labels' own.
 
         Raises:
             TypeError: A dtype does not fit.
@@ -321,6 +324,7 @@ class ConditionalDetrForObjectDetection(DetectingModel):
                 pred_boxes,
                 self.config,
                 *self.predict_auxiliary(outputs),
+                **({} if num_boxes is None else {"num_boxes": num_boxes}),
             )
         output = ConditionalDetrObjectDetectionOutput(
             loss=loss,
@@ -406,6 +410,7 @@ class ConditionalDetrForSegmentation(SegmentingModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        num_boxes: Tensor | None = None,
     ) -> ConditionalDetrSegmentationOutput | tuple:
         """Detects and segments; arguments as in `ConditionalDetrForObjectDetection.forward`.
 
@@ -420,6 +425,7 @@ class ConditionalDetrForSegmentation(SegmentingModel):
             output_attentions: Return attention maps.
             output_hidden_states: Return the layers' states.
             return_dict: Return a `ConditionalDetrSegmentationOutput`, else a tuple.
+            num_boxes: As for detection.
         """
         detector = self.conditional_detr
         if inputs_embeds is not None:
@@ -451,6 +457,7 @@ class ConditionalDetrForSegmentation(SegmentingModel):
                 pred_masks,
                 self.config,
                 *detector.predict_auxiliary(outputs, use_reference_points),
+                **({} if num_boxes is None else {"num_boxes": num_boxes}),
             )
         output = ConditionalDetrSegmentationOutput(
             loss=loss,

@@ -1,0 +1,132 @@
+"""The commands `cdetr-fast train`, `evaluate` and `convert`: arguments in, one-line errors out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from cdetr_fast.training.errors import DataError, TrainingStopped
+
+if TYPE_CHECKING:
+    from cdetr_fast.training.evaluation import Evaluation
+
+_COLUMNS = ("AP", "AP50", "AR100")
+_TRAIN_NEEDS = ("accelerate", "faster_coco_eval", "matplotlib", "yaml")
+
+
+def train_command(arguments: Sequence[str] | None = None) -> None:
+    """Runs `cdetr-fast train`; exit code 1 for an error, 143 after SIGTERM."""
+    _require(_TRAIN_NEEDS, "train")
+    from cdetr_fast.training.config import parse_flags
+
+    def run() -> None:
+        config = parse_flags(
+            sys.argv[1:] if arguments is None else arguments,
+            "cdetr-fast train",
+            "Train on COCO-format data. Every setting is a flag and a key of the YAML file.",
+        )
+        from cdetr_fast.training.engine import train
+
+        result = train(config)
+        _print_result(result, config.output)
+
+    _guarded(run)
+
+
+def evaluate_command(arguments: Sequence[str]) -> None:
+    """Runs `cdetr-fast evaluate`."""
+    _require(_TRAIN_NEEDS, "train")
+    parser = argparse.ArgumentParser(
+        "cdetr-fast evaluate",
+        description="Score a checkpoint by COCO's rules; writes tables and pictures.",
+    )
+    parser.add_argument("--model", required=True, help="folder or hub name")
+    parser.add_argument("--annotations", required=True, help="COCO JSON file")
+    parser.add_argument("--images", help="folder of its images, if not found beside the file")
+    parser.add_argument("--output", default="output/evaluate", help="folder for the results")
+    parser.add_argument("--batch-size", type=int, default=1, help="images in a forward pass")
+    parser.add_argument("--num-workers", type=int, default=2, help="processes that load images")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="lowest score in confusion and pictures"
+    )
+    parser.add_argument("--bad-labels", choices=("stop", "drop"), default="stop")
+    options = vars(parser.parse_args(arguments))
+
+    def run() -> None:
+        from cdetr_fast.training.evaluate import evaluate
+
+        evaluation = evaluate(**options)
+        if evaluation is not None:
+            _print_evaluation(evaluation)
+            print(f"tables and pictures: {options['output']}")
+
+    _guarded(run)
+
+
+def _print_evaluation(evaluation: Evaluation) -> None:
+    table = Table("class", "objects", "AP", "AP50", "AR100", box=None, pad_edge=False)
+    for one in evaluation.classes:
+        table.add_row(one["class"], str(one["objects"]), *(f"{one[k]:.3f}" for k in _COLUMNS))
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    for name, value in evaluation.stats.items():
+        console.print(f"{name:10} {value:.3f}")
+
+
+def convert_command(arguments: Sequence[str]) -> None:
+    """Runs `cdetr-fast convert`."""
+    parser = argparse.ArgumentParser(
+        "cdetr-fast convert", description="Write COCO JSON files for a Pascal VOC or YOLO folder."
+    )
+    parser.add_argument("kind", choices=("voc", "yolo"))
+    parser.add_argument("source", help="folder of the data set")
+    parser.add_argument("--output", required=True, help="folder for instances_<split>.json")
+    options = parser.parse_args(arguments)
+
+    def run() -> None:
+        from cdetr_fast.training import conversion
+
+        written = conversion.convert(options.kind, options.source, options.output)
+        images = conversion.image_folder(options.kind, options.source)
+        print("\n".join(conversion.lines_about(written, images)))
+
+    _guarded(run)
+
+
+def _print_result(result: dict, output: str) -> None:
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        figures = ", ".join(f"{k} {result[k]:.3f}" for k in ("AP", "AP50") if k in result)
+        print(f"{result['step']} steps{', ' + figures if figures else ''}: {output}")
+
+
+def _require(modules: Sequence[str], extra: str) -> None:
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        _fail(f"{', '.join(missing)} missing: pip install 'cdetr-fast[{extra}]'", 1)
+
+
+def _guarded(run: Callable[[], None]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for chatty in ("accelerate", "faster_coco_eval", "timm"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        run()
+    except TrainingStopped as error:
+        _fail(str(error), error.exit_code)
+    except DataError as error:
+        _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"cdetr-fast: {message}", file=sys.stderr)
+    sys.exit(code)

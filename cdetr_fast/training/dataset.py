@@ -1,0 +1,253 @@
+"""Images and labels as the model takes them: read, transformed and put together by the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+
+from cdetr_fast.training.coco import CocoIndex
+from cdetr_fast.training.errors import DataError
+from cdetr_fast.training.sampling import Draw
+from cdetr_fast.training.signals import ignore_in_worker
+from cdetr_fast.training.transforms import Sample
+
+
+@dataclass
+class Batch:
+    """A batch on its way to the model.
+
+    Attributes:
+        pixels: uint8 `[B, 3, H, W]`, padded with 0; normalised on the device, which makes the
+            transfer four times smaller.
+        pixel_mask: bool `[B, H, W]`, True = image; None if nothing is padded.
+        labels: One dictionary an image: `class_labels` int64 `[T]`, `boxes` fp32 `[T, 4]` as centre
+            and size relative to the image, `masks` bool `[T, H, W]` for segmentation.
+        image_ids: Of the images, as in the annotation file.
+        indices: Of the images in the index.
+        counted: Whether evaluation counts the image.
+        orig_sizes_hw: Height and width before all transforms.
+        failures: What was wrong with images that could not be read, and are not in the batch.
+    """
+
+    pixels: Tensor | None
+    pixel_mask: Tensor | None
+    labels: list[dict[str, Tensor]]
+    image_ids: list[int]
+    indices: list[int]
+    counted: list[bool]
+    orig_sizes_hw: list[tuple[int, int]]
+    failures: list[str]
+
+    def pin_memory(self) -> Batch:
+        """Moves the tensors to pinned memory; `DataLoader` calls it."""
+        if self.pixels is not None:
+            self.pixels = self.pixels.pin_memory()
+        if self.pixel_mask is not None:
+            self.pixel_mask = self.pixel_mask.pin_memory()
+        self.labels = [{k: v.pin_memory() for k, v in x.items()} for x in self.labels]
+        return self
+
+    def model_inputs(
+        self, device: torch.device, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Any]:
+        """Returns the arguments of the model's forward: normalised images, mask and labels.
+
+        Args:
+            device: Where the model is.
+            mean: `[3, 1, 1]` on `device`, in units of uint8.
+            std: The same.
+            dtype: Of the pixel values.
+        """
+        pixels = self.pixels.to(device, non_blocking=True)
+        values = (pixels.float() - mean) / std
+        mask = self.pixel_mask
+        if mask is not None:
+            mask = mask.to(device, non_blocking=True)
+            values = values * mask[:, None]  # the image processor pads after normalising
+        labels = [
+            {k: v.to(device, non_blocking=True) for k, v in label.items()} for label in self.labels
+        ]
+        return {"pixel_values": values.to(dtype), "pixel_mask": mask, "labels": labels}
+
+
+class DetectionDataset(Dataset):
+    """Images of a `CocoIndex`, transformed; items are asked for by `Draw`.
+
+    Args:
+        index: Images and objects, whose labels are those of the model.
+        transform: Takes a sample, an image seed and a batch seed.
+    """
+
+    def __init__(self, index: CocoIndex, transform: Any) -> None:
+        self.index = index
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any] | str:
+        """Returns the item, or what is wrong with its file."""
+        index = self.index
+        try:
+            image = read_image(index, draw.index)
+            masks = None if index.masks is None else self._read_masks(draw.index)
+        except DataError as error:
+            return str(error)
+        where = index.objects(draw.index)
+        keep = ~index.crowd[where]
+        boxes = torch.tensor(index.boxes_xywh[where][keep], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        height, width = image.shape[-2:]
+        limit = boxes.new_tensor([width, height, width, height])
+        boxes = torch.minimum(boxes.clamp(min=0), limit)
+        sample = Sample(
+            image=tv_tensors.Image(image),
+            boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+            labels=torch.from_numpy(index.labels[where][keep]),
+            masks=masks if masks is None else tv_tensors.Mask(masks[torch.from_numpy(keep)]),
+        )
+        sample = self.transform(sample, draw.image_seed, draw.batch_seed)
+        return {
+            "pixels": sample.image.as_subclass(Tensor),
+            "label": _label(sample),
+            "image_id": int(index.image_ids[draw.index]),
+            "index": draw.index,
+            "counted": draw.counted,
+            "orig_size_hw": (height, width),
+        }
+
+    def _read_masks(self, image: int) -> Tensor:
+        index = self.index
+        path = index.masks / index.mask_names[image]
+        name = f"{path} (masks of image id {index.image_ids[image]})"
+        colours = torch.from_numpy(np.array(_open(path, name))).to(torch.int64)
+        segments = colours[..., 0] + 256 * colours[..., 1] + 256**2 * colours[..., 2]
+        ids = torch.from_numpy(index.object_ids[index.objects(image)])
+        return (segments == ids[:, None, None]).to(torch.uint8)
+
+
+def _label(sample: Sample) -> dict[str, Tensor]:
+    height, width = sample.size_hw
+    x0, y0, x1, y1 = sample.boxes.as_subclass(Tensor).unbind(-1)
+    boxes_cxcywh = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], -1)
+    boxes_cxcywh = boxes_cxcywh / boxes_cxcywh.new_tensor([width, height, width, height])
+    label = {"class_labels": sample.labels, "boxes": boxes_cxcywh}
+    if sample.masks is not None:
+        label["masks"] = sample.masks.as_subclass(Tensor).bool()
+    return label
+
+
+def read_image(index: CocoIndex, image: int) -> Tensor:
+    """Reads an image of an index as uint8 `[3, H, W]`.
+
+    An image whose EXIF tag turns it is turned if only so it has the size that the file of
+    annotations gives: tools differ in whether their boxes are on the turned image.
+
+    Raises:
+        DataError: The file cannot be read; the message has the file, the id and what to do.
+    """
+    path = index.image_path(image)
+    name = f"{path} (image id {index.image_ids[image]})"
+    picture = _open(path, name)
+    height, width = (int(v) for v in index.sizes_hw[image])
+    if (picture.height, picture.width) != (height, width):
+        picture = ImageOps.exif_transpose(picture)
+    if (picture.height, picture.width) != (height, width):
+        raise DataError(
+            f"{name}: expected {width} x {height} pixels as in {index.path}, "
+            f"got {picture.width} x {picture.height}; correct one of the two"
+        )
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _open(path: Any, name: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    # PIL raises the last three for damaged or absurdly large files.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{name}: cannot be read ({error}); replace the file, take the image out of the "
+            "annotations, or pass --bad-images skip"
+        ) from error
+
+
+class Collate:
+    """Puts items together, padded at the bottom and on the right.
+
+    Args:
+        multiple: Heights and widths are rounded up to it, so that fewer different shapes come up.
+    """
+
+    def __init__(self, multiple: int = 1) -> None:
+        self.multiple = multiple
+
+    def __call__(self, items: Sequence[dict[str, Any] | str]) -> Batch:
+        failures = [item for item in items if isinstance(item, str)]
+        items = [item for item in items if not isinstance(item, str)]
+        pixels = mask = None
+        if items:
+            pixels, mask = self._pad([item["pixels"] for item in items])
+        labels = [item["label"] for item in items]
+        for label in labels:
+            if "masks" in label:
+                height, width = label["masks"].shape[1:]
+                bottom, right = pixels.shape[2] - height, pixels.shape[3] - width
+                label["masks"] = torch.nn.functional.pad(label["masks"], (0, right, 0, bottom))
+        return Batch(
+            pixels=pixels,
+            pixel_mask=mask,
+            labels=labels,
+            image_ids=[item["image_id"] for item in items],
+            indices=[item["index"] for item in items],
+            counted=[item["counted"] for item in items],
+            orig_sizes_hw=[item["orig_size_hw"] for item in items],
+            failures=failures,
+        )
+
+    def _pad(self, images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        height, width = (
+            -(-max(image.shape[axis] for image in images) // self.multiple) * self.multiple
+            for axis in (1, 2)
+        )
+        pixels = images[0].new_zeros(len(images), 3, height, width)
+        mask = torch.zeros(len(images), height, width, dtype=torch.bool)
+        for row, row_mask, image in zip(pixels, mask, images, strict=True):
+            row[:, : image.shape[1], : image.shape[2]] = image
+            row_mask[: image.shape[1], : image.shape[2]] = True
+        return pixels, None if mask.all() else mask
+
+
+def make_loader(
+    dataset: Dataset, sampler: Any, workers: int, multiple: int, pin_memory: bool
+) -> DataLoader:
+    """Returns a loader of `Batch`; it leaves the process's random numbers alone."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=Collate(multiple),
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        worker_init_fn=ignore_in_worker,
+        # Workers take their base seed from here; nothing random in them depends on it.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """Puts each `size` batches of a loader into one list: those of a step."""
+    step = []
+    for batch in batches:
+        step.append(batch)
+        if len(step) == size:
+            yield step
+            step = []

@@ -1,0 +1,358 @@
+"""The training loop: epochs of steps, with everything that lets a run be interrupted."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cdetr_fast.files import write_atomically
+from cdetr_fast.training import setup
+from cdetr_fast.training.config import TrainingConfig
+from cdetr_fast.training.dataset import Batch, grouped
+from cdetr_fast.training.errors import DataError, TrainingStopped
+from cdetr_fast.training.initial_weights import build_model
+from cdetr_fast.training.optimization import LearningRates, WeightAverage, make_optimizer
+from cdetr_fast.training.run_log import RunLog
+from cdetr_fast.training.run_state import (
+    checkpoint_files,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from cdetr_fast.training.signals import StopSignals
+from cdetr_fast.training.step import StepReport, TrainingStep
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainingConfig) -> dict[str, Any]:
+    """Trains a model, or goes on with a run.
+
+    Writes to `config.output`: config.yaml, labels.txt, metrics.jsonl, curves.png, `checkpoints`
+    (to resume from), `model` (the newest weights, for `from_pretrained`), `best` (those of highest
+    AP) and `evaluation` (tables and pictures).
+
+    Args:
+        config: All settings.
+
+    Returns:
+        The figures of the last evaluation (empty without a validation set), and "step".
+
+    Raises:
+        DataError: A setting or file cannot be used.
+        TrainingStopped: The run has saved its state and ended early.
+    """
+    with StopSignals() as signals:
+        return Engine(config, signals).run()
+
+
+class Engine:
+    """A run, from its settings to its last step.
+
+    Args:
+        config: All settings.
+        signals: Tells whether the run is to end.
+    """
+
+    def __init__(self, config: TrainingConfig, signals: StopSignals) -> None:
+        self.config = config
+        self.signals = signals
+        self.accelerator = setup.make_accelerator(config)
+        self.is_main = self.accelerator.is_main_process
+        self.folder = Path(config.output)
+        if self.is_main:
+            self.folder = setup.prepare_folder(config)
+        self.accelerator.wait_for_everyone()
+        self.train_index, self.val_index, reports = setup.read_data(config)
+        self.step = self.epoch = self.step_in_epoch = self.bad_in_a_row = 0
+        self.best, self.result = -1.0, {}
+        self.awaits_evaluation = False
+        self.failure: str | None = None  # an image that could not be read
+        self.stop_seen = False
+
+        model = build_model(config, self.train_index.classes)
+        self.processor = setup.make_processor(config, model)
+        self.model_config = model.config
+        self.model_class = type(model)
+        if config.precision == "bf16-pure":
+            model.bfloat16()
+        if config.compile:
+            model.compile()
+        self.sampler, self.loader = setup.training_loader(
+            config, self.train_index, self.accelerator
+        )
+        self.total_steps = config.epochs * self.sampler.steps_per_epoch
+        if config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        optimizer = make_optimizer(model, config)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.rates = LearningRates(config, self.sampler.steps_per_epoch, self.total_steps)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.average = WeightAverage(trained, config.ema_decay) if config.ema_decay else None
+        self.statistics = setup.pixel_statistics(self.processor, self.accelerator.device)
+        self.training_step = TrainingStep(
+            self.accelerator, self.model, self.optimizer, config, *self.statistics
+        )
+        if config.trackers:
+            self.accelerator.init_trackers("training", config={})
+        path = self.folder / "metrics.jsonl" if self.is_main else None
+        self.log = RunLog(path, config.log_every, self.total_steps, self.accelerator.log)
+        torch.manual_seed(config.seed + 1 + self.accelerator.process_index)
+        self._start(reports)
+
+    def _start(self, reports: list) -> None:
+        newest = checkpoint_files(self.folder / "checkpoints")[-1:]
+        if setup.resumes(self.config) and newest:
+            self._load(newest[0])
+            return
+        if self.is_main:
+            self.config.to_yaml(self.folder / "config.yaml")
+            text = "\n".join(line for report in reports for line in report.lines()) + "\n"
+            (self.folder / "labels.txt").write_text(text, encoding="utf-8")
+            logger.info(text.rstrip())
+            (self.folder / "metrics.jsonl").write_text("")
+
+    # the loop -------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Runs to the end; see `train`."""
+        with self.log.progress:
+            if self.awaits_evaluation:
+                self._finish_epoch()
+            while self.step < self.total_steps:
+                self._run_epoch()
+        if self.config.trackers:
+            self.accelerator.end_training()
+        return self.result | {"step": self.step}
+
+    def _run_epoch(self) -> None:
+        self.sampler.start_at(self.epoch, self.step_in_epoch)
+        for batches in grouped(iter(self.loader), self.config.accumulate):
+            batches = [self._usable(batch) for batch in batches]
+            self.rates.apply(self.optimizer, self.step)
+            stop = self.signals.received is not None or self.failure is not None
+            self.training_step(self.step, batches, stop)
+            if self.average is not None:
+                self.average.update()
+            self.step += 1
+            self.step_in_epoch += 1
+            self._read_reports(keep=1)
+            if self.stop_seen:
+                self._stop()
+            if self.step >= self.total_steps:
+                break
+            if self.step % self.config.save_every == 0:
+                self._save()
+        self._read_reports(keep=0)
+        if self.stop_seen:
+            self._stop()
+        self.epoch += 1
+        self.step_in_epoch = 0
+        self.awaits_evaluation = True
+        self._save()
+        self._finish_epoch()
+
+    def _usable(self, batch: Batch) -> Batch:
+        """Deals with images that could not be read, as `bad_images` says."""
+        for failure in batch.failures:
+            logger.error("%s", failure)
+            if self.config.bad_images == "stop":
+                self.failure = failure
+        if batch.pixels is None:  # not one is left: something without objects in their place
+            batch.pixels = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+            batch.labels = [
+                {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+            ]
+            if self.config.task == "segmentation":
+                batch.labels[0]["masks"] = torch.zeros(0, 64, 64, dtype=torch.bool)
+            batch.image_ids = [-1]
+        return batch
+
+    def _read_reports(self, keep: int) -> None:
+        for report in self.training_step.reports(keep):
+            self._take(report)
+
+    def _take(self, report: StepReport) -> None:
+        factor = self.rates.factor(report.step)
+        groups = self.optimizer.param_groups
+        rates = {f"lr_{g['name']}": g["initial_lr"] * factor for g in groups}
+        self.log.add(report, rates)
+        self.stop_seen |= report.stop
+        self.bad_in_a_row = self.bad_in_a_row + 1 if report.skipped else 0
+        if self.bad_in_a_row >= self.config.max_nonfinite:
+            self._save()
+            raise TrainingStopped(
+                f"{self.bad_in_a_row} steps in a row were not finite, the last one in "
+                f"{'; '.join(report.problems) or 'another process'}. The weights are those before "
+                f"them, saved in {self.folder / 'checkpoints'}; try a lower learning rate, a "
+                "longer warm-up or precision bf16 in place of fp16"
+            )
+
+    def _stop(self) -> None:
+        self._read_reports(keep=0)
+        self._save()
+        where = f"step {self.step} is saved in {self.folder / 'checkpoints'}; go on with --resume"
+        if self.failure is not None:
+            raise TrainingStopped(f"{self.failure}\n{where}")
+        received = self.signals.received
+        reason = "another process was told to end" if received is None else f"signal {received}"
+        raise TrainingStopped(f"stopped by {reason}; {where}", 128 + (received or 15))
+
+    # state ----------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Saves what the next step depends on; all processes take part."""
+        self._read_reports(keep=0)
+        randoms = [random_state(self.accelerator.device)]
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            randoms = gather_object(randoms)
+        state = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "images_per_step": self.sampler.images_per_step,
+            "images": len(self.train_index),
+            "awaits_evaluation": self.awaits_evaluation,
+            "best": self.best,
+            "bad_in_a_row": self.bad_in_a_row,
+            "log": self.log.state_dict(),
+            "random": randoms,
+            **sharded_or_plain_state(self.model, self.optimizer, self.accelerator),
+        }
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        if self.is_main:
+            save_checkpoint(self.folder / "checkpoints", self.step, state, self.config.keep)
+
+    def _load(self, path: Path) -> None:
+        state = load_checkpoint(path)
+        for name, own in (
+            ("images_per_step", self.sampler.images_per_step),
+            ("images", len(self.train_index)),
+        ):
+            if state[name] != own:
+                raise DataError(
+                    f"{path}: the run had {state[name]} {name.replace('_', ' ')}, now there are "
+                    f"{own}; resume with the same data, and the same product of batch_size, "
+                    "accumulate and processes"
+                )
+        load_sharded_or_plain_state(self.model, self.optimizer, self.accelerator, state)
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.average is not None and "average" in state:
+            self.average.load_state_dict(state["average"])
+        for name in ("step", "epoch", "step_in_epoch", "awaits_evaluation", "best", "bad_in_a_row"):
+            setattr(self, name, state[name])
+        self.log.resume(self.step, state["log"])
+        rank = self.accelerator.process_index
+        if rank < len(state["random"]):
+            set_random_state(state["random"][rank], self.accelerator.device)
+        logger.info("resumed at step %d from %s", self.step, path)
+
+    # epochs ---------------------------------------------------------------------------------------
+
+    def _finish_epoch(self) -> None:
+        """Evaluates if it is time to, and writes the model and the pictures of the run."""
+        last = self.step >= self.total_steps
+        due = last or self.epoch % self.config.evaluate_every == 0
+        with self.average.applied() if self.average is not None else nullcontext():
+            if due:
+                self._evaluate_and_export(last)
+        self.awaits_evaluation = False
+        self._save()
+
+    def _evaluate_and_export(self, last: bool) -> None:
+        from cdetr_fast.training import reporting
+
+        is_best = False
+        if self.val_index is not None:
+            loader = setup.evaluation_loader(
+                self.val_index,
+                self.config.batch_size,
+                self.processor.size,
+                self.config.num_workers,
+                self.config.pad_to_multiple,
+                self.accelerator,
+            )
+            # Sharded parameters must be gathered by the wrapper; another one only costs time.
+            model = self.model if self.config.fsdp else self.accelerator.unwrap_model(self.model)
+            found = reporting.predict(model, loader, *self.statistics, self.accelerator)
+            if self.is_main:
+                self.result = reporting.report_epoch(self, found, last)
+                is_best = self.result["AP"] > self.best
+                self.best = max(self.best, self.result["AP"])
+        weights = self.accelerator.get_state_dict(self.model)
+        if self.is_main:
+            reporting.draw_run(self.folder)
+            self._export(weights, self.folder / "model")
+            if is_best:
+                self._export(weights, self.folder / "best")
+        self.accelerator.wait_for_everyone()
+
+    def _export(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        """Writes a folder for `from_pretrained`, with a model card."""
+        from cdetr_fast.training.model_card import write_model_card
+
+        config = copy.deepcopy(self.model_config)
+        # Only training needs it, and with it transformers computes other numbers than the paper.
+        config.auxiliary_loss = False
+        with torch.random.fork_rng(devices=[]):  # building a model draws its initial weights
+            model: nn.Module = self.model_class(config)
+        model.load_state_dict(weights)
+        try:
+            folder.mkdir(exist_ok=True)
+            model.float().save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+            card = write_model_card(self.config, self.train_index, self.val_index, self.result)
+            write_atomically(folder / "README.md", lambda path: path.write_text(card, "utf-8"))
+        except (OSError, RuntimeError) as error:
+            if self.step >= self.total_steps:
+                raise
+            logger.error("%s: the model could not be written (%s)", folder, error)
+
+
+def sharded_or_plain_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any
+) -> dict[str, Any]:
+    """Returns the state of model and optimiser, whole also where they are sharded."""
+    if accelerator.distributed_type.value == "FSDP":
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        inner = optimizer.optimizer
+        weights, moments = get_state_dict(model, inner, options=options)
+        return {"model": weights, "optimizer": moments}
+    return {
+        "model": accelerator.unwrap_model(model).state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+
+
+def load_sharded_or_plain_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any, state: dict[str, Any]
+) -> None:
+    """Loads what `sharded_or_plain_state` returned."""
+    if accelerator.distributed_type.value == "FSDP":
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+        set_state_dict(
+            model,
+            optimizer.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )
+        return
+    accelerator.unwrap_model(model).load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])

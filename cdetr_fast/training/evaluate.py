@@ -1,0 +1,77 @@
+"""Evaluation of a checkpoint on a data set: figures, tables and pictures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
+from cdetr_fast.training import setup
+from cdetr_fast.training.coco import read_coco
+from cdetr_fast.training.errors import DataError
+from cdetr_fast.training.evaluation import Evaluation, evaluate_detections, predict
+from cdetr_fast.training.label_checks import check_labels
+from cdetr_fast.training.reporting import write_evaluation
+
+
+def evaluate(
+    model: str | os.PathLike,
+    annotations: str | os.PathLike,
+    images: str | os.PathLike | None = None,
+    output: str | os.PathLike | None = None,
+    *,
+    batch_size: int = 1,
+    num_workers: int = 2,
+    device: str = "auto",
+    threshold: float = 0.5,
+    bad_labels: str = "stop",
+) -> Evaluation | None:
+    """Evaluates a detection checkpoint, on all processes that `torchrun` started.
+
+    Args:
+        model: Folder or hub name, with its image processor.
+        annotations: COCO JSON file, whose categories the model knows by name.
+        images: Folder of its images; None looks where they usually lie.
+        output: Folder for tables and pictures; None writes none.
+        batch_size: Images in a forward pass.
+        num_workers: Processes that load images.
+        device: "auto" or "cpu".
+        threshold: Lowest score that counts in the confusion and among the worst images. AP and AR
+            take all scores.
+        bad_labels: "stop" or "drop", as in training.
+
+    Returns:
+        The figures; None on all processes but the first.
+
+    Raises:
+        DataError: The model or the data cannot be used.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=device == "cpu")
+    try:
+        network = ConditionalDetrForObjectDetection.from_pretrained(model, dtype=torch.float32)
+        processor = ConditionalDetrImageProcessor.from_pretrained(model)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"model: {error}") from error
+    names = [network.config.id2label.get(i, str(i)) for i in range(network.config.num_labels)]
+    index = read_coco(annotations, images).with_classes(names, f"the model {model}")
+    index, report = check_labels(index, bad_labels)
+    if accelerator.is_main_process:
+        print("\n".join(report.lines()))
+    loader = setup.evaluation_loader(
+        index, batch_size, processor.size, num_workers, accelerator=accelerator
+    )
+    network.to(accelerator.device)
+    statistics = setup.pixel_statistics(processor, accelerator.device)
+    found = predict(network, loader, *statistics, accelerator)
+    if not accelerator.is_main_process:
+        return None
+    for failure in found.failures:
+        print(f"not evaluated: {failure}")
+    evaluation = evaluate_detections(index, found)
+    if output is not None:
+        write_evaluation(index, found, evaluation, Path(output), threshold)
+    return evaluation

@@ -1,0 +1,218 @@
+"""Detections of a model on a data set, and COCO's AP and AR of them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+from cdetr_fast.image_processing.post_processing import detections as to_detections
+from cdetr_fast.training.coco import CocoIndex
+from cdetr_fast.training.dataset import Batch
+
+_STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+_STATS += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
+
+_PER_IMAGE = 100  # detections, as COCO's rules have it
+
+
+@dataclass
+class Detections:
+    """Detections on a data set; the only thing that grows with it: 36 bytes each, 100 an image.
+
+    Attributes:
+        images: int64 `[n]` indices of images.
+        labels: int64 `[n]`.
+        scores: fp32 `[n]`, falling within an image.
+        boxes_xyxy: fp32 `[n, 4]`, pixels.
+        failures: What was wrong with images that could not be read.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    boxes_xyxy: np.ndarray
+    failures: list[str]
+
+    def of_image(self, image: int) -> slice:
+        """Returns where the detections of an image are; images come in rising order."""
+        return slice(*np.searchsorted(self.images, [image, image + 1]).tolist())
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    mean: Tensor,
+    std: Tensor,
+    accelerator: Any = None,
+    progress: Callable[[int], None] | None = None,
+) -> Detections:
+    """Runs a model over batches and collects what all processes found.
+
+    Args:
+        model: A detection or segmentation model; left in the mode it came in.
+        batches: Of this process.
+        mean: Of the pixels `[3, 1, 1]`, on the model's device, in units of uint8.
+        std: The same.
+        accelerator: Of Accelerate, if several processes share the work.
+        progress: Called with the number of images after each batch.
+    """
+    was_training = model.training
+    model.eval()
+    parameter = next(model.parameters())
+    columns: list[list[np.ndarray]] = [[np.zeros(0, np.int64)], [np.zeros(0, np.int64)]]
+    columns += [[np.zeros(0, np.float32)], [np.zeros((0, 4), np.float32)]]
+    failures: list[str] = []
+    for batch in batches:
+        failures += batch.failures
+        if batch.pixels is None:
+            continue
+        inputs = batch.model_inputs(parameter.device, mean, std, parameter.dtype)
+        del inputs["labels"]
+        found = to_detections(model(**inputs), 0.0, batch.orig_sizes_hw, _PER_IMAGE)
+        for image, counted, result in zip(batch.indices, batch.counted, found, strict=True):
+            if not counted:
+                continue
+            scores = result["scores"].float().cpu().numpy()
+            values = (
+                np.full(len(scores), image),
+                result["labels"].cpu().numpy(),
+                scores,
+                result["boxes"].float().cpu().numpy(),
+            )
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
+        if progress is not None:
+            progress(len(batch.indices))
+    model.train(was_training)
+    merged = [np.concatenate(column) for column in columns]
+    if accelerator is not None and accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        parts = gather_object([(merged, failures)])
+        merged = [np.concatenate(column) for column in zip(*(p[0] for p in parts), strict=True)]
+        failures = list(itertools.chain.from_iterable(p[1] for p in parts))
+    order = np.argsort(merged[0], kind="stable")
+    return Detections(*(column[order] for column in merged), failures=sorted(set(failures)))
+
+
+@dataclass
+class Evaluation:
+    """COCO's figures of detections.
+
+    Attributes:
+        stats: AP, AP50, AP75, AP and AR by size of object and number of detections, in [0, 1]; NaN
+            where there is nothing to measure.
+        classes: For each class its name, number of objects, AP, AP50 and AR100.
+        precision: Precision at IoU 0.5 of all object sizes `[101, K]`, over recall 0, 0.01 ... 1;
+            -1 for classes without objects.
+    """
+
+    stats: dict[str, float]
+    classes: list[dict[str, Any]]
+    precision: np.ndarray
+
+
+def evaluate_detections(index: CocoIndex, detections: Detections) -> Evaluation:
+    """Scores detections by COCO's rules, with faster-coco-eval.
+
+    Args:
+        index: The truth; its labels are those of the detections.
+        detections: On images of the index.
+    """
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    def quiet(*_: object) -> None:
+        return None
+
+    truth = COCO(index.coco_dictionary(), print_function=quiet)
+    left, top, right, bottom = detections.boxes_xyxy.astype(np.float64).T
+    rows = np.stack(
+        [
+            index.image_ids[detections.images].astype(np.float64),
+            *(left, top, right - left, bottom - top),
+            detections.scores.astype(np.float64),
+            detections.labels.astype(np.float64),
+        ],
+        axis=1,
+    )
+    evaluation = COCOeval_faster(truth, truth.loadRes(rows), "bbox", print_function=quiet)
+    with contextlib.redirect_stdout(None):
+        evaluation.run()
+    stats = {
+        name: float(value) if value >= 0 else float("nan")
+        for name, value in zip(_STATS, evaluation.stats[:12], strict=True)
+    }
+    precision = evaluation.eval["precision"]  # [IoU, recall, class, size, detections]
+    recall = evaluation.eval["recall"]  # [IoU, class, size, detections]
+    counts = np.bincount(index.labels[~index.crowd], minlength=len(index.classes))
+    classes = []
+    for label, name in enumerate(index.classes):
+        own, own_recall = precision[:, :, label, 0, -1], recall[:, label, 0, -1]
+        has = counts[label] > 0
+        classes.append(
+            {
+                "class": name,
+                "objects": int(counts[label]),
+                "AP": float(own.mean()) if has else float("nan"),
+                "AP50": float(own[0].mean()) if has else float("nan"),
+                "AR100": float(own_recall.mean()) if has else float("nan"),
+            }
+        )
+    return Evaluation(stats, classes, precision[0, :, :, 0, -1])
+
+
+def confusion_matrices(
+    index: CocoIndex, detections: Detections, threshold: float = 0.5, iou: float = 0.5
+) -> Iterator[np.ndarray]:
+    """Counts, image by image, which class was found where which class is.
+
+    Args:
+        index: The truth.
+        detections: On its images.
+        threshold: Lowest score that counts.
+        iou: Least overlap of a pair, whatever its classes; best pairs first.
+
+    Yields:
+        int64 `[K + 1, K + 1]`, rows the truth and columns what was found; the last row counts
+        detections of nothing, the last column objects that were missed.
+    """
+    classes = len(index.classes)
+    for image in range(len(index)):
+        matrix = np.zeros((classes + 1, classes + 1), dtype=np.int64)
+        truth, labels = true_boxes(index, image)
+        where = detections.of_image(image)
+        kept = detections.scores[where] >= threshold
+        boxes, found = detections.boxes_xyxy[where][kept], detections.labels[where][kept]
+        overlaps = box_iou(torch.from_numpy(truth), torch.from_numpy(boxes)).numpy()
+        missed, made_up = set(range(len(truth))), set(range(len(found)))
+        for place in np.argsort(-overlaps, axis=None, kind="stable"):
+            i, j = divmod(int(place), len(found))
+            if overlaps[i, j] < iou:
+                break
+            if i in missed and j in made_up:
+                matrix[labels[i], found[j]] += 1
+                missed.remove(i)
+                made_up.remove(j)
+        for i in missed:
+            matrix[labels[i], classes] += 1
+        for j in made_up:
+            matrix[classes, found[j]] += 1
+        yield matrix
+
+
+def true_boxes(index: CocoIndex, image: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns boxes xyxy fp32 `[T, 4]` and labels `[T]` of an image, crowds left out."""
+    where = index.objects(image)
+    keep = ~index.crowd[where]
+    boxes = index.boxes_xywh[where][keep].astype(np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes, index.labels[where][keep]

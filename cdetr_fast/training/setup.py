@@ -1,0 +1,185 @@
+"""What a run is put together from: processes, data, model, image processor."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cdetr_fast import ConditionalDetrImageProcessor
+from cdetr_fast.training.coco import CocoIndex, read_coco
+from cdetr_fast.training.config import TrainingConfig
+from cdetr_fast.training.dataset import DetectionDataset, make_loader
+from cdetr_fast.training.errors import DataError
+from cdetr_fast.training.label_checks import LabelReport, check_labels
+from cdetr_fast.training.sampling import EvaluationSampler, TrainingSampler
+from cdetr_fast.training.transforms import EvaluationTransform, TrainingTransform
+
+
+def make_accelerator(config: TrainingConfig) -> Any:
+    """Returns Accelerate's view of the processes, as `torchrun` or `accelerate launch` made them.
+
+    Raises:
+        DataError: A tracker or precision is not available.
+    """
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+    plugin = None
+    if config.fsdp:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=[
+                "ConditionalDetrEncoderLayer",
+                "ConditionalDetrDecoderLayer",
+            ],
+            state_dict_type="FULL_STATE_DICT",
+        )
+    precision = {"fp32": "no", "bf16-pure": "no"}.get(config.precision, config.precision)
+    try:
+        return Accelerator(
+            cpu=config.device == "cpu",
+            mixed_precision=precision,
+            log_with=list(config.trackers) or None,
+            project_dir=config.output,
+            fsdp_plugin=plugin,
+        )
+    except (ValueError, ImportError) as error:
+        raise DataError(f"precision, trackers, fsdp: {error}") from error
+
+
+def read_data(config: TrainingConfig) -> tuple[CocoIndex, CocoIndex | None, list[LabelReport]]:
+    """Reads and checks the training and the validation set, with the classes of the first.
+
+    Raises:
+        DataError: A file cannot be used; see `read_coco` and `check_labels`.
+    """
+    if not config.train_annotations:
+        raise DataError("train_annotations: expected a COCO JSON file, got none")
+    queries = config.model_options.get("num_queries")
+    train, report = check_labels(
+        read_coco(config.train_annotations, config.train_images, config.train_masks),
+        config.bad_labels,
+        queries if isinstance(queries, int) else None,
+    )
+    if config.val_annotations is None:
+        return train, None, [report]
+    val = read_coco(config.val_annotations, config.val_images, config.val_masks)
+    val = val.with_classes(train.classes, f"the training set {train.path}")
+    val, val_report = check_labels(val, config.bad_labels)
+    return train, val, [report, val_report]
+
+
+def make_processor(config: TrainingConfig, model: nn.Module) -> ConditionalDetrImageProcessor:
+    """Returns the image processor that is saved with the model, in the size of evaluation.
+
+    Mean and deviation are those of the checkpoint, or those that timm has for the backbone.
+    """
+    settings: dict[str, Any] = {}
+    if config.model:
+        with contextlib.suppress(OSError, ValueError):  # the authors' files have none
+            stored = ConditionalDetrImageProcessor.from_pretrained(config.model)
+            settings = {"image_mean": stored.image_mean, "image_std": stored.image_std}
+    else:
+        import timm
+
+        name = model.config.backbone_config.backbone
+        pretrained = timm.get_pretrained_cfg(name) if name else None
+        if pretrained is not None:
+            settings = {"image_mean": list(pretrained.mean), "image_std": list(pretrained.std)}
+    size = {"shortest_edge": config.eval_size, "longest_edge": config.max_size}
+    return ConditionalDetrImageProcessor(size=size, **settings)
+
+
+def pixel_statistics(
+    processor: ConditionalDetrImageProcessor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Returns mean and deviation `[3, 1, 1]` of pixels from 0 to 255."""
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1) / processor.rescale_factor
+        for values in (processor.image_mean, processor.image_std)
+    )
+    return mean.to(device), std.to(device)
+
+
+def training_loader(config: TrainingConfig, index: CocoIndex, accelerator: Any) -> tuple[Any, Any]:
+    """Returns the sampler of the training set and the loader that asks it."""
+    sampler = TrainingSampler(
+        _aspect_ratios(index),
+        config.batch_size,
+        config.accumulate,
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.seed,
+    )
+    transform = TrainingTransform(
+        config.scales,
+        config.max_size,
+        config.flip_probability,
+        config.crop_probability,
+        config.crop_scales,
+        config.crop_sizes,
+    )
+    pin = accelerator.device.type == "cuda"
+    dataset = DetectionDataset(index, transform)
+    return sampler, make_loader(dataset, sampler, config.num_workers, config.pad_to_multiple, pin)
+
+
+def evaluation_loader(
+    index: CocoIndex,
+    batch_size: int,
+    size: Mapping[str, int],
+    workers: int,
+    multiple: int = 32,
+    accelerator: Any = None,
+) -> Any:
+    """Returns a loader that gives each image once over all processes.
+
+    Args:
+        index: The images.
+        batch_size: Images in a batch.
+        size: Of the images, as the image processor has it.
+        workers: Processes that load.
+        multiple: Batches are padded to multiples of it.
+        accelerator: Of Accelerate; None for one process.
+    """
+    rank, processes = 0, 1
+    pin = torch.cuda.is_available()
+    if accelerator is not None:
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        pin = accelerator.device.type == "cuda"
+    sampler = EvaluationSampler(_aspect_ratios(index), batch_size, rank, processes)
+    dataset = DetectionDataset(index, EvaluationTransform(size))
+    return make_loader(dataset, sampler, workers, multiple, pin)
+
+
+def _aspect_ratios(index: CocoIndex) -> Any:
+    return index.sizes_hw[:, 1] / index.sizes_hw[:, 0]
+
+
+def prepare_folder(config: TrainingConfig) -> Path:
+    """Makes the folder of a run.
+
+    Raises:
+        DataError: It has a run already and is not to be resumed, or it cannot be made.
+    """
+    folder = Path(config.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"output: {folder} cannot be made ({error.strerror})") from error
+    if not resumes(config) and (folder / "metrics.jsonl").exists():
+        raise DataError(
+            f"output: {folder} has a run already; pass --resume to go on with it, or another output"
+        )
+    return folder
+
+
+def resumes(config: TrainingConfig) -> bool:
+    """Whether to go on from a checkpoint: asked for, or restarted by torchrun after a failure."""
+    return config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
