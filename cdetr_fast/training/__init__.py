@@ -11,7 +11,7 @@ _MODULES = {
     "DataError": "errors",
     "TrainingConfig": "config",
     "TrainingStopped": "errors",
-    "evaluate": "evaluate",
+    "evaluate": "checkpoint_evaluation",
     "train": "engine",
 }
 __all__ = ["DataError", "TrainingConfig", "TrainingStopped", "evaluate", "train"]

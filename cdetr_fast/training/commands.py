@@ -61,7 +61,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     options = vars(parser.parse_args(arguments))
 
     def run() -> None:
-        from cdetr_fast.training.evaluate import evaluate
+        from cdetr_fast.training.checkpoint_evaluation import evaluate
 
         evaluation = evaluate(**options)
         if evaluation is not None:

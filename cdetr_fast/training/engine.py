@@ -75,7 +75,7 @@ class Engine:
         self.best, self.result = -1.0, {}
         self.awaits_evaluation = False
         self.failure: str | None = None  # an image that could not be read
-        self.stop_seen = False
+        self.stop_reason: str | None = None  # the same on all processes, at the same step
 
         model = build_model(config, self.train_index.classes)
         self.processor = setup.make_processor(config, model)
@@ -144,14 +144,14 @@ class Engine:
             self.step += 1
             self.step_in_epoch += 1
             self._read_reports(keep=1)
-            if self.stop_seen:
+            if self.stop_reason is not None:
                 self._stop()
             if self.step >= self.total_steps:
                 break
             if self.step % self.config.save_every == 0:
                 self._save()
         self._read_reports(keep=0)
-        if self.stop_seen:
+        if self.stop_reason is not None:
             self._stop()
         self.epoch += 1
         self.step_in_epoch = 0
@@ -184,26 +184,26 @@ class Engine:
         groups = self.optimizer.param_groups
         rates = {f"lr_{g['name']}": g["initial_lr"] * factor for g in groups}
         self.log.add(report, rates)
-        self.stop_seen |= report.stop
         self.bad_in_a_row = self.bad_in_a_row + 1 if report.skipped else 0
-        if self.bad_in_a_row >= self.config.max_nonfinite:
-            self._save()
-            raise TrainingStopped(
+        if report.stop:
+            self.stop_reason = "told to end"
+        elif self.bad_in_a_row == self.config.max_nonfinite:
+            self.stop_reason = (
                 f"{self.bad_in_a_row} steps in a row were not finite, the last one in "
-                f"{'; '.join(report.problems) or 'another process'}. The weights are those before "
-                f"them, saved in {self.folder / 'checkpoints'}; try a lower learning rate, a "
-                "longer warm-up or precision bf16 in place of fp16"
+                f"{'; '.join(report.problems) or 'another process'}; the weights are those before "
+                "them. Try a lower learning rate, a longer warm-up, or bf16 in place of fp16"
             )
 
     def _stop(self) -> None:
-        self._read_reports(keep=0)
+        """Saves the state and raises."""
         self._save()
-        where = f"step {self.step} is saved in {self.folder / 'checkpoints'}; go on with --resume"
+        where = f"Step {self.step} is saved in {self.folder / 'checkpoints'}; go on with --resume"
+        received = self.signals.received
         if self.failure is not None:
             raise TrainingStopped(f"{self.failure}\n{where}")
-        received = self.signals.received
-        reason = "another process was told to end" if received is None else f"signal {received}"
-        raise TrainingStopped(f"stopped by {reason}; {where}", 128 + (received or 15))
+        if received is not None:
+            raise TrainingStopped(f"stopped by signal {received}\n{where}", 128 + received)
+        raise TrainingStopped(f"{self.stop_reason}\n{where}")
 
     # state ----------------------------------------------------------------------------------------
 

@@ -100,15 +100,16 @@ def check_labels(
     over = np.maximum.reduce([-left, -top, right - width, bottom - height])
     overshoot = ~bad_object & (over > _OVERSHOOT)
     counts = np.bincount(owner[~index.crowd], minlength=len(index))
-    gaps = index.category_ids[1:] - index.category_ids[:-1] > 1
-    for kind, ids in (
+    ids = np.sort(index.category_ids[index.category_ids >= 0])
+    before_gaps = ids[:-1][np.diff(ids) > 1]
+    for kind, found in (
         ("boxes that reach out of their image and are clipped, ids", index.object_ids[overshoot]),
         ("crowds, not trained on, ids", index.object_ids[index.crowd]),
         ("images without objects, ids", index.image_ids[counts == 0]),
-        ("gaps in the category ids, after ids", index.category_ids[:-1][gaps]),
+        ("gaps in the category ids, after ids", before_gaps),
     ):
-        if len(ids):
-            report.notes[kind] = ids.tolist()
+        if len(found):
+            report.notes[kind] = found.tolist()
     if num_queries is not None and (counts > num_queries).any():
         kind = f"images with more objects than the model's {num_queries} queries, ids"
         report.notes[kind] = index.image_ids[counts > num_queries].tolist()

@@ -137,7 +137,7 @@ def without_empty(sample: Sample) -> Sample:
     boxes = tvF.clamp_bounding_boxes(sample.boxes)
     keep = (boxes[:, 2:] - boxes[:, :2] >= _SMALLEST_BOX).all(1)
     if sample.masks is not None:
-        keep = keep & sample.masks.flatten(1).any(1)
+        keep = keep & sample.masks.flatten(1).bool().any(1)
     keep = torch.as_tensor(keep)
     return sample._replace(
         boxes=tv_tensors.wrap(boxes[keep], like=sample.boxes),

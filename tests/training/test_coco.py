@@ -1,0 +1,175 @@
+"""Annotation files: what is read, what is refused, what is left out."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cdetr_fast.training import DataError
+from cdetr_fast.training.coco import read_coco
+from cdetr_fast.training.dataset import read_image
+from cdetr_fast.training.label_checks import check_labels
+
+GOOD = {
+    "images": [
+        {"id": 7, "file_name": "a.png", "width": 40, "height": 30},
+        {"id": 3, "file_name": "b.png", "width": 20, "height": 30},
+    ],
+    "annotations": [
+        {"id": 1, "image_id": 3, "category_id": 90, "bbox": [1, 2, 5, 6], "area": 30},
+        {"id": 2, "image_id": 7, "category_id": 5, "bbox": [10, 10, 10, 10], "iscrowd": 1},
+        {"id": 3, "image_id": 7, "category_id": 17, "bbox": [0, 0, 4, 4]},
+    ],
+    "categories": [
+        {"id": 90, "name": "dog"},
+        {"id": 5, "name": "cat"},
+        {"id": 17, "name": "fox"},
+    ],
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    for name, size in (("a", (40, 30)), ("b", (20, 30))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+
+    def call(change=None):
+        content = copy.deepcopy(GOOD)
+        if change is not None:
+            content = change(content) or content
+        path = tmp_path / "labels.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return call
+
+
+def test_reads(write):
+    index = read_coco(write())
+    assert index.classes == ("cat", "fox", "dog")
+    assert index.category_ids.tolist() == [5, 17, 90]  # gaps are fine
+    assert index.image_ids.tolist() == [7, 3]
+    assert index.labels[index.objects(0)].tolist() == [0, 1]
+    assert index.crowd.tolist() == [True, False, False]
+    assert index.boxes_xywh[index.objects(1)].tolist() == [[1, 2, 5, 6]]
+    assert index.areas.tolist() == [100, 16, 30]
+    assert index.sizes_hw.tolist() == [[30, 40], [30, 20]]
+    kept, report = check_labels(index)
+    assert len(kept) == 2
+    assert report.bad == {}
+    assert "gaps in the category ids, after ids" in report.notes
+
+
+def test_labels_in_the_order_of_a_model(write):
+    index = read_coco(write()).with_classes(["dog", "cow", "fox", "cat"], "model m")
+    assert index.labels.tolist() == [3, 2, 0]
+    with pytest.raises(DataError, match=r"labels.json: classes 'dog' are not among the 2 of m"):
+        read_coco(write()).with_classes(["cat", "fox"], "m")
+
+
+def test_sizes_and_folders_are_found(write, tmp_path):
+    def without_sizes(content):
+        for image in content["images"]:
+            del image["width"]
+
+    assert read_coco(write(without_sizes)).sizes_hw.tolist() == [[30, 40], [30, 20]]
+    (tmp_path / "annotations").mkdir()
+    path = tmp_path / "annotations" / "instances_train.json"
+    path.write_text(json.dumps(GOOD))
+    assert read_coco(path).images == tmp_path
+    (tmp_path / "train").mkdir()
+    for name in "ab":
+        (tmp_path / f"{name}.png").rename(tmp_path / "train" / f"{name}.png")
+    assert read_coco(path).images == tmp_path / "train"
+    with pytest.raises(DataError, match="expected a folder, got nowhere"):
+        read_coco(path, "nowhere")
+
+
+def put(*path_and_value):
+    *path, key, value = path_and_value
+
+    def change(content):
+        for step in path:
+            content = content[step]
+        if value is None:
+            del content[key]
+        else:
+            content[key] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: '{"images": [', r"labels.json: broken JSON"),
+        (lambda c: "[]", r"labels.json: expected a COCO dictionary with a list 'images'"),
+        (put("images", []), "expected at least one entry in 'images'"),
+        (put("images", 0, "id", 3), "image id 3 comes twice"),
+        (put("images", 0, "file_name", None), "image 7: expected the key 'file_name'"),
+        (put("images", 1, "file_name", "c.png"), r"1 images without a file in .*, ids \(3\)"),
+        (put("categories", 0, "id", 5), "category id 5 comes twice"),
+        (put("categories", 0, "name", "cat"), "category name 'cat' comes twice"),
+        (put("annotations", 0, "bbox", None), "annotation 1: expected the key 'bbox'"),
+        (put("annotations", 0, "bbox", [1, 2]), r"annotation 1: expected bbox = .*got \[1, 2\]"),
+        (put("annotations", 0, "image_id", 8), r"images that the file does not list, ids \(1\)"),
+        (put("annotations", 0, "category_id", 6), r"does not list, annotation ids \(1\)"),
+        (put("annotations", 0, "bbox", [1, 2, 0, 6]), r"zero area, annotation ids \(1\)"),
+        (put("annotations", 0, "bbox", [9, 2, -3, 6]), r"negative width.*ids \(1\)"),
+        (put("annotations", 0, "bbox", [1e999, 2, 3, 6]), r"not finite, annotation ids \(1\)"),
+        (put("annotations", 0, "bbox", [20, 2, 3, 6]), r"outside of their image.*ids \(1\)"),
+    ],
+)
+def test_bad_files_are_named(write, change, message):
+    path = write(change)
+    with pytest.raises(DataError, match=message) as caught:
+        check_labels(read_coco(path, path.parent))
+    assert "labels.json" in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(DataError, match=r"none.json: No such file"):
+        read_coco(tmp_path / "none.json")
+
+
+def test_bad_labels_are_dropped(write):
+    def change(content):
+        content["annotations"][0]["bbox"] = [1, 2, 0, 6]
+        content["images"][0]["file_name"] = "none.png"
+
+    kept, report = check_labels(read_coco(write(change)), "drop")
+    assert kept.image_ids.tolist() == [3]
+    assert len(kept.labels) == 0
+    assert len(report.bad) == 2
+    assert "images without objects, ids" not in report.notes or report.lines()
+    with pytest.raises(DataError, match="--bad-labels drop"):
+        check_labels(read_coco(write(change)))
+
+
+def test_overshooting_boxes_are_noted(write):
+    kept, report = check_labels(read_coco(write(put("annotations", 0, "bbox", [1, 2, 50, 6]))))
+    assert report.notes["boxes that reach out of their image and are clipped, ids"] == [1]
+    assert len(kept.labels) == 3
+
+
+def test_turned_photographs(write, tmp_path):
+    """Boxes may be drawn on the turned picture or on the stored one: the size tells."""
+    picture = Image.fromarray(np.arange(600, dtype=np.uint8).reshape(20, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    picture.save(tmp_path / "b.png", exif=exif)
+    turned = read_image(read_coco(write()), 1)
+    assert turned.shape == (3, 30, 20)
+    stored = read_image(
+        read_coco(
+            write(put("images", 1, {"id": 3, "file_name": "b.png", "width": 30, "height": 20}))
+        ),
+        1,
+    )
+    assert stored.shape == (3, 20, 30)
+    assert turned[0].numpy().tolist() == np.rot90(stored[0].numpy(), -1).tolist()
+    wrong = put("images", 1, {"id": 3, "file_name": "b.png", "width": 31, "height": 20})
+    with pytest.raises(DataError, match=r"b.png \(image id 3\): expected 31 x 20 pixels"):
+        read_image(read_coco(write(wrong)), 1)

@@ -1,0 +1,332 @@
+"""Runs from the first step to the model folder, and what happens when something goes wrong."""
+
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
+from cdetr_fast.training import DataError, TrainingConfig, TrainingStopped, train
+from cdetr_fast.training.engine import Engine
+from cdetr_fast.training.run_state import checkpoint_files, load_checkpoint, save_checkpoint
+from cdetr_fast.training.signals import StopSignals
+from cdetr_fast.training.step import TrainingStep
+
+
+def rows(config, kind="train"):
+    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def losses(config):
+    return [row["loss"] for row in rows(config)]
+
+
+def final_state(config):
+    return load_checkpoint(checkpoint_files(Path(config.output) / "checkpoints")[-1])
+
+
+def assert_same(state, expected):
+    """Bitwise, through dictionaries and lists; the log has wall time in it."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(state, expected)
+    elif isinstance(expected, dict):
+        assert state.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_same(state[key], value)
+    elif isinstance(expected, (list, tuple)):
+        for a, b in zip(state, expected, strict=True):
+            assert_same(a, b)
+    else:
+        assert state == expected
+
+
+@pytest.fixture
+def fails_at(monkeypatch):
+    """Lets the step of a number raise an exception, as a crash does."""
+
+    def arrange(step):
+        monkeypatch.undo()
+        original = TrainingStep.__call__
+
+        def call(self, number, *args):
+            if number == step:
+                raise RuntimeError("crash")
+            original(self, number, *args)
+
+        monkeypatch.setattr(TrainingStep, "__call__", call)
+
+    yield arrange
+    monkeypatch.undo()
+
+
+def test_trains_and_writes_what_users_look_at(settings, scenes, tmp_path):
+    config = TrainingConfig(
+        **settings(
+            val_annotations=str(scenes / "val" / "annotations.json"),
+            ema_decay=0.9,
+            schedule="cosine",
+            warmup_steps=2,
+            trackers=["tensorboard"],
+            num_workers=1,
+            evaluate_every=1,
+        )
+    )
+    result = train(config)
+    assert result["step"] == 8
+    assert set(result) > {"AP", "AP50", "AR100"}
+    run = tmp_path / "run"
+    for name in (
+        *("config.yaml", "labels.txt", "metrics.jsonl", "curves.png", "samples/epoch_0001.jpg"),
+        *("evaluation/metrics.json", "evaluation/classes.csv", "evaluation/pr_curves.png"),
+        *("evaluation/confusion.png", "model/README.md", "best/model.safetensors", "training"),
+    ):
+        assert (run / name).exists(), name
+    assert TrainingConfig.from_yaml(run / "config.yaml") == config
+    rates = [row["lr_rest"] for row in rows(config)]
+    assert rates[0] == pytest.approx(1e-3 / 3)
+    assert rates[-1] < rates[2] == max(rates) == pytest.approx(1e-3)
+    assert [row["lr_backbone"] for row in rows(config)] == pytest.approx([r / 10 for r in rates])
+    assert len(rows(config, "eval")) == 2
+
+    # The folder is the averaged model, and transformers' pipeline of loading works on it.
+    model = ConditionalDetrForObjectDetection.from_pretrained(run / "model", strict=True)
+    assert model.config.id2label[5] == "cross"
+    assert ConditionalDetrImageProcessor.from_pretrained(run / "model").size == {
+        "shortest_edge": 64,
+        "longest_edge": 96,
+    }
+    state = final_state(config)
+    trained = dict(model.named_parameters())
+    current = state["model"]["class_labels_classifier.weight"]
+    average = trained["class_labels_classifier.weight"]
+    assert any(torch.equal(average, x) for x in state["average"]["average"])
+    assert not torch.equal(average, current)
+
+    with pytest.raises(DataError, match=r"run has a run already; pass --resume"):
+        train(config)
+
+
+def test_learns(settings):
+    config = TrainingConfig(
+        **settings(
+            epochs=25, crop_probability=0.0, flip_probability=0.0, scales=[64], batch_size=14
+        )
+    )
+    train(config)
+    assert losses(config)[-1] < 0.8 * losses(config)[0]
+
+
+@pytest.mark.parametrize("crash", [1, 3, 6])
+def test_resumes_bitwise(settings, fails_at, tmp_path, crash):
+    """After a crash at any step: the same losses, weights, moments, average, random numbers."""
+    options = {"save_every": 2, "ema_decay": 0.9, "precision": "fp32", "log_every": 2}
+    options["model_options"] = settings()["model_options"] | {"dropout": 0.1}
+    whole = TrainingConfig(**settings(**options, output=str(tmp_path / "whole")))
+    train(whole)
+    config = TrainingConfig(**settings(**options))
+    fails_at(crash)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(config)
+    fails_at(-1)
+    config.resume = True
+    config.num_workers = 1
+    train(config)
+    assert losses(config) == losses(whole)
+    assert_same(final_state(config), final_state(whole))
+
+
+def test_resume_checks_that_it_is_the_same_run(settings):
+    config = TrainingConfig(**settings(max_steps=2))
+    train(config)
+    config.resume, config.batch_size, config.max_steps = True, 2, 4
+    with pytest.raises(DataError, match="had 4 images per step, now there are 2"):
+        train(config)
+
+
+def test_sigterm_saves_and_ends(settings, monkeypatch):
+    config = TrainingConfig(**settings())
+    original = TrainingStep.__call__
+
+    def call(self, step, *args):
+        original(self, step, *args)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(TrainingStep, "__call__", call)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TrainingStopped, match=r"go on with --resume") as stopped:
+        train(config)
+    assert stopped.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert final_state(config)["step"] == 4  # it comes in step 2; processes agree one step later
+    monkeypatch.undo()
+    config.resume = True
+    assert train(config)["step"] == 8
+    assert len(losses(config)) == 8
+
+
+@pytest.mark.parametrize("where", ["loss", "boxes", "gradient"])
+def test_non_finite_steps_are_skipped(settings, monkeypatch, where, caplog):
+    config = TrainingConfig(**settings(epochs=1, ema_decay=0.0))
+    engine = Engine(config, StopSignals())
+    model = engine.accelerator.unwrap_model(engine.model)
+    backward = type(engine.training_step)._backward
+    snapshots = []
+
+    def spoiled(self, batch, num_boxes):
+        snapshots.append([p.detach().clone() for p in model.parameters()])
+        if len(snapshots) != 2:
+            return backward(self, batch, num_boxes)
+        nan = float("nan")
+        if where == "loss":
+            num_boxes = num_boxes * nan
+        forward = type(model).forward
+
+        def wrong(*args, **kwargs):
+            output = forward(model, *args, **kwargs)
+            output.pred_boxes = output.pred_boxes.index_fill(0, torch.tensor([1]), nan)
+            return output
+
+        if where == "boxes":
+            model.forward, kept = wrong, model.forward
+        if where == "gradient":
+            handle = model.bbox_predictor.layers[0].weight.register_hook(lambda g: g * nan)
+        result = backward(self, batch, num_boxes)
+        if where == "boxes":
+            model.forward = kept
+        if where == "gradient":
+            handle.remove()
+        return result
+
+    monkeypatch.setattr(TrainingStep, "_backward", spoiled)
+    result = engine.run()
+    assert result["step"] == 4
+    same = [all(map(torch.equal, a, b)) for a, b in zip(snapshots, snapshots[1:], strict=False)]
+    assert same == [False, True, False]
+    assert rows(config)[-1]["skipped"] == 1
+    assert all(p.isfinite().all() for p in model.parameters())
+    message = "\n".join(record.getMessage() for record in caplog.records)
+    assert "step 2 skipped, not finite" in message
+    expected = {"loss": "gradient of", "boxes": "pred_boxes of decoder layer 1, image ids ["}
+    assert expected.get(where, "gradient of bbox_predictor.layers.0.weight, image ids") in message
+
+
+def test_stops_after_many_non_finite_steps(settings, monkeypatch):
+    config = TrainingConfig(**settings(max_nonfinite=3))
+    backward = TrainingStep._backward
+
+    def spoiled(self, batch, num_boxes):
+        return backward(self, batch, num_boxes * float("inf") * 0)
+
+    monkeypatch.setattr(TrainingStep, "_backward", spoiled)
+    with pytest.raises(TrainingStopped, match="3 steps in a row were not finite"):
+        train(config)
+    state = final_state(config)
+    assert all(v.isfinite().all() for v in state["model"].values() if v.is_floating_point())
+    assert not state["optimizer"]["state"] or all(
+        s["step"] == 0 for s in state["optimizer"]["state"].values()
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-pure"])
+def test_half_precision_and_batches_without_objects(settings, scenes, tmp_path, precision):
+    content = json.loads((scenes / "train" / "annotations.json").read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] < 2]
+    path = tmp_path / "few.json"
+    path.write_text(json.dumps(content))
+    config = TrainingConfig(
+        **settings(
+            train_annotations=str(path),
+            train_images=str(scenes / "train"),
+            precision=precision,
+            batch_size=1,
+            accumulate=2,
+            epochs=1,
+            gradient_checkpointing=precision == "bf16",
+        )
+    )
+    train(config)
+    assert len(losses(config)) == 7
+    assert all(map(torch.isfinite, map(torch.tensor, losses(config))))
+    assert rows(config)[-1]["skipped"] == 0
+    dtype = final_state(config)["model"]["class_labels_classifier.weight"].dtype
+    assert dtype == (torch.bfloat16 if precision == "bf16-pure" else torch.float32)
+
+
+def test_accumulation_is_one_large_batch(settings, tmp_path):
+    """Boxes are counted over all batches of a step, however many each of them has."""
+    gradients = []
+    for batch_size, accumulate in ((4, 1), (1, 4)):
+        config = TrainingConfig(
+            **settings(
+                batch_size=batch_size,
+                accumulate=accumulate,
+                max_steps=1,
+                max_grad_norm=0.0,
+                output=str(tmp_path / str(batch_size)),
+                model_options=settings()["model_options"] | {"dropout": 0.0},
+            )
+        )
+        train(config)
+        moments = final_state(config)["optimizer"]["state"]
+        gradients.append([moments[i]["exp_avg"] for i in sorted(moments)] + losses(config))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def damaged(settings, scenes, tmp_path):
+    """Settings of a run in which one image is cut short."""
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for path in (scenes / "train").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    victim = folder / "000003.png"
+    Image.open(victim).save(folder / "x.jpg")
+    victim.write_bytes((folder / "x.jpg").read_bytes()[:700])
+    return settings(train_annotations=str(folder / "annotations.json"), epochs=1)
+
+
+def test_unreadable_image_stops_with_a_saved_state(damaged):
+    config = TrainingConfig(**damaged)
+    with pytest.raises(
+        TrainingStopped, match=r"000003.png \(image id 3\): cannot be read .*\n.* is saved in"
+    ):
+        train(config)
+    assert final_state(config)["step"] >= 1
+
+
+def test_unreadable_image_is_skipped(damaged, caplog):
+    config = TrainingConfig(**damaged | {"bad_images": "skip", "batch_size": 1})
+    assert train(config)["step"] == 14
+    assert "000003.png (image id 3): cannot be read" in caplog.text
+
+
+def test_full_disk_loses_nothing(tmp_path, caplog):
+    old = save_checkpoint(tmp_path, 1, {"x": torch.ones(10)}, keep=1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limit[1]))
+    try:
+        assert save_checkpoint(tmp_path, 2, {"x": torch.ones(100_000)}, keep=1) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "could not be written" in caplog.text
+    assert list(tmp_path.iterdir()) == [old]
+    assert torch.equal(load_checkpoint(old)["x"], torch.ones(10))
+    new = save_checkpoint(tmp_path, 3, {"x": torch.ones(100_000)}, keep=1)
+    assert list(tmp_path.iterdir()) == [new]
+
+
+def test_broken_checkpoint(tmp_path):
+    path = tmp_path / "step-00000001.pt"
+    path.write_bytes(b"PK half of it")
+    with pytest.raises(DataError, match=r"step-00000001.pt: broken .* remove it"):
+        load_checkpoint(path)

@@ -1,0 +1,151 @@
+"""AP and AR as pycocotools has them; each image once; confusion by hand."""
+
+import contextlib
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from cdetr_fast import ConditionalDetrForObjectDetection
+from cdetr_fast.training import DataError, evaluate
+from cdetr_fast.training.coco import read_coco
+from cdetr_fast.training.evaluation import (
+    Detections,
+    confusion_matrices,
+    evaluate_detections,
+    predict,
+)
+from cdetr_fast.training.setup import evaluation_loader
+
+
+def noisy(index, seed=0):
+    """Detections around the truth: shifted, missed, of other classes, and made up."""
+    rng = np.random.default_rng(seed)
+    owner = np.concatenate([index.image_of_object(), rng.integers(0, len(index), 30)])
+    boxes = np.concatenate([index.boxes_xywh, rng.uniform(1, 30, (30, 4))])
+    boxes += rng.normal(0, 1.5, boxes.shape)
+    boxes[:, 2:] = boxes[:, :2] + boxes[:, 2:].clip(1)
+    labels = np.concatenate([index.labels, rng.integers(0, len(index.classes), 30)])
+    swapped = rng.random(len(labels)) < 0.2
+    labels[swapped] = rng.integers(0, len(index.classes), swapped.sum())
+    order = np.argsort(owner, kind="stable")
+    scores = rng.random(len(owner)).astype(np.float32)
+    return Detections(
+        owner[order], labels[order], scores[order], boxes[order].astype(np.float32), []
+    )
+
+
+@pytest.fixture
+def index(scenes):
+    index = read_coco(scenes / "train" / "annotations.json")
+    index.crowd[::7] = True
+    return index
+
+
+def test_figures_are_those_of_pycocotools(index):
+    coco = pytest.importorskip("pycocotools.coco")
+    cocoeval = pytest.importorskip("pycocotools.cocoeval")
+    found = noisy(index)
+    ours = evaluate_detections(index, found)
+    x0, y0, x1, y1 = found.boxes_xyxy.astype(np.float64).T
+    rows = np.stack(
+        [index.image_ids[found.images], x0, y0, x1 - x0, y1 - y0, found.scores, found.labels], 1
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = coco.COCO()
+        truth.dataset = index.coco_dictionary()
+        truth.createIndex()
+        theirs = cocoeval.COCOeval(truth, truth.loadRes(rows), "bbox")
+        theirs.evaluate()
+        theirs.accumulate()
+        theirs.summarize()
+    expected = np.where(theirs.stats < 0, np.nan, theirs.stats)
+    np.testing.assert_allclose(list(ours.stats.values()), expected, atol=1e-9)
+    assert 0.2 < ours.stats["AP50"] < 0.95
+    per_class = theirs.eval["precision"][:, :, :, 0, -1].mean((0, 1))
+    np.testing.assert_allclose([c["AP"] for c in ours.classes], per_class, atol=1e-9)
+
+
+def test_no_detections(index):
+    found = noisy(index)
+    none = Detections(
+        found.images[:0], found.labels[:0], found.scores[:0], found.boxes_xyxy[:0], []
+    )
+    assert evaluate_detections(index, none).stats["AP"] == 0
+
+
+def test_confusion():
+    from cdetr_fast.training.coco import CocoIndex
+
+    index = CocoIndex(
+        *(None, None, None),
+        image_ids=np.array([1, 2]),
+        file_names=["a", "b"],
+        sizes_hw=np.array([[50, 50]] * 2),
+        offsets=np.array([0, 3, 3]),
+        object_ids=np.arange(3),
+        boxes_xywh=np.array([[0, 0, 10, 10], [20, 20, 10, 10], [35, 35, 9, 9]], dtype=float),
+        areas=np.ones(3),
+        labels=np.array([0, 1, 1]),
+        crowd=np.zeros(3, bool),
+        classes=("a", "b"),
+        category_ids=np.array([0, 1]),
+    )
+    found = Detections(
+        np.array([0, 0, 0, 1]),
+        np.array([0, 0, 1, 1]),
+        np.array([0.9, 0.8, 0.3, 0.7], np.float32),
+        np.array(
+            [[0, 0, 10, 9], [20, 20, 30, 30], [35, 35, 44, 44], [1, 1, 5, 5]], dtype=np.float32
+        ),
+        [],
+    )
+    first, second = confusion_matrices(index, found)
+    assert first.tolist() == [[1, 0, 0], [1, 0, 1], [0, 0, 0]]  # the third was below the threshold
+    assert second.tolist() == [[0, 0, 0], [0, 0, 0], [0, 1, 0]]
+
+
+@pytest.fixture
+def checkpoint(index, settings, tmp_path):
+    from cdetr_fast.training import TrainingConfig
+    from cdetr_fast.training.initial_weights import build_model
+    from cdetr_fast.training.setup import make_processor
+
+    config = TrainingConfig(**settings())
+    model = build_model(config, index.classes)
+    model.save_pretrained(tmp_path / "model")
+    make_processor(config, model).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_batches_change_nothing(index, checkpoint):
+    model = ConditionalDetrForObjectDetection.from_pretrained(checkpoint).eval()
+    statistics = (torch.full((3, 1, 1), 127.0), torch.full((3, 1, 1), 60.0))
+    size = {"shortest_edge": 64, "longest_edge": 96}
+    results = []
+    for batch_size in (1, 3):
+        loader = evaluation_loader(index, batch_size, size, workers=0)
+        results.append(predict(model, loader, *statistics))
+    alone, batched = results
+    assert np.array_equal(alone.images, batched.images)
+    assert len(alone.images) == len(index) * 12 * 6  # fewer than 100: all of 12 queries, 6 classes
+    np.testing.assert_allclose(alone.scores, batched.scores, atol=1e-5)
+
+
+def test_evaluates_a_checkpoint(scenes, checkpoint, tmp_path):
+    evaluation = evaluate(
+        checkpoint,
+        scenes / "val" / "annotations.json",
+        output=tmp_path / "result",
+        batch_size=2,
+        num_workers=0,
+        device="cpu",
+    )
+    assert evaluation.stats["AP"] >= 0
+    written = {path.name for path in (tmp_path / "result").iterdir()}
+    assert written == {
+        *("metrics.json", "classes.csv", "pr_curves.png", "confusion.png", "worst.jpg")
+    }
+    with pytest.raises(DataError, match="model: nowhere"):
+        evaluate("nowhere", scenes / "val" / "annotations.json", device="cpu")
