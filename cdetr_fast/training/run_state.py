@@ -88,8 +88,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise DataError(
-            f"{path}: broken or incomplete checkpoint ({type(error).__name__}); remove it to resume "
-            "from the one before"
+            f"{path}: broken or incomplete checkpoint ({type(error).__name__}); "
+            "remove it to resume from the one before"
         ) from error
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -207,7 +208,7 @@ def test_non_finite_steps_are_skipped(settings, monkeypatch, where, caplog):
     monkeypatch.setattr(TrainingStep, "_backward", spoiled)
     result = engine.run()
     assert result["step"] == 4
-    same = [all(map(torch.equal, a, b)) for a, b in zip(snapshots, snapshots[1:], strict=False)]
+    same = [all(map(torch.equal, a, b)) for a, b in pairwise(snapshots)]
     assert same == [False, True, False]
     assert rows(config)[-1]["skipped"] == 1
     assert all(p.isfinite().all() for p in model.parameters())
