@@ -102,7 +102,7 @@ def test_help_is_quick_and_names_the_commands():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for command in ("detect", "demo", "info"):
+    for command in ("detect", "demo", "train", "evaluate", "convert", "info"):
         assert re.search(rf"^\s+{command} ", done.stdout, flags=re.MULTILINE)
 
 
@@ -122,7 +122,7 @@ def test_module_is_the_same_command(root):
         ["detect", "a.png", "--top-k", "many"],
         ["demo", "--seed", "-1"],
         ["demo", "--count", "0"],
-        ["train"],
+        ["unknown"],
     ],
 )
 def test_wrong_usage_exits_with_2(run, arguments):

@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from cdetr_fast.training.coco import CocoIndex
 from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.sampling import Draw
-from cdetr_fast.training.signals import ignore_in_worker
+from cdetr_fast.training.signals import outlive_in_worker
 from cdetr_fast.training.transforms import Sample
 
 
@@ -237,7 +237,7 @@ def make_loader(
         collate_fn=Collate(multiple),
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        worker_init_fn=ignore_in_worker,
+        worker_init_fn=outlive_in_worker,
         # Workers take their base seed from here; nothing random in them depends on it.
         generator=torch.Generator().manual_seed(0),
     )

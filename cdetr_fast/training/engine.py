@@ -50,7 +50,11 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         TrainingStopped: The run has saved its state and ended early.
     """
     with StopSignals() as signals:
-        return Engine(config, signals).run()
+        engine = Engine(config, signals)
+        try:
+            return engine.run()
+        finally:
+            engine.close()
 
 
 class Engine:
@@ -74,6 +78,7 @@ class Engine:
         self.step = self.epoch = self.step_in_epoch = self.bad_in_a_row = 0
         self.best, self.result = -1.0, {}
         self.awaits_evaluation = False
+        self.batches: Any = None
         self.failure: str | None = None  # an image that could not be read
         self.stop_reason: str | None = None  # the same on all processes, at the same step
 
@@ -132,9 +137,16 @@ class Engine:
             self.accelerator.end_training()
         return self.result | {"step": self.step}
 
+    def close(self) -> None:
+        """Ends the loading processes, which an exception's traceback would keep alive."""
+        shut_down = getattr(self.batches, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
+
     def _run_epoch(self) -> None:
         self.sampler.start_at(self.epoch, self.step_in_epoch)
-        for batches in grouped(iter(self.loader), self.config.accumulate):
+        self.batches = iter(self.loader)
+        for batches in grouped(self.batches, self.config.accumulate):
             batches = [self._usable(batch) for batch in batches]
             self.rates.apply(self.optimizer, self.step)
             stop = self.signals.received is not None or self.failure is not None

@@ -77,19 +77,16 @@ def predict(
             continue
         inputs = batch.model_inputs(parameter.device, mean, std, parameter.dtype)
         del inputs["labels"]
-        found = to_detections(model(**inputs), 0.0, batch.orig_sizes_hw, _PER_IMAGE)
-        for image, counted, result in zip(batch.indices, batch.counted, found, strict=True):
+        found = to_detections(model(**inputs), 0.0, batch.orig_sizes_hw, _PER_IMAGE, "pt")
+        names = ("labels", "scores", "boxes", "counts")
+        labels, scores, boxes, counts = (found[name].cpu().numpy() for name in names)
+        for row, (image, counted) in enumerate(zip(batch.indices, batch.counted, strict=True)):
             if not counted:
                 continue
-            scores = result["scores"].float().cpu().numpy()
-            values = (
-                np.full(len(scores), image),
-                result["labels"].cpu().numpy(),
-                scores,
-                result["boxes"].float().cpu().numpy(),
-            )
+            count = counts[row]
+            values = (np.full(count, image), labels[row], scores[row], boxes[row])
             for column, value in zip(columns, values, strict=True):
-                column.append(value)
+                column.append(value[:count].copy())  # a view would keep the whole batch
         if progress is not None:
             progress(len(batch.indices))
     model.train(was_training)

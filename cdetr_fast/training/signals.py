@@ -6,6 +6,8 @@ import signal
 import threading
 from types import FrameType
 
+_GRACE_OF_WORKERS = 20  # seconds; hosts give the whole job about 30
+
 
 class StopSignals:
     """Remembers SIGTERM and the first SIGINT, so that the run saves its state and then ends."""
@@ -30,7 +32,11 @@ class StopSignals:
         self.received = number
 
 
-def ignore_in_worker(worker: int) -> None:
-    """Lets loading processes outlive a signal to the whole group: the main one ends them."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def outlive_in_worker(worker: int) -> None:
+    """Lets a loading process live on after a signal to the whole group.
+
+    The main process ends it after it has saved its state; if it does not, SIGTERM counts later.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_OF_WORKERS))
