@@ -9,6 +9,7 @@ VENV ?= .venv
 PYTEST ?=
 DEMO ?=
 
+CPP := $(wildcard csrc/* tests/kernels/emulation/*)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -33,10 +34,12 @@ test: $(VENV)/.installed-test $(VENV)/.native
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
 
 clean:
 	rm -rf $(VENV) build dist output *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Every triton kernel once, forward and backward, at small odd sizes, for tools that watch them.
+"""Every kernel once, forward and backward, at small odd sizes, for tools that watch them.
 
     compute-sanitizer --tool memcheck python -m benchmarks.kernels_once
 
@@ -11,7 +11,7 @@ import sys
 import torch
 
 from benchmarks import accuracy, ops
-from cdetr_kernels import conditional_attention
+from cdetr_kernels import conditional_attention, detection_topk, native
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,23 +24,35 @@ def main(arguments: list[str] | None = None) -> int:
     for name, (make, _) in ops.WORKS.items():
         for dtype in options.dtypes:
             work = make(ops.DTYPES[dtype], device, **ops.TINY[name])
-            if "cdetr_fast triton" not in work.providers:
+            kernel = next(
+                (k for k in ("cdetr_fast triton", "cdetr_fast native") if k in work.providers), None
+            )
+            if kernel is None:
                 continue
             judge = accuracy.Judge(work, bool(work.gradients))
-            errors = judge.errors(judge.evaluate(work.providers["cdetr_fast triton"]()))
+            errors = judge.errors(judge.evaluate(work.providers[kernel]()))
             wrong = [x for x in errors if not x.passes(accuracy.KERNELS_FACTOR)]
             print(f"{name} {dtype}: {'; '.join(map(str, wrong)) or 'accurate'}", flush=True)
             ran, failed = ran + 1, failed + bool(wrong)
     _rarely_used(device)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    print(f"{ran} calls of operators with triton kernels, {failed} not accurate")
+    print(f"{ran} calls of operators with kernels, {failed} not accurate")
     return 1 if failed or not ran else 0
 
 
 def _rarely_used(device: torch.device) -> None:
-    """Dropout, the attention map, and keys split into parts, which one image at a time has."""
+    """Dropout, the attention map, keys split into parts; detections in tiles, and many."""
     generator = torch.Generator().manual_seed(0)
+    if native.ABSENT[device.type] is None:
+        logits = torch.randn(2, 111, 91, generator=generator).to(device)
+        boxes_cxcywh = torch.rand(2, 111, 4, generator=generator).to(device)
+        for k in (100, 1100):
+            got, expected = (
+                detection_topk(logits, boxes_cxcywh, [(4, 5), (6, 7)], k, backend)
+                for backend in ("native", "torch")
+            )
+            torch.testing.assert_close(got, expected)
     keys = 41 if device.type == "cpu" else 2100
     tensors = [
         torch.randn(1, rows, 2, 32, generator=generator).to(device).requires_grad_()

@@ -51,12 +51,12 @@ using DetectionOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 inline Detections describe(const Tensor& logits, const Tensor& boxes,
                            const std::optional<Tensor>& sizes, int64_t k, double threshold) {
   const int64_t batch = logits.size(0), queries = logits.size(1), classes = logits.size(2);
-  STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(0) == batch && boxes.size(1) == queries &&
-                      boxes.size(2) == 4,
-                  "boxes_cxcywh: expected [B, Q, 4]");
-  STD_TORCH_CHECK(boxes.get_device_index() == logits.get_device_index() &&
-                      boxes.is_cuda() == logits.is_cuda(),
-                  "boxes_cxcywh: expected the device of logits");
+  STD_TORCH_CHECK(
+      boxes.dim() == 3 && boxes.size(0) == batch && boxes.size(1) == queries && boxes.size(2) == 4,
+      "boxes_cxcywh: expected [B, Q, 4]");
+  STD_TORCH_CHECK(
+      boxes.get_device_index() == logits.get_device_index() && boxes.is_cuda() == logits.is_cuda(),
+      "boxes_cxcywh: expected the device of logits");
   STD_TORCH_CHECK(queries * classes <= INT32_MAX, "logits: expected Q*K below 2^31");
   STD_TORCH_CHECK(k >= 1 && k <= queries * classes, "k: expected 1 to Q*K");
   Detections d{};
@@ -77,8 +77,8 @@ inline Detections describe(const Tensor& logits, const Tensor& boxes,
   d.classes = static_cast<int32_t>(classes);
   d.kept = static_cast<int32_t>(k);
   d.threshold = threshold;
-  d.is_double = logits.scalar_type() == ScalarType::Double ||
-                boxes.scalar_type() == ScalarType::Double;
+  d.is_double =
+      logits.scalar_type() == ScalarType::Double || boxes.scalar_type() == ScalarType::Double;
   return d;
 }
 

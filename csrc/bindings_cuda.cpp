@@ -28,14 +28,13 @@ Tensor sorted_topk(const Tensor& codes, int64_t k) {
 DetectionOutputs detection_topk(Tensor logits, Tensor boxes, std::optional<Tensor> sizes, int64_t k,
                                 double threshold) {
   const bool sizes_on_host = sizes.has_value() && sizes->is_cpu();
-  STD_TORCH_CHECK(!sizes.has_value() || sizes_on_host ||
-                      sizes->get_device_index() == logits.get_device_index(),
-                  "sizes_hw: expected them on the CPU or on the device of logits");
+  STD_TORCH_CHECK(
+      !sizes.has_value() || sizes_on_host || sizes->get_device_index() == logits.get_device_index(),
+      "sizes_hw: expected them on the CPU or on the device of logits");
   logits = with_flat_images(logits);
   Detections d = describe(logits, boxes, sizes, k, threshold);
   const Number type = number("logits", logits);
-  STD_TORCH_CHECK(type <= Number::kFloat32,
-                  "logits: expected float16, bfloat16 or float32");
+  STD_TORCH_CHECK(type <= Number::kFloat32, "logits: expected float16, bfloat16 or float32");
   STD_TORCH_CHECK(logits.is_cuda(), "logits: expected them on a CUDA device");
 
   const int32_t device = logits.get_device_index();

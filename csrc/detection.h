@@ -43,8 +43,7 @@ CDETR_BOTH void write_box(const Detections& d, int64_t image, int64_t query, Rea
   const int64_t start = image * d.boxes_strides[0] + query * d.boxes_strides[1];
   Real box[4];
   for (int i = 0; i < 4; ++i) {
-    box[i] = static_cast<Real>(
-        load_number(d.boxes, d.boxes_type, start + i * d.boxes_strides[2]));
+    box[i] = static_cast<Real>(load_number(d.boxes, d.boxes_type, start + i * d.boxes_strides[2]));
   }
   Real* out = static_cast<Real*>(d.boxes_xyxy) + 4 * row;
   const Real half_width = Real(0.5) * box[2], half_height = Real(0.5) * box[3];
@@ -60,8 +59,7 @@ CDETR_BOTH void write_box(const Detections& d, int64_t image, int64_t query, Rea
 // to the last bit and never rises where logits fall, which no fp32 exponential promises.
 template <class F>
 CDETR_BOTH bool write_detection(const Detections& d, int64_t image, int32_t rank,
-                                typename F::Bits key, int64_t index, double height,
-                                double width) {
+                                typename F::Bits key, int64_t index, double height, double width) {
   const int64_t row = image * d.kept + rank;
   const int64_t query = index / d.classes;
   const bool is_number = key != F::kLowest;

@@ -25,9 +25,8 @@ const char* for_images(const Detections& d, Number logits_type, bool sizes_on_ho
     HostSizes sizes{};
     for (int64_t i = 0; plan.host_sizes && i < images; ++i) {
       for (int side = 0; side < 2; ++side) {
-        sizes.height_width[i][side] =
-            load_number(d.sizes, d.sizes_type,
-                        (first + i) * d.sizes_strides[0] + side * d.sizes_strides[1]);
+        sizes.height_width[i][side] = load_number(
+            d.sizes, d.sizes_type, (first + i) * d.sizes_strides[0] + side * d.sizes_strides[1]);
       }
     }
     switch (logits_type) {

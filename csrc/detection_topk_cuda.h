@@ -6,9 +6,9 @@
 //   code = (key(logit) - key(NaN)) << index_bits | (2^index_bits - 1 - index)
 //
 // k up to 1024: one launch. A block keeps the k best codes of a tile by radix select, 11 bits at a
-// time from the top, in shared memory; as soon as all of a bin is wanted it stops, after two or three
-// passes as a rule. Passes read the tile again, from the L1. The last block of an image to finish
-// (a ticket, no grid-wide wait) selects among what all of them kept, sorts by counting for
+// time from the top, in shared memory; as soon as all of a bin is wanted it stops, after two or
+// three passes as a rule. Passes read the tile again, from the L1. The last block of an image to
+// finish (a ticket, no grid-wide wait) selects among what all of them kept, sorts by counting for
 // each code those above it, and writes the detections. Tiles are such that both steps read about
 // the same: sqrt(Q K k). An image of one tile needs neither workspace nor ticket.
 //
@@ -198,8 +198,8 @@ __global__ void __launch_bounds__(kBlock)
     const int64_t first = static_cast<int64_t>(blockIdx.x) * plan.tile;
     const int64_t rest = d.candidates() - first;
     const int count = static_cast<int>(rest < plan.tile ? rest : plan.tile);
-    const auto* logits = static_cast<const typename F::Bits*>(d.logits) +
-                         image * d.logits_batch_stride + first;
+    const auto* logits =
+        static_cast<const typename F::Bits*>(d.logits) + image * d.logits_batch_stride + first;
     const int wanted = d.kept < count ? d.kept : count;
     select<kBlock>(CodesOfLogits<F>{logits, first, plan.index_bits}, count, wanted, bits, s);
     if (plan.tiles > 1) {

@@ -75,8 +75,8 @@ inline void normalize_and_pad_row(const Picture& image, const Normalization& n, 
         normalize(static_cast<const float*>(image.pixels) + start, image.strides[2], width, shift,
                   divisor, n.factor, row);
       } else {
-        normalize(static_cast<const uint8_t*>(image.pixels) + start, image.strides[2], width,
-                  shift, divisor, n.factor, row);
+        normalize(static_cast<const uint8_t*>(image.pixels) + start, image.strides[2], width, shift,
+                  divisor, n.factor, row);
       }
     }
     std::fill(row + width, row + batch_width, 0.0f);

@@ -1,4 +1,4 @@
-"""Compiles the C++ and CUDA parts of the extension; `setup.py` and `cdetr-fast build-native` do so.
+"""Compiles the C++ and CUDA parts of the extension, for `setup.py` and `cdetr-fast build-native`.
 
 Each part is one shared library on torch's stable ABI, made by one call of a compiler: it serves
 every torch from `OLDEST_TORCH` on and any Python. Nothing is downloaded, and no GPU is asked.
@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -210,3 +211,17 @@ def _run(command: list[str]) -> str:
     if done.returncode != 0:
         raise BuildError(f"{shlex.join(command)} failed:\n{output[-4000:]}")
     return output
+
+
+def main() -> int:
+    """Builds in place; 1 if CDETR_FAST_NATIVE asks for what cannot be built."""
+    try:
+        build()
+    except BuildError as error:
+        print(f"cdetr-fast: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

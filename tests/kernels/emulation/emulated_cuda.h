@@ -1,8 +1,9 @@
 // The part of CUDA that csrc/detection_topk_cuda.h uses, on one thread of a CPU.
 //
-// Each thread of a block is a fiber that runs up to the next barrier. Between two barriers the fibers
-// take turns in another order each time, so that a missing barrier shows as a wrong result. Shared
-// memory is a heap block of the exact size, poisoned: address sanitizer sees what goes beyond it.
+// Each thread of a block is a fiber that runs up to the next barrier. Between two barriers the
+// fibers take turns in another order each time, so that a missing barrier shows as a wrong result.
+// Shared memory is a heap block of the exact size, poisoned: address sanitizer sees what goes
+// beyond it.
 #pragma once
 
 #include <ucontext.h>

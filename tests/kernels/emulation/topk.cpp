@@ -1,5 +1,5 @@
-// Runs detection_topk's device code on the cases that come on standard input; results go to standard
-// output. All memory is of the exact size, and what is not written keeps a poison.
+// Runs detection_topk's device code on the cases that come on standard input; results go to
+// standard output. All memory is of the exact size, and what is not written keeps a poison.
 #include "detection_topk_cuda.h"
 
 namespace {
