@@ -20,6 +20,7 @@ from benchmarks import (
     post_processing,
     preprocessing,
     tables,
+    topk,
     training_step,
 )
 
@@ -47,6 +48,7 @@ def results(tmp_path, monkeypatch):
             post_processing,
             "--size 60 80 --input 80 100 --queries 20 --classes 9 --kept 4 --threads 1 --repeats 1",
         ),
+        (topk, "--batch 1 3 --head 30x9 --k 20 --threads 1 --repeats 1"),
     ],
 )
 def test_a_benchmark_measures_and_saves(script, arguments, results, monkeypatch, capsys):
@@ -56,6 +58,15 @@ def test_a_benchmark_measures_and_saves(script, arguments, results, monkeypatch,
     assert content["environment"]["torch"]
     assert all(row["ms"] > 0 for row in content["rows"])
     assert "cdetr_fast" in capsys.readouterr().out
+
+
+def test_detections_that_differ_are_not_reported(monkeypatch, capsys):
+    plain = topk.plain
+    monkeypatch.setattr(topk, "plain", lambda *arguments: [1.01 * x for x in plain(*arguments)])
+    arguments = "--batch 1 --head 30x9 --k 20 --threads 1 --repeats 1"
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments.split()])
+    assert topk.main() == 1
+    assert "30x9, k=20, batch 1" in capsys.readouterr().err
 
 
 def test_disagreeing_losses_are_not_reported(results, monkeypatch, capsys):
