@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -27,7 +28,8 @@ def interleaved(
     A call has ended when the GPU, if there is one, has nothing left to do.
 
     Returns:
-        For each provider the median, the fastest and the slowest call, in milliseconds.
+        For each provider the median, the 95th percentile, the fastest and the slowest call, in
+        milliseconds.
     """
     times = {name: [] for name in providers}
     for round_ in range(warmup + repeats):
@@ -39,7 +41,12 @@ def interleaved(
             if round_ >= warmup:
                 times[name].append((time.perf_counter() - start) * 1e3)
     return {
-        name: {"ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
+        name: {
+            "ms": statistics.median(values),
+            "p95_ms": sorted(values)[math.ceil(0.95 * len(values)) - 1],
+            "min_ms": min(values),
+            "max_ms": max(values),
+        }
         for name, values in times.items()
     }
 

@@ -34,7 +34,10 @@ def results(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
-        (model, "--backbone resnet18 --size 64 96 --padded --batch 2 --threads 1 --repeats 1"),
+        (
+            model,
+            "--backbone resnet18 --size 64 96 --padded --batch 2 --threads 1 --repeats 1 --steps",
+        ),
         (training_step, "--backbone resnet18 --size 64 96 --batch 2 --threads 1 --repeats 1"),
         (mask_head, "--size 128 160 --queries 10 --threads 1 --repeats 1"),
         (loss, "--batch 2 --targets 3 --threads 1 --repeats 1"),

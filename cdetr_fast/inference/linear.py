@@ -1,7 +1,6 @@
 """Linear layers with what follows them, on oneDNN where that is faster."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdetr_fast.inference.convolution import has_onednn
@@ -17,13 +16,22 @@ class FusedLinear(nn.Module):
     Args:
         layers: Linear layers; their weights are read, not changed.
         bias: In place of their own biases: `[N]`, or `[M, N]` with a bias for each row.
+        dtype: To compute in, if not in the layers' own.
     """
 
-    def __init__(self, *layers: nn.Linear, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        *layers: nn.Linear,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.cat([layer.weight.detach() for layer in layers]))
-        own = torch.cat([layer.bias.detach() for layer in layers])
+        weight = torch.cat([layer.weight.detach() for layer in layers]).to(dtype)
+        own = torch.cat([layer.bias.detach() for layer in layers]).to(dtype)
+        self.register_buffer("weight", weight)
         self.register_buffer("bias", own if bias is None else bias)
+        self.way = "onednn" if weight.is_cpu and has_onednn(weight.dtype) else "plain"
+        self._transposed = weight.t()  # the same memory; made once, not in each call
         self._packed: Tensor | None = None
         self._packed_version = -1
 
@@ -58,18 +66,18 @@ class FusedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], None)
 
     def _plain(self, x: Tensor, residual: Tensor | None, relu: bool, bias: Tensor) -> Tensor:
-        if bias.dim() == 1:
-            y = F.linear(x, self.weight, bias)
-        elif len(x) == 1:
-            y = torch.addmm(bias, x[0], self.weight.t())[None]
+        rows = x.flatten(0, -2)
+        if bias.dim() == 1 or len(bias) == len(rows):
+            y = torch.addmm(bias, rows, self._transposed)
         else:
-            y = F.linear(x, self.weight).add_(bias)
+            y = torch.mm(rows, self._transposed).view(-1, *bias.shape).add_(bias)
+        y = y.view(*x.shape[:-1], -1)
         if residual is not None:
             y = y.add_(residual)
         return y.relu_() if relu else y
 
     def _pack(self, x: Tensor) -> Tensor | None:
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or not has_onednn(x.dtype):
+        if self.way == "plain" or torch.compiler.is_compiling():
             return None
         if self._packed is None or self._packed_version != self.weight._version:
             version = self.weight._version

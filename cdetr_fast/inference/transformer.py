@@ -283,7 +283,9 @@ class InferenceHeads(nn.Module):
         weight = detector.class_labels_classifier.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.classifier = FusedLinear(detector.class_labels_classifier)
-        self.boxes = nn.ModuleList(FusedLinear(x) for x in detector.bbox_predictor.layers).to(dtype)
+        self.boxes = nn.ModuleList(
+            FusedLinear(layer, dtype=dtype) for layer in detector.bbox_predictor.layers
+        )
         start = torch.zeros(1, 1, 4, dtype=dtype, device=weight.device)
         if reference_points is not None:
             start = F.pad(inverse_sigmoid(reference_points), (0, 2))
