@@ -44,9 +44,28 @@ class Engine(nn.Module):
         """Dtype of the weights."""
         return self.input_projection.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.input_projection.weight.device
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the images."""
+        return self._base.backbone.num_channels
+
+    def kept_constants(self) -> list[MapConstants]:
+        """The constants of map sizes that are kept now."""
+        with self._lock:
+            return list(self._constants.values())
+
     def check(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> None:
         """Refuses images as the model's own forward does."""
         self._base._check_images(pixel_values, pixel_mask)
+        if pixel_values.device != self.device:
+            raise ValueError(
+                f"pixel_values: expected {self.device} as the model, got {pixel_values.device}"
+            )
 
     def describe(self) -> list[tuple[str, str]]:
         """What was done, and to what."""

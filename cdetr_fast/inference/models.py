@@ -2,9 +2,10 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from cdetr_fast.inference.runner import Kind, Runner
@@ -45,6 +46,36 @@ class OptimizedModel:
         result = super().load_state_dict(*args, **kwargs)
         self.runner.prepare(self)
         return result
+
+    @torch.no_grad()
+    def warmup(self, shapes: Iterable[tuple[int, int, int]], masks: bool | None = None) -> None:
+        """Prepares for shapes, so that their first call is as fast as the next ones.
+
+        Args:
+            shapes: Batch size, height and width of the images `(B, H, W)`; as the calls will be.
+            masks: With padding masks or without; None is both.
+
+        Raises:
+            ValueError: A shape is not three positive integers.
+        """
+        weight = next(p for p in self.parameters() if p.is_floating_point())
+        self.runner.prepare(self)
+        for shape in shapes:
+            if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+                raise ValueError(f"shapes: expected (batch, height, width), got {shape!r}")
+            batch, height, width = shape
+            channels = self.runner.engine.num_channels
+            pixel_values = torch.zeros(
+                batch, channels, height, width, device=weight.device, dtype=weight.dtype
+            )
+            for masked in (False, True) if masks is None else (masks,):
+                pixel_mask = None
+                if masked:
+                    pixel_mask = torch.ones(
+                        batch, height, width, dtype=torch.int64, device=weight.device
+                    )
+                    pixel_mask[:, -1, -1] = 0  # a mask of ones is dropped on a CPU
+                self.runner.run(pixel_values, pixel_mask)
 
     def explain(self) -> str:
         """Says what was done to the model, what runs a call, and what was left, with reasons."""

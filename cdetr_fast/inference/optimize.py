@@ -72,7 +72,7 @@ def optimize(
     _check_dtype(dtype or next(p.dtype for p in model.parameters()), target)
     options = Options(
         compile=_compile_mode(compile),
-        cuda_graphs=_use_graphs(cuda_graphs, target),
+        cuda_graphs=_use_graphs(cuda_graphs, target, compile),
         bucket=_bucket(bucket),
         max_batch=None if max_batch is None else check.integer(1)("max_batch", max_batch),
         max_graphs=check.integer(1)("max_graphs", max_graphs),
@@ -166,15 +166,18 @@ def _compile_mode(value: bool | str) -> str | None:
     return value
 
 
-def _use_graphs(value: bool | str, device: torch.device) -> bool:
+def _use_graphs(value: bool | str, device: torch.device, compile: bool | str) -> bool:
+    captures_itself = compile in ("reduce-overhead", "max-autotune")
     if value == "auto":
-        return device.type == "cuda"
+        return device.type == "cuda" and not captures_itself
     if not isinstance(value, bool):
         raise ValueError(f'cuda_graphs: expected "auto", True or False, got {value!r}')
     if value and device.type != "cuda":
         raise RuntimeError(
             f"cuda_graphs: expected a CUDA device to capture graphs on, got {device}"
         )
+    if value and captures_itself:
+        raise ValueError(f"cuda_graphs: expected False, as compile={compile!r} captures graphs")
     return value
 
 

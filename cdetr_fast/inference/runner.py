@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdetr_fast.inference.engine import Engine
+from cdetr_fast.inference.graphs import CudaCapturer, GraphCache
 from cdetr_fast.inference.watch import Settings, Watch
 
 _FAST = ("pixel_values", "pixel_mask", "return_dict")
@@ -59,6 +60,7 @@ class Runner:
         self._watch: Watch | None = None
         self._lock = threading.Lock()
         self._call: Callable | None = None
+        self._graphs: GraphCache | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Copied or pickled, a model prepares itself again at its first call.
@@ -98,9 +100,11 @@ class Runner:
     def _build(self, model: nn.Module) -> Watch:
         watch = Watch(model, Settings(model.config))
         fresh = Engine(self.kind.twin_of(model))
+        if self._graphs is not None:
+            self._graphs.clear()  # they read the addresses of the old weights
         if self.engine is None or not self.engine.take(fresh):
             self.engine = fresh
-            self._call = None
+            self._call = self._graphs = None
         self.refreshed += self._watch is not None
         self._watch = watch
         return watch
@@ -110,6 +114,12 @@ class Runner:
         self.prepare(model)
         rows = self.engine.describe()
         rows.append(("compile", self.options.compile or "no"))
+        if self._graphs is not None:
+            rows += self._graphs.describe()
+        elif self.options.cuda_graphs and self.engine.device.type == CudaCapturer.device_type:
+            rows.append(("graph", "none captured yet"))
+        else:
+            rows.append(("graph", "not used"))
         rows.append(("prepared anew", f"{self.refreshed} times"))
         if self.last_plain is not None:
             rows.append(("last call", f"the model's own forward, as {self.last_plain}"))
@@ -149,13 +159,31 @@ class Runner:
             return output
 
     def _call_engine(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> dict[str, Tensor]:
-        if self.options.compile is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return self.engine(pixel_values, pixel_mask)
         if self._call is None:
-            self._call = torch.compile(
-                self.engine, mode=self.options.compile, fullgraph=True, dynamic=False
-            )
-        return self._call(pixel_values, pixel_mask)
+            with self._lock:
+                self._set_up_call()
+        try:
+            return self._call(pixel_values, pixel_mask)
+        except torch.OutOfMemoryError as error:
+            bucket = self.options.bucket
+            padded = f", padded to multiples of {bucket}," if bucket else ""
+            raise torch.OutOfMemoryError(
+                f"pixel_values: {list(pixel_values.shape)}{padded} does not fit into the memory of "
+                f"{pixel_values.device}; set max_batch, or use smaller images. {error}"
+            ) from error
+
+    def _set_up_call(self) -> None:
+        call = self.engine
+        if self.options.compile is not None:
+            call = torch.compile(call, mode=self.options.compile, fullgraph=True, dynamic=False)
+        if self.options.cuda_graphs and self.engine.device.type == CudaCapturer.device_type:
+            capturer = CudaCapturer(self.engine.device)
+            options = (self.options.max_graphs, self.options.static_outputs)
+            call = GraphCache(call, self.engine.kept_constants, capturer, *options)
+            self._graphs = call
+        self._call = call
 
 
 def is_trivial(pixel_mask: Tensor) -> bool:
