@@ -34,7 +34,6 @@ from cdetr_kernels import dispatch
 REFERENCE = "transformers sdpa"
 
 
-@functools.cache
 def make_models(backbone: str, implementation: str, dilation: bool):
     """Returns transformers' model and ours with equal weights, in eval mode."""
     settings = {"backbone": backbone, "dilation": dilation, "num_labels": 91}
@@ -42,9 +41,8 @@ def make_models(backbone: str, implementation: str, dilation: bool):
     their_config._attn_implementation = implementation
     torch.manual_seed(0)
     theirs = transformers.ConditionalDetrForObjectDetection(their_config).eval()
-    torch.manual_seed(0)
     ours = cdetr_fast.ConditionalDetrForObjectDetection(
-        cdetr_fast.ConditionalDetrConfig(**settings, compat="transformers")
+        cdetr_fast.ConditionalDetrConfig(**settings)
     ).eval()
     # Initial weights of the paper: transformers' make all queries alike, which hides differences.
     with torch.no_grad():
@@ -53,8 +51,6 @@ def make_models(backbone: str, implementation: str, dilation: bool):
                 nn.init.uniform_(parameter, 0.5, 1.5)
             elif "bbox_predictor.layers.2" in name:
                 nn.init.normal_(parameter, std=0.05)
-            elif "query_position_embeddings" in name:
-                nn.init.normal_(parameter)
     theirs.load_state_dict(ours.state_dict())
     return theirs, ours
 
@@ -66,6 +62,7 @@ class Models:
         self.arguments = arguments
         self.device = torch.device(arguments.device)
         self.dtype = getattr(torch, arguments.dtype)
+        self._originals = functools.cache(make_models)
 
     def names(self) -> list[str]:
         rows = ["transformers eager", REFERENCE]
@@ -73,7 +70,7 @@ class Models:
         if self.arguments.steps:
             rows.append(f"{REFERENCE} folded, channels-last")
         rows.append("cdetr_fast")
-        if "triton" in own_backends("conditional_attention", torch.empty(0, device=self.device)):
+        if "triton" in own_backends("conditional_attention", self.images()[0]):
             rows.append("cdetr_fast triton")
         if self.arguments.steps:
             rows += ["+ norms folded", "+ fused convolutions", "+ constants, joint products"]
@@ -84,7 +81,7 @@ class Models:
         implementation = "eager" if name == "transformers eager" else "sdpa"
         options = (self.arguments.backbone, implementation, self.arguments.dilation)
         theirs, ours = (
-            copy.deepcopy(model).to(self.device, self.dtype) for model in make_models(*options)
+            copy.deepcopy(model).to(self.device, self.dtype) for model in self._originals(*options)
         )
         if name in ("transformers eager", REFERENCE):
             return theirs
@@ -93,7 +90,7 @@ class Models:
         makers = {
             f"{REFERENCE} folded, channels-last": lambda: _folded(theirs),
             "cdetr_fast": lambda: ours,
-            "cdetr_fast triton": lambda: _on_kernels(ours),
+            "cdetr_fast triton": lambda: on_kernels(ours, self.images()[0])[name],
             "+ norms folded": lambda: _with_backbone(ours, fused=False),
             "+ fused convolutions": lambda: _with_backbone(ours, fused=True),
             "+ constants, joint products": lambda: _without_onednn(cdetr_fast.optimize(ours)),
@@ -148,14 +145,16 @@ def _without_onednn(model: nn.Module) -> nn.Module:
     return model
 
 
-def _on_kernels(model: nn.Module) -> Callable:
-    """The model on its triton kernels, which "auto" may hold back."""
+def on_kernels(model: nn.Module, like: torch.Tensor) -> dict[str, Callable]:
+    """Returns the model on its triton kernels, which "auto" may hold back; none without a GPU."""
+    if "triton" not in own_backends("conditional_attention", like):
+        return {}
 
     def run(*arguments, **options):
         with mock.patch.object(dispatch, "PREFERRED", "triton"):
             return model(*arguments, **options)
 
-    return run
+    return {"cdetr_fast triton": run}
 
 
 class Counter(TorchDispatchMode):
