@@ -46,6 +46,9 @@ def detections(
     if return_tensors == "pt":
         content = {"scores": scores, "labels": labels, "boxes": boxes_xyxy}
         return BatchFeature(content | {"query_index": query_index, "counts": counts})
+    if batch == 1:
+        n = counts.item()
+        return [{"scores": scores[0, :n], "labels": labels[0, :n], "boxes": boxes_xyxy[0, :n]}]
     # Views of what is above and below the threshold in turns; a slice for each would cost more.
     parts = [part for n in counts.tolist() for part in (n, k - n)]
     above = (
