@@ -258,6 +258,7 @@ def info() -> None:
     import torch
 
     import cdetr_fast
+    from cdetr_fast.assignment import solver_choice
     from cdetr_kernels import dispatch, native
 
     table = Table("what", "value", box=None, show_header=False, pad_edge=False)
@@ -283,8 +284,10 @@ def info() -> None:
         table.add_row("cuda", f"no device (torch is built for CUDA {torch.version.cuda})")
     for part, state in native.parts().items():
         table.add_row(part, state)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    table.add_row("assignment", solver_choice(device))
     operators = Table("operator", "path", "reason", box=None, pad_edge=False)
-    for entry in dispatch.report("cuda" if torch.cuda.is_available() else "cpu"):
+    for entry in dispatch.report(device):
         operators.add_row(entry.op, entry.path, entry.reason)
     console = Console(highlight=False, markup=False)
     console.print(table)

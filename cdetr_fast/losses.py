@@ -152,8 +152,8 @@ def _criterion(
             {"logits": a, "pred_boxes": b} for a, b in zip(each_logits, each_boxes, strict=True)
         ]
         # transformers norms the last state twice, so its last layer is not the last auxiliary one.
-        layer_logits = torch.stack([*each_logits, logits])
-        layer_boxes = torch.stack([*each_boxes, pred_boxes])
+        layer_logits = _with_last(outputs_class, each_logits, logits)
+        layer_boxes = _with_last(outputs_coord, each_boxes, pred_boxes)
 
     targets = pad_targets(labels, device, len(logits), logits.shape[2], config.compat)
     with torch.no_grad():
@@ -178,6 +178,17 @@ def _criterion(
     }
     loss = sum(weight * per_layer[name].sum() for name, weight in weights.items())
     return _Criterion(loss, per_layer, auxiliary, targets, matches, num_boxes)
+
+
+def _with_last(layers: Tensor, before: tuple[Tensor, ...], last: Tensor) -> Tensor:
+    """`[L, ...]` with another last layer; without a copy if it is the last one already."""
+    base = layers if layers._base is None else layers._base
+    is_view = last.grad_fn is not None and layers.requires_grad and last._base is base
+    if is_view and last.shape == layers.shape[1:] and last.stride() == layers.stride()[1:]:
+        offset = layers.storage_offset() + len(before) * layers.stride(0)
+        if last.storage_offset() == offset:
+            return layers
+    return torch.stack([*before, last])
 
 
 def _named(

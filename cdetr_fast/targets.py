@@ -59,8 +59,7 @@ def pad_targets(
     device = torch.device(device)
     sizes = [len(label["class_labels"]) for label in labels]
     dtype = reduce(torch.promote_types, (x["boxes"].dtype for x in labels), torch.float32)
-    tensors = [x[name] for x in labels for name in ("class_labels", "boxes")]
-    if all(tensor.device.type == "cpu" for tensor in tensors):
+    if _on_host(labels):
         return _pack(labels, device, sizes, classes, dtype, compat)
     own_labels = pad_sequence([x["class_labels"].to(device).long() for x in labels], True)
     boxes_cxcywh = pad_sequence([x["boxes"].to(device, dtype) for x in labels], True)
@@ -71,6 +70,11 @@ def pad_targets(
         sizes=sizes,
         unchecked=torch.cat([own_labels[..., None].to(dtype), boxes_cxcywh], -1),
     )
+
+
+def _on_host(labels: Labels) -> bool:
+    names = ("class_labels", "boxes")
+    return all(label[name].device.type == "cpu" for label in labels for name in names)
 
 
 def _pack(

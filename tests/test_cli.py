@@ -428,3 +428,4 @@ def test_info_names_versions_and_the_path_of_every_operator(run):
         assert re.search(rf"^{name}\S* +\S", done.out, flags=re.MULTILINE)
     for choice in dispatch.report():
         assert re.search(rf"^{choice.op} +{choice.path} +\S", done.out, flags=re.MULTILINE)
+    assert re.search(r"^assignment +(scipy|torch-linear-assignment) \S", done.out, re.MULTILINE)

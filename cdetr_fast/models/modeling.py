@@ -314,7 +314,15 @@ class ConditionalDetrForObjectDetection(DetectingModel):
             output_hidden_states,
             return_dict=True,
         )
-        logits, pred_boxes = self.predict_from(outputs.last_hidden_state, outputs.reference_points)
+        outputs_class, outputs_coord = None, None
+        if labels is not None:
+            outputs_class, outputs_coord = self.predict_auxiliary(outputs)
+        if outputs_class is not None and self.config.compat == "paper":
+            logits, pred_boxes = outputs_class[-1], outputs_coord[-1]
+        else:  # transformers norms the last state once more
+            logits, pred_boxes = self.predict_from(
+                outputs.last_hidden_state, outputs.reference_points
+            )
         loss, loss_dict, auxiliary_outputs = None, None, None
         if labels is not None:
             loss, loss_dict, auxiliary_outputs = self.loss_function(
@@ -323,7 +331,8 @@ class ConditionalDetrForObjectDetection(DetectingModel):
                 pixel_values.device,
                 pred_boxes,
                 self.config,
-                *self.predict_auxiliary(outputs),
+                outputs_class,
+                outputs_coord,
                 **({} if num_boxes is None else {"num_boxes": num_boxes}),
             )
         output = ConditionalDetrObjectDetectionOutput(

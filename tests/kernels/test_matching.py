@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torchvision.ops import generalized_box_iou, sigmoid_focal_loss
+from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 from transformers.loss import loss_deformable_detr, loss_for_object_detection
 
 from cdetr_fast import ConditionalDetrConfig
@@ -14,7 +14,9 @@ from cdetr_fast.assignment import match
 from cdetr_fast.losses import detection_loss
 from cdetr_fast.targets import Targets, pad_targets
 from cdetr_kernels import matching_cost, set_loss
-from cdetr_kernels.reference.matching import corners, generalized_iou
+from cdetr_kernels.reference.focal import focal_in_one_pass
+from cdetr_kernels.reference.loss import focal_loss
+from cdetr_kernels.reference.matching import generalized_iou, planes
 
 COUNTS = (4, 0, 2, 7)
 
@@ -82,9 +84,10 @@ def test_cost_equals_transformers(classification, monkeypatch):
 
 def test_generalized_iou_equals_torchvision():
     _, boxes, _ = batch(dtype=torch.float64)
-    first, second = corners(boxes[0, 0]), corners(boxes[1, 0])
-    expected = generalized_box_iou(first, second)
-    torch.testing.assert_close(generalized_iou(first[:, None], second[None]), expected)
+    first, second = planes(boxes[0, 0]), planes(boxes[1, 0])
+    corners = (box_convert(x, "cxcywh", "xyxy") for x in boxes[:2, 0])
+    got = generalized_iou(first[:, :, None], second[:, None])
+    torch.testing.assert_close(got, generalized_box_iou(*corners))
 
 
 def all_losses(logits, boxes, labels, matches, dtype=torch.float32):
@@ -141,6 +144,29 @@ def test_loss_of_confident_predictions(confidence):
         )
 
 
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_pass_on_a_cpu_equals_the_definition(gamma, dtype):
+    """Derivatives to some roundings of their own size, and theirs, of logits of any size."""
+    values = torch.linspace(-20, 20, 3 * 2 * 40 * 5)
+    values[:4] = torch.tensor([60.0, -60.0, 200.0, -200.0])
+    logits = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))]
+    logits = logits.view(3, 2, 40, 5).to(dtype)
+    pairs = torch.tensor([[3, 77, 400], [400, 0, 399], [8, 400, 9]])  # 400: none
+    found = []
+    for function, x in ((focal_in_one_pass, logits), (focal_loss, logits.double())):
+        leaf = x.clone().requires_grad_()
+        loss = function(leaf, pairs, 0.25, gamma)
+        weights = torch.arange(1, 4).to(loss.dtype)
+        (gradient,) = torch.autograd.grad(loss @ weights, leaf, retain_graph=True)
+        (slope,) = torch.autograd.grad(loss @ weights, leaf, create_graph=True)
+        (second,) = torch.autograd.grad(slope.sum(), leaf)
+        found.append((loss, gradient, slope, second))
+    tolerance = 8 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-5
+    for got, exact, atol in zip(*found, (0, 1e-37, 1e-6, 1e-5), strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=atol)
+
+
 def test_loss_gradients():
     logits, boxes, labels = batch(dtype=torch.float64)
     matches = match(logits, boxes, padded(labels), ConditionalDetrConfig(num_labels=5)).queries
@@ -195,6 +221,24 @@ def test_non_finite_predictions_are_matched_last(caplog):
     messages = sorted(record.getMessage() for record in caplog.records)
     assert "logits of decoder layer 0 of 2, images [1]" in messages[0]
     assert "pred_boxes of decoder layer 1 of 2, images [0]" in messages[1]
+
+
+@pytest.mark.parametrize("of_layers", [lambda x: x[-1], lambda x: x[-1].clone(), lambda x: x[0],
+                                       lambda x: x[-1].detach()],
+                         ids=["view", "copy", "another view", "detached"])  # fmt: skip
+def test_the_last_layer_counts_as_given(of_layers):
+    """A view of the last auxiliary layer is not copied; its gradient goes where it belongs."""
+    logits, boxes, labels = batch()
+    config = ConditionalDetrConfig(num_labels=5, auxiliary_loss=True, compat="transformers")
+    device = torch.device("cpu")
+    got, expected = (logits.clone().requires_grad_() for _ in range(2))
+    for leaf, criterion in (
+        (got, detection_loss),
+        (expected, loss_deformable_detr.DeformableDetrForObjectDetectionLoss),
+    ):
+        loss, _, _ = criterion(of_layers(leaf), labels, device, boxes[-1], config, leaf, boxes)
+        loss.backward()
+    torch.testing.assert_close(got.grad, expected.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_no_objects_at_all():

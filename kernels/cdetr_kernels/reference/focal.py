@@ -5,9 +5,9 @@ For a logit x that should be low, with p = sigmoid(x) and n = 1 - p,
     loss       = p^gamma softplus(x)
     derivative = p^gamma (gamma n softplus(x) + p)
 
-and a logit that should be high is the same mirrored. A layer at a time, so that what is in between
-stays in the cache. `softplus` itself takes 25 times as long as a sigmoid there: it is made of a
-logarithm, and of its series where that has lost digits.
+and a logit that should be high is the same mirrored. Some layers at a time, so that what is in
+between stays in the cache. `softplus` itself takes 25 times as long as a sigmoid there: it is made
+of a logarithm, and of its series where that has lost digits.
 """
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 # Below it the logarithm is off by 4e-6 relative at most, above it the series by 1e-6.
 _SMALL = 1 / 64
+# Logits at a time, but a layer at least: the workspace of six then has 12 MiB.
+_CACHED = 2**19
 
 
 def focal_in_one_pass(logits: Tensor, pairs: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -30,30 +32,30 @@ class _Focal(torch.autograd.Function):
     ) -> Tensor:
         layers, count = len(logits), logits[:1].numel()
         # One more: what is written for a pair that is none goes there.
-        workspace = logits.new_empty(6, count + 1, dtype=torch.float32)
         derivative = logits.new_empty(
             layers if with_derivative else 0, count + 1, dtype=torch.float32
         )
-        negative = logits.new_empty(layers, dtype=torch.float32)
-        own = workspace.new_empty(pairs.shape)
-        for layer in range(layers):
-            x = workspace[0]
-            x[:count].view(logits.shape[1:]).copy_(logits[layer])
-            x[count] = float("inf")
-            torch.index_select(x, 0, pairs[layer], out=own[layer])
-            x.index_fill_(0, pairs[layer], float("-inf"))
-            x[count] = float("-inf")
-            out = derivative[layer] if with_derivative else None
-            loss = _negative(x, workspace[1:], gamma, 1 - alpha, out)
-            torch.sum(loss, 0, out=negative[layer])
-        own.neg_()
+        step = max(1, min(layers, _CACHED // (count + 1)))
+        workspace = logits.new_empty(6, step, count + 1, dtype=torch.float32)
+        negatives, positives = [], []
+        for first in range(0, layers, step):
+            rows = slice(first, min(first + step, layers))
+            work = workspace[:, : rows.stop - first]
+            x, index = work[0], pairs[rows]
+            x[:, :count].view(-1, *logits.shape[1:]).copy_(logits[rows])
+            x[:, count] = float("inf")
+            positives.append(x.gather(1, index).neg_())
+            x.scatter_(1, index, float("-inf"))[:, count] = float("-inf")
+            out = derivative[rows] if with_derivative else None
+            negatives.append(_negative(x, work[1:], gamma, 1 - alpha, out).sum(1))
+        own = torch.cat(positives)
         out = torch.empty_like(own) if with_derivative else None
-        loss = _negative(own, torch.empty(5, *own.shape), gamma, alpha, out)
+        loss = _negative(own, own.new_empty(5, *own.shape), gamma, alpha, out)
         if with_derivative:
             derivative.scatter_(1, pairs, out.neg_())
         ctx.save_for_backward(logits, pairs, derivative)
         ctx.options = alpha, gamma
-        return negative + loss.sum(1)
+        return torch.cat(negatives) + loss.sum(1)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):

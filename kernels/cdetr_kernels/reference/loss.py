@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdetr_kernels.reference.focal import focal_in_one_pass
-from cdetr_kernels.reference.matching import corners, generalized_iou
+from cdetr_kernels.reference.matching import generalized_iou, l1_distance, planes
 
 
 def set_loss(
@@ -37,10 +37,10 @@ def set_loss(
 
     predicted = boxes_cxcywh.to(dtype).gather(2, query[..., None].expand(*query.shape, 4))
     # Where there is no pair, equal boxes meet: no loss, and no NaN.
-    predicted = torch.where(is_pair[..., None], predicted, 1.0)  # [L, B, T, 4]
-    wanted = torch.where(is_pair[..., None], target_boxes_cxcywh.to(dtype), 1.0)
-    l1 = (predicted - wanted).abs().sum((1, 2, 3))
-    giou = (1 - generalized_iou(corners(predicted), corners(wanted))).sum((1, 2))
+    predicted = torch.where(is_pair, planes(predicted), 1.0)  # [4, L, B, T]
+    wanted = torch.where(is_pair, planes(target_boxes_cxcywh.to(dtype))[:, None], 1.0)
+    l1 = l1_distance(predicted, wanted).sum((1, 2))
+    giou = (1 - generalized_iou(predicted, wanted)).sum((1, 2))
 
     predicted_counts = (logits.detach().amax(-1) > 0).sum(-1)  # sigmoid > 0.5, [L, B]
     cardinality = (predicted_counts - target_counts).to(dtype).abs().mean(-1)

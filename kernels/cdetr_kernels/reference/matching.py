@@ -40,41 +40,46 @@ def matching_cost(
     else:
         class_cost = -logits.to(dtype).softmax(-1).mT.gather(2, classes)
 
-    predicted = boxes_cxcywh.to(dtype)[:, :, None, :, :]  # [L, B, 1, Q, 4]
-    wanted = target_boxes_cxcywh.to(dtype)[None, :, :, None, :]  # [1, B, T, 1, 4]
-    planes = zip(_planes(predicted), _planes(wanted), strict=True)
-    bbox_cost = sum((a - b).abs() for a, b in planes)
-    giou_cost = -generalized_iou(corners(predicted), corners(wanted))
+    predicted = planes(boxes_cxcywh.to(dtype))[:, :, :, None, :]  # [4, L, B, 1, Q]
+    wanted = planes(target_boxes_cxcywh.to(dtype))[:, None, :, :, None]  # [4, 1, B, T, 1]
+    bbox_cost = l1_distance(predicted, wanted)
+    giou_cost = -generalized_iou(predicted, wanted)
 
     cost = class_weight * class_cost + bbox_weight * bbox_cost + giou_weight * giou_cost
     valid = torch.arange(targets, device=cost.device) < target_counts[:, None]  # [B, T]
     return cost.masked_fill(~valid[None, :, :, None], 0.0).flatten(0, 1).mT
 
 
-def corners(boxes_cxcywh: Tensor) -> Tensor:
-    """[..., 4] centre and size -> [..., 4] corners x0, y0, x1, y1."""
-    centre, size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
-    return torch.cat((centre - 0.5 * size, centre + 0.5 * size), dim=-1)
+def planes(boxes_cxcywh: Tensor) -> Tensor:
+    """[..., 4] -> contiguous [4, ...]: the pairs are many, and computed along contiguous rows."""
+    return boxes_cxcywh.movedim(-1, 0).contiguous()
 
 
-def generalized_iou(boxes_xyxy: Tensor, other_xyxy: Tensor) -> Tensor:
-    """Generalized IoU of broadcast pairs of boxes, [..., 4] x [..., 4] -> [...].
+def l1_distance(boxes: Tensor, others: Tensor) -> Tensor:
+    """L1 distance of broadcast pairs of boxes (centre, size) as planes, [4, ...] -> [...]."""
+    return (boxes - others).abs().sum(0)
+
+
+def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Generalized IoU of broadcast pairs of boxes (centre, size) as planes, [4, ...] -> [...].
 
     Source: Rezatofighi et al., "Generalized Intersection over Union".
     """
-    left, top, right, bottom = _planes(boxes_xyxy)
-    other_left, other_top, other_right, other_bottom = _planes(other_xyxy)
-    width = torch.minimum(right, other_right) - torch.maximum(left, other_left)
-    height = torch.minimum(bottom, other_bottom) - torch.maximum(top, other_top)
-    intersection = width.clamp(min=0) * height.clamp(min=0)
-    areas = (right - left) * (bottom - top)
-    union = areas + (other_right - other_left) * (other_bottom - other_top) - intersection
-    hull_width = torch.maximum(right, other_right) - torch.minimum(left, other_left)
-    hull_height = torch.maximum(bottom, other_bottom) - torch.minimum(top, other_top)
-    hull = hull_width * hull_height
+    low, high = _corners(boxes)
+    other_low, other_high = _corners(others)
+    overlap = (torch.minimum(high, other_high) - torch.maximum(low, other_low)).clamp(min=0)
+    hull = _product(torch.maximum(high, other_high) - torch.minimum(low, other_low))
+    intersection = _product(overlap)
+    union = _product(high - low) + _product(other_high - other_low) - intersection
     return intersection / union - (hull - union) / hull
 
 
-def _planes(boxes: Tensor) -> tuple[Tensor, ...]:
-    """[..., 4] -> four contiguous [...]: the pairs are many, and computed along contiguous rows."""
-    return boxes.movedim(-1, 0).contiguous().unbind(0)
+def _corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower and upper x and y, [2, ...] each."""
+    centre, size = boxes.split(2)
+    return centre.sub(size, alpha=0.5), centre.add(size, alpha=0.5)
+
+
+def _product(sides: Tensor) -> Tensor:
+    width, height = sides.unbind(0)
+    return width * height

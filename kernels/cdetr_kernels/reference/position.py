@@ -42,9 +42,9 @@ def sine_query(
 ) -> Tensor:
     """Defines `cdetr_kernels.sine_query`; see there for shapes."""
     points = reference_points.to(torch.promote_types(reference_points.dtype, torch.float32)) * scale
-    x, y, *extent = points.unbind(-1)
-    features = channels // points.shape[-1]
-    code = torch.cat([_interleave(c, features, temperature) for c in (y, x, *extent)], dim=-1)
+    order = [1, 0, 2, 3][: points.shape[-1]]  # y, x, width, height
+    points = torch.stack([points.unbind(-1)[i] for i in order], -1)
+    code = _interleave(points, channels // len(order), temperature).flatten(-2)
     if query_scale is not None:
         code = code * query_scale
     return code.to(dtype)
