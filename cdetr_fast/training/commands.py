@@ -83,6 +83,7 @@ def _print_evaluation(evaluation: Evaluation) -> None:
 
 def convert_command(arguments: Sequence[str]) -> None:
     """Runs `cdetr-fast convert`."""
+    _require(("yaml",), "train")
     parser = argparse.ArgumentParser(
         "cdetr-fast convert", description="Write COCO JSON files for a Pascal VOC or YOLO folder."
     )
