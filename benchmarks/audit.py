@@ -33,6 +33,7 @@ from cdetr_kernels.fused import (
     configurations,
     launching,
     matching_cost,
+    normalize_and_pad,
     set_loss,
     sine_position_2d,
     sine_query,
@@ -69,7 +70,8 @@ TENSOR_CORE = {
     "gfx942": (r"\bv_mfma_", r"\bv_mfma_"),
 }
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
-            torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}  # fmt: skip
+            torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
+            torch.uint8: "*u8"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +113,17 @@ class LossCase:
         return f"{self.classification} {self.precision} {self.targets}"
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageCase:
+    """One kind of call of preprocessing."""
+
+    precision: str = "half"  # of the model that follows; pixels are bytes, and values fp32
+    size: int = 32  # of a head: unused
+
+    def __str__(self) -> str:
+        return "image"
+
+
 # Dropout, as in training, needs the most registers.
 CASES = (
     Case(32, "half"),
@@ -123,7 +136,11 @@ CASES = (
     *(SineCase(precision, n) for precision in ("half", "single") for n in (2, 4)),
     *(LossCase(precision, n) for precision in ("half", "single") for n in (7, 100)),
     LossCase("single", classification="softmax"),
+    ImageCase(),
 )
+
+
+AnyCase = Case | SineCase | LossCase | ImageCase
 
 
 def sine_launches(case: SineCase) -> dict[str, Launch]:
@@ -173,8 +190,19 @@ def loss_launches(case: LossCase) -> dict[str, Launch]:
     }
 
 
-def launches(case: Case | SineCase | LossCase, architecture: str) -> dict[str, Launch]:
+def image_launches() -> dict[str, Launch]:
+    """Returns what preprocessing launches for one image in a batch of 800x1088."""
+    image = torch.empty(3, 800, 1066, dtype=torch.uint8, device="meta")
+    values = torch.empty(3, 800, 1088, device="meta")
+    mask = torch.empty(800, 1088, dtype=torch.int64, device="meta")
+    launch = normalize_and_pad.pad_launch(image, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), values, mask)
+    return {"normalize_and_pad": launch}
+
+
+def launches(case: AnyCase, architecture: str) -> dict[str, Launch]:
     """Returns what a training step at 800x1066 launches, and the map, on meta tensors."""
+    if isinstance(case, ImageCase):
+        return image_launches()
     if isinstance(case, LossCase):
         return loss_launches(case)
     if isinstance(case, SineCase):
@@ -306,18 +334,17 @@ def _output(*command) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-# Kernels that gather, or read masks, rows of 91 classes or 4 numbers: no loads of 16 bytes.
+# Kernels that gather, or read masks, bytes, rows of 91 classes or 4 numbers: no loads of 16 bytes.
 NARROW = (
     sine_position_2d.position_kernel,
     matching_cost.cost_kernel,
     set_loss.forward_kernel,
     set_loss.sum_kernel,
+    normalize_and_pad.pad_kernel,
 )
 
 
-def complaints(
-    used: dict, launch: Launch, case: Case | SineCase | LossCase, architecture: str
-) -> list[str]:
+def complaints(used: dict, launch: Launch, case: AnyCase, architecture: str) -> list[str]:
     """Says what a kernel does that its entry does not allow."""
     found = []
     memory = CAPACITY[architecture][0] - (not architecture.startswith("gfx"))
@@ -335,7 +362,7 @@ def complaints(
         found.append("no tensor cores")
     if not used["load16"] and launch.kernel not in NARROW:
         found.append("no 16-byte loads")
-    if not used["store16"] and isinstance(case, SineCase):
+    if not used["store16"] and isinstance(case, SineCase | ImageCase):
         found.append("no 16-byte stores")
     if launch.tile.stages > 1 and not used["async"] and not architecture.startswith("gfx"):
         found.append("no asynchronous copies")

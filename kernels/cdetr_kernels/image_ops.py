@@ -8,9 +8,11 @@ from torch import Tensor
 
 from cdetr_kernels.dispatch import Operator, Path
 from cdetr_kernels.reference import preprocessing, topk
+from cdetr_kernels.triton_support import held_back, reason_against_device
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PIXELS = (torch.uint8, torch.float32)
+_MOST_CHANNELS = 4
 _HELD_BACK = "not run on a GPU yet; ask for it by name"
 
 
@@ -24,6 +26,12 @@ def _detection_topk_native(*args):
 
 def _normalize_and_pad_native(*args):
     from cdetr_kernels.native import normalize_and_pad
+
+    return normalize_and_pad(*args)
+
+
+def _normalize_and_pad_triton(*args):
+    from cdetr_kernels.fused.normalize_and_pad import normalize_and_pad
 
     return normalize_and_pad(*args)
 
@@ -61,6 +69,14 @@ def _no_native_pad(images: Tensor | Sequence[Tensor], *rest) -> str | None:
     return reason
 
 
+def _no_triton_pad(images: Tensor | Sequence[Tensor], *rest) -> str | None:
+    first = images[0] if rest else images
+    reason = reason_against_device(first)
+    if reason is None and rest and first.shape[0] > _MOST_CHANNELS:
+        reason = f"the kernel takes images of up to {_MOST_CHANNELS} channels"
+    return reason
+
+
 DETECTION_TOPK = Operator(
     "detection_topk",
     {
@@ -72,6 +88,7 @@ NORMALIZE_AND_PAD = Operator(
     "normalize_and_pad",
     {
         "native": Path(_normalize_and_pad_native, _no_native_pad),
+        "triton": held_back(_normalize_and_pad_triton, _no_triton_pad),
         "torch": Path(preprocessing.normalize_and_pad),
     },
 )

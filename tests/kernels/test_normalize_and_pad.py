@@ -1,7 +1,11 @@
-"""`normalize_and_pad` against torchvision, image by image."""
+"""`normalize_and_pad` against torchvision, image by image.
+
+The triton kernel is tested on a GPU, or in triton's interpreter in a process of its own.
+"""
 
 import pytest
 import torch
+from interpreter import INTERPRETED, run_in_the_interpreter
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvF
 
@@ -9,13 +13,19 @@ from cdetr_kernels import image_ops, native, normalize_and_pad
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = [(5, 7), (9, 4), (1, 1), (16, 33)]
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+needs_kernels = pytest.mark.skipif(
+    not INTERPRETED and DEVICE == "cpu",
+    reason="run by test_in_the_interpreter, in a process of its own",
+)
 DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32)
 
 
 def draw(dtype: torch.dtype, channels: int = 3, sizes=SIZES) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [
-        torch.randint(0, 256, (channels, *size), generator=generator).to(dtype) for size in sizes
+        torch.randint(0, 256, (channels, *size), generator=generator).to(DEVICE, dtype)
+        for size in sizes
     ]
 
 
@@ -24,7 +34,7 @@ def expected(images, mean, std, factor, size_hw) -> tuple[Tensor, Tensor]:
     mask = torch.zeros(len(images), *size_hw, dtype=torch.int64)
     for i, image in enumerate(images):
         h, w = image.shape[1:]
-        pixels = image.to(torch.float32)
+        pixels = image.cpu().to(torch.float32)
         if mean is None:
             pixels = pixels * factor
         else:
@@ -35,9 +45,14 @@ def expected(images, mean, std, factor, size_hw) -> tuple[Tensor, Tensor]:
     return values, mask
 
 
-def not_native(images) -> str | None:
-    path = image_ops.NORMALIZE_AND_PAD.paths["native"]
+def reason_against(backend: str, images) -> str | None:
+    path = image_ops.NORMALIZE_AND_PAD.paths[backend]
     return path.reason_against(images, None, None, 1.0, 1, 1)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
+def test_in_the_interpreter(root):
+    run_in_the_interpreter(root, __file__)
 
 
 def check(images, mean=MEAN, std=STD, factor=1 / 255, size_hw=None):
@@ -45,11 +60,11 @@ def check(images, mean=MEAN, std=STD, factor=1 / 255, size_hw=None):
     copies, versions = [x.clone() for x in images], [x._version for x in images]
     largest = tuple(max(x.shape[axis] for x in images) for axis in (1, 2))
     wanted = expected(images, mean, std, 1.0 if factor is None else factor, size_hw or largest)
-    for backend in ("torch", "native", "auto"):
-        if backend == "native" and not_native(images) is not None:
+    for backend in ("torch", "native", "triton", "auto"):
+        if backend != "auto" and reason_against(backend, images) is not None:
             continue
         got = normalize_and_pad(images, mean, std, factor, size_hw, backend)
-        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+        torch.testing.assert_close(tuple(x.cpu() for x in got), wanted, rtol=0, atol=0)
     assert [x._version for x in images] == versions
     assert all(torch.equal(x, y) for x, y in zip(images, copies, strict=True))
 
@@ -91,8 +106,8 @@ needs_extension = pytest.mark.skipif(
 
 @needs_extension
 def test_what_the_extension_takes():
-    assert not_native(draw(torch.uint8)) is None
-    assert not_native(draw(torch.float32)) is None
+    assert reason_against("native", draw(torch.uint8)) is None
+    assert reason_against("native", draw(torch.float32)) is None
     with pytest.raises(RuntimeError, match=r"native.*the kernel takes images in .*uint8"):
         normalize_and_pad(draw(torch.int32), backend="native")
 
@@ -102,6 +117,47 @@ def test_registration():
     images = draw(torch.uint8)
     arguments = images, [1.0, 2.0, 3.0], [4.0, 5.0, 6.0], 1.0, 20, 40
     torch.library.opcheck(torch.ops.cdetr_fast.normalize_and_pad.default, arguments)
+
+
+@needs_kernels
+def test_registration_of_the_kernel():
+    from cdetr_kernels.fused import normalize_and_pad as _registered  # noqa: F401
+
+    arguments = draw(torch.uint8), [1.0, 2.0, 3.0], [4.0, 5.0, 6.0], 20, 40
+    torch.library.opcheck(torch.ops.cdetr_fast.normalize_and_pad_fused.default, arguments)
+
+
+@needs_kernels
+def test_the_kernel_writes_all_of_its_outputs_and_nothing_else():
+    """Guards around both outputs, NaN in and around them, and NaN around the pixels."""
+    from cdetr_kernels.fused.normalize_and_pad import pad_launch
+
+    (image,) = draw(torch.float32, 3, [(9, 21)])
+    frame = image.new_full([side + 4 for side in image.shape], torch.nan)
+    frame[2:-2, 2:-2, 2:-2] = image
+    buffers = [
+        torch.full((1024 + count + 1024,), mark, dtype=dtype, device=DEVICE)
+        for count, mark, dtype in (
+            (3 * 17 * 45, torch.nan, torch.float32),
+            (17 * 45, -7, torch.int64),
+        )
+    ]
+    values, mask = buffers[0][1024:-1024].view(3, 17, 45), buffers[1][1024:-1024].view(17, 45)
+    launch = pad_launch(frame[2:-2, 2:-2, 2:-2], MEAN, STD, values, mask)
+    launch.run(image.device)
+    wanted_values, wanted_mask = expected([image], MEAN, STD, 1.0, (17, 45))
+    assert torch.equal(values.cpu(), wanted_values[0])
+    assert torch.equal(mask.cpu(), wanted_mask[0])
+    for guard in (buffers[0][:1024], buffers[0][-1024:]):
+        assert guard.isnan().all()
+    for guard in (buffers[1][:1024], buffers[1][-1024:]):
+        assert (guard == -7).all()
+
+
+@needs_kernels
+def test_the_kernel_takes_four_channels():
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run: .* up to 4 channels"):
+        normalize_and_pad([torch.zeros(5, 2, 2, device=DEVICE)], backend="triton")
 
 
 def test_compiles_into_one_graph():
