@@ -1,4 +1,4 @@
-"""The command line: `cdetr-fast detect | demo | train | evaluate | convert | info | build-native`.
+"""The command line: detect, demo, train, evaluate, convert, benchmark, export, info, build-native.
 
 Heavy imports are inside the commands, so that `--help` and usage errors come at once.
 """
@@ -247,6 +247,58 @@ def convert(context: typer.Context) -> None:
     from cdetr_fast.training.commands import convert_command
 
     convert_command(context.args)
+
+
+@app.command(**_PASSED_ON)
+def benchmark(context: typer.Context) -> None:
+    """Time the whole model against transformers on this machine (from a checkout)."""
+    import subprocess
+
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "model.py").is_file():
+        raise UserError("benchmark needs a checkout of the project, where benchmarks/ lies")
+    command = [sys.executable, "-m", "benchmarks.model", *context.args]
+    paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    raise typer.Exit(subprocess.run(command, cwd=root, env=environment, check=False).returncode)
+
+
+@app.command()
+def export(
+    output: Annotated[Path, typer.Argument(help="The file: .pt2, or .onnx with --format onnx.")],
+    model: ModelOption = None,
+    format: Annotated[str, typer.Option(help="torch, aoti or onnx.")] = "torch",
+    size: Annotated[
+        tuple[int, int], typer.Option(help="Height and width of the images that are tried.")
+    ] = (800, 1066),
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 1,
+    static: Annotated[
+        bool, typer.Option("--static", help="Only for this size and batch; constants folded.")
+    ] = False,
+    masked: Annotated[
+        bool, typer.Option("--masked", help="Take padding masks as a second input, as numbers.")
+    ] = False,
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
+) -> None:
+    """Write a model to a file for torch.export, AOTInductor or ONNX, and check the file."""
+    from cdetr_fast.inference.export import export as write
+
+    detector = _Detector(model, revision, device)
+    try:
+        error = write(
+            detector.model,
+            output,
+            format,
+            size=size,
+            batch=batch,
+            dynamic=not static,
+            masked=masked,
+        )
+    except (OSError, RuntimeError, TypeError, ValueError) as failure:
+        raise UserError(_first_line(failure)) from failure
+    megabytes = output.stat().st_size / 1e6
+    print(f"{output}, {megabytes:.1f} MB; its outputs are within {error:.0e} of the model's")
 
 
 @app.command()

@@ -133,12 +133,18 @@ class Engine(nn.Module):
         if name == "ConditionalDetrForSegmentation":
             self.mask_attention, self.mask_head = model.bbox_attention, model.mask_head
 
-    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None,
+        constants: MapConstants | None = None,
+    ) -> dict[str, Tensor]:
         """Runs the model.
 
         Args:
             pixel_values: `[B, C, H, W]`.
             pixel_mask: `[B, H, W]`, nonzero = image; None if nothing is padded.
+            constants: Those of the map's size, if they are not to be looked up.
 
         Returns:
             The output's fields by name, those that are not None.
@@ -149,7 +155,8 @@ class Engine(nn.Module):
         if pixel_mask is not None:
             mask = F.interpolate(pixel_mask[:, None].float(), size=projected.shape[-2:])[:, 0] > 0
             key_mask = mask.flatten(1)
-        constants = self.constants_of(maps[-1], mask, pixel_values.dtype)
+        if constants is None:
+            constants = self.constants_of(maps[-1], mask, pixel_values.dtype)
         x = projected.permute(0, 2, 3, 1).flatten(1, 2)  # [B, S, C], a view: channels are last
         memory = self.encoder(x, constants, key_mask)
         last, intermediate = self.decoder(memory, constants, key_mask)
@@ -167,8 +174,14 @@ class Engine(nn.Module):
             if intermediate is not None:
                 output["intermediate_hidden_states"] = intermediate
             points = self.decoder.reference_points.transpose(0, 1)
-            output["reference_points"] = points.expand(-1, len(x), -1)
+            output["reference_points"] = points.expand(-1, x.shape[0], -1)
         return output
+
+    @torch.no_grad()
+    def constants_for_images(self, size: tuple[int, int]) -> MapConstants:
+        """The constants for unpadded images of a height and width."""
+        image = torch.zeros(1, self.num_channels, *size, device=self.device, dtype=self.dtype)
+        return self.constants_of(self.backbone(image)[-1], None, self.dtype)
 
     def constants_of(
         self, feature_map: Tensor, mask: Tensor | None, dtype: torch.dtype

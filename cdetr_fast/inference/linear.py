@@ -67,7 +67,7 @@ class FusedLinear(nn.Module):
 
     def _plain(self, x: Tensor, residual: Tensor | None, relu: bool, bias: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        if bias.dim() == 1 or len(bias) == len(rows):
+        if bias.dim() == 1 or x.shape[0] == 1:
             y = torch.addmm(bias, rows, self._transposed)
         else:
             y = torch.mm(rows, self._transposed).view(-1, *bias.shape).add_(bias)

@@ -49,6 +49,9 @@ class _AfterAttention(nn.Module):
         self.norm = norm
 
     def forward(self, attended: Tensor, residual: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            # Attention leaves its result in another order of memory once it is decomposed.
+            attended = attended.clone(memory_format=torch.contiguous_format)
         return self.norm(self.output(attended.flatten(2), residual))
 
 

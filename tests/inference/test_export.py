@@ -1,0 +1,100 @@
+"""Exported files give what the model gives, and are not kept if they do not."""
+
+import pytest
+import torch
+from oracle import make_ours, randomise
+
+from cdetr_fast.inference import export as module
+from cdetr_fast.inference.export import export
+
+SMALL = {
+    "backbone": "test_resnet",
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "num_queries": 5,
+}
+
+
+def random_model(task="detection"):
+    model = make_ours(task, **SMALL)
+    randomise(model)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return random_model()
+
+
+def images(batch=1, height=64, width=96):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_torch_with_sizes_open(task, tmp_path):
+    model, path = random_model(task), tmp_path / "model.pt2"
+    assert export(model, path, size=(64, 96), masked=True) <= 1e-4
+    exported = torch.export.load(path).module()
+    pixel_values = images(3, 70, 130)
+    mask = torch.ones(3, 70, 130)
+    mask[1, 50:] = 0
+    got = exported(pixel_values, mask)
+    expected = model(pixel_values, mask)
+    torch.testing.assert_close(got[0], expected.logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(got[1], expected.pred_boxes, rtol=0, atol=1e-4)
+    assert all(tensor.is_floating_point() for tensor in got)
+
+
+def test_torch_of_one_size_has_constants(detector, tmp_path):
+    path = tmp_path / "model.pt2"
+    assert export(detector, path, size=(64, 96), dynamic=False) <= 1e-4
+    program = torch.export.load(path)
+    torch.testing.assert_close(
+        program.module()(images())[0], detector(images()).logits, rtol=0, atol=1e-4
+    )
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in called if "aten.sin" in name or "cumsum" in name]
+    with pytest.raises((AssertionError, RuntimeError)):
+        program.module()(images(1, 96, 64))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_onnx(detector, tmp_path, dynamic):
+    runtime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    assert export(detector, path, "onnx", size=(64, 96), dynamic=dynamic, masked=dynamic) <= 1e-4
+    session = runtime.InferenceSession(path)
+    assert [x.name for x in session.get_outputs()] == ["logits", "pred_boxes"]
+    types = {x.type for x in (*session.get_inputs(), *session.get_outputs())}
+    assert types == {"tensor(float)"}
+    size = (2, 70, 130) if dynamic else (1, 64, 96)
+    feeds = {"pixel_values": images(*size).numpy()}
+    if dynamic:
+        feeds["pixel_mask"] = torch.ones(size).numpy()
+    logits = torch.from_numpy(session.run(["logits"], feeds)[0])
+    torch.testing.assert_close(logits, detector(images(*size)).logits, rtol=0, atol=1e-4)
+
+
+def test_a_wrong_file_is_not_kept(detector, tmp_path, monkeypatch):
+    def wrong(program, path, masked):
+        run = module._write_torch(program, path, masked)
+        return lambda inputs: [tensor + 1 for tensor in run(inputs)]
+
+    monkeypatch.setitem(module._WRITERS, "torch", wrong)
+    with pytest.raises(RuntimeError, match=r"model.pt2: logits of the file is off by 1.0e\+00"):
+        export(detector, tmp_path / "model.pt2", size=(64, 96), dynamic=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_are_checked(detector, tmp_path):
+    with pytest.raises(ValueError, match="format: expected one of"):
+        export(detector, tmp_path / "model.pt2", "trt")
+    with pytest.raises(ValueError, match=r"path: expected a name ending in .onnx"):
+        export(detector, tmp_path / "model.pt2", "onnx")
+    with pytest.raises(FileNotFoundError, match="path: expected an existing folder"):
+        export(detector, tmp_path / "none" / "model.pt2")
+    with pytest.raises(TypeError, match="model: expected one that predicts boxes"):
+        export(random_model("base"), tmp_path / "model.pt2")
