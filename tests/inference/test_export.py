@@ -1,9 +1,12 @@
 """Exported files give what the model gives, and are not kept if they do not."""
 
+import sys
+
 import pytest
 import torch
 from oracle import make_ours, randomise
 
+from cdetr_fast import cli
 from cdetr_fast.inference import export as module
 from cdetr_fast.inference.export import export
 
@@ -98,3 +101,27 @@ def test_arguments_are_checked(detector, tmp_path):
         export(detector, tmp_path / "none" / "model.pt2")
     with pytest.raises(TypeError, match="model: expected one that predicts boxes"):
         export(random_model("base"), tmp_path / "model.pt2")
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "model.pt2"
+    arguments = ["export", str(path), "--static", "--size", "64", "96", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["cdetr-fast", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    assert "its outputs are within" in capsys.readouterr().out
+    assert torch.export.load(path)
+    monkeypatch.setattr(sys, "argv", ["cdetr-fast", *arguments, "--format", "trt"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    assert "format: expected one of" in capsys.readouterr().err
+
+
+def test_benchmark_command_passes_arguments_on(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["cdetr-fast", "benchmark", "--size", "many"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "python -m benchmarks.model: error: argument --size" in capfd.readouterr().err
