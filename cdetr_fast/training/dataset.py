@@ -98,7 +98,7 @@ class DetectionDataset(Dataset):
         index = self.index
         try:
             image = read_image(index, draw.index)
-            masks = None if index.masks is None else self._read_masks(draw.index)
+            masks = None if index.masks is None else self._read_masks(draw.index, *image.shape[-2:])
         except DataError as error:
             return str(error)
         where = index.objects(draw.index)
@@ -124,14 +124,27 @@ class DetectionDataset(Dataset):
             "orig_size_hw": (height, width),
         }
 
-    def _read_masks(self, image: int) -> Tensor:
+    def _read_masks(self, image: int, height: int, width: int) -> Tensor:
         index = self.index
         path = index.masks / index.mask_names[image]
         name = f"{path} (masks of image id {index.image_ids[image]})"
-        colours = torch.from_numpy(np.array(_open(path, name))).to(torch.int64)
+        picture = _open(path, name)
+        if (picture.height, picture.width) != (height, width):
+            raise DataError(
+                f"{name}: expected {width} x {height} pixels as the image has, "
+                f"got {picture.width} x {picture.height}; correct one of the two"
+            )
+        colours = torch.from_numpy(np.array(picture)).to(torch.int64)
         segments = colours[..., 0] + 256 * colours[..., 1] + 256**2 * colours[..., 2]
         ids = torch.from_numpy(index.object_ids[index.objects(image)])
-        return (segments == ids[:, None, None]).to(torch.uint8)
+        masks = segments == ids[:, None, None]
+        missing = ids[~masks.flatten(1).any(1)].tolist()
+        if missing:
+            raise DataError(
+                f"{name}: no pixel of segments {', '.join(map(str, missing))}, which "
+                f"{index.path} lists; take them out there, or correct the masks"
+            )
+        return masks.to(torch.uint8)
 
 
 def _label(sample: Sample) -> dict[str, Tensor]:

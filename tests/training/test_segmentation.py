@@ -1,0 +1,195 @@
+"""Segmentation from panoptic data: masks follow boxes, the mask head trains, runs end."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cdetr_fast import ConditionalDetrForSegmentation
+from cdetr_fast.training import DataError, TrainingConfig, train
+from cdetr_fast.training.coco import read_coco
+from cdetr_fast.training.dataset import Collate, DetectionDataset
+from cdetr_fast.training.engine import Engine
+from cdetr_fast.training.run_log import read_rows
+from cdetr_fast.training.sampling import Draw
+from cdetr_fast.training.signals import StopSignals
+from cdetr_fast.training.transforms import TrainingTransform
+
+HEIGHT, WIDTH = 64, 80
+COLOURS = ((220, 40, 40), (40, 60, 230))
+CATEGORIES = [
+    {"id": 3, "name": "plate", "isthing": 1},
+    {"id": 7, "name": "disc", "isthing": 1},
+    {"id": 90, "name": "ground", "isthing": 0},
+]
+
+
+def draw_panoptic(folder, count, seed):
+    """Plates and discs on ground; every pixel belongs to one segment, every third image has a
+    crowd."""
+    rng = np.random.default_rng(seed)
+    (folder / "masks").mkdir(parents=True)
+    content = {"images": [], "annotations": [], "categories": CATEGORIES}
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    for image_id in range(count):
+        pixels = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
+        owner = np.full((HEIGHT, WIDTH), 70_000)  # ids of three bytes
+        kinds = {70_000: 90}
+        for k, (left, top) in enumerate(((4, 4), (42, 30))):
+            left, top = left + rng.integers(0, 8), top + rng.integers(0, 6)
+            inside = (x >= left) & (x < left + 26) & (y >= top) & (y < top + 22)
+            category = 3
+            if rng.random() < 0.5:
+                inside = ((x - left - 13) / 13) ** 2 + ((y - top - 11) / 11) ** 2 < 1
+                category = 7
+            number = 300 + 1000 * k
+            owner[inside], kinds[number] = number, category
+            pixels[inside] = COLOURS[0 if category == 3 else 1]
+        segments = []
+        for number, category in kinds.items():
+            rows, columns = np.nonzero(owner == number)
+            top, left = rows.min(), columns.min()
+            segments.append(
+                {
+                    "id": number,
+                    "category_id": category,
+                    "bbox": [int(v) for v in (left, top, np.ptp(columns) + 1, np.ptp(rows) + 1)],
+                    "area": len(rows),
+                    "iscrowd": int(image_id % 3 == 2 and number == 1300),
+                }
+            )
+        name = f"{image_id:03d}"
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+        colours = np.stack([owner % 256, owner // 256 % 256, owner // 256**2], -1)
+        Image.fromarray(colours.astype(np.uint8)).save(folder / "masks" / f"{name}.png")
+        content["images"].append(
+            {"id": image_id, "file_name": f"{name}.png", "width": WIDTH, "height": HEIGHT}
+        )
+        content["annotations"].append(
+            {"image_id": image_id, "file_name": f"{name}.png", "segments_info": segments}
+        )
+    (folder / "panoptic.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def panoptic(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("panoptic")
+    draw_panoptic(folder / "train", 6, 0)
+    draw_panoptic(folder / "val", 3, 1)
+    return folder
+
+
+@pytest.fixture
+def configuration(settings, panoptic):
+    def make(**changes):
+        # d_model + heads in groups of 8, and a smallest map of d_model / 16 channels
+        options = settings()["model_options"] | {"encoder_attention_heads": 8}
+        values = {
+            "task": "segmentation",
+            "train_annotations": str(panoptic / "train" / "panoptic.json"),
+            "train_masks": str(panoptic / "train" / "masks"),
+            "model_options": options,
+            "batch_size": 3,
+            "epochs": 1,
+        }
+        return TrainingConfig(**settings(**values | changes))
+
+    return make
+
+
+def extent(mask):
+    rows, columns = torch.nonzero(mask, as_tuple=True)
+    edges = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    return [edge.item() for edge in edges]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_masks_follow_boxes(panoptic, seed):
+    """Through flip, crop, scale and padding."""
+    index = read_coco(panoptic / "train" / "panoptic.json", masks=panoptic / "train" / "masks")
+    assert index.classes == ("plate", "disc", "ground")
+    transform = TrainingTransform((48, 64), 96, 0.5, 0.7, (64,), (40, 64))
+    dataset = DetectionDataset(index, transform)
+    items = [dataset[Draw(i, (seed, i), (seed,))] for i in range(3)]
+    # of the third image, a segment is a crowd
+    for item, count in zip(items, (3, 3, 2), strict=True):
+        assert len(item["label"]["class_labels"]) <= count
+    batch = Collate(32)(items)
+    compared = 0
+    for image, label, item in zip(batch.pixels, batch.labels, items, strict=True):
+        height, width = item["pixels"].shape[1:]
+        assert label["masks"].shape[1:] == batch.pixels.shape[2:]
+        assert not label["masks"][:, height:].any()
+        assert not label["masks"][:, :, width:].any()
+        assert label["masks"].sum(0).max() == 1  # segments do not overlap
+        centre, size = label["boxes"][:, :2], label["boxes"][:, 2:]
+        boxes = torch.cat([centre - size / 2, centre + size / 2], 1)
+        boxes = boxes * torch.tensor([width, height] * 2)
+        for box, mask, kind in zip(boxes, label["masks"], label["class_labels"], strict=True):
+            if kind != 2:  # what is cut off the ground may leave its box too large
+                assert box.tolist() == pytest.approx(extent(mask), abs=2.5)
+                colour = image[:, mask].float().mean(1).tolist()
+                assert colour == pytest.approx(COLOURS[int(kind)], abs=30)
+                compared += 1
+    assert compared >= 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"precision": "bf16"}, {"batch_size": 1, "accumulate": 3, "gradient_checkpointing": True}],
+)
+def test_trains(configuration, panoptic, changes):
+    config = configuration(
+        val_annotations=str(panoptic / "val" / "panoptic.json"),
+        val_masks=str(panoptic / "val" / "masks"),
+        **changes,
+    )
+    result = train(config)
+    assert result["step"] == 2
+    assert 0 <= result["AP"] <= 1
+    run = config.output
+    rows = [row for row in read_rows(Path(run) / "metrics.jsonl") if row["kind"] == "train"]
+    for row in rows:
+        assert row["skipped"] == 0
+        assert np.isfinite([row["loss"], row["loss_mask"], row["loss_dice"]]).all()
+        assert row["loss_mask"] > 0 < row["loss_dice"]
+    model = ConditionalDetrForSegmentation.from_pretrained(Path(run) / "model", strict=True)
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(1, 3, 64, 64)).pred_masks.shape == (1, 12, 16, 16)
+
+
+def test_mask_head_trains(configuration):
+    config = configuration(
+        epochs=12, batch_size=6, crop_probability=0.0, flip_probability=0.0, scales=[64]
+    )
+    engine = Engine(config, StopSignals())
+    model = engine.accelerator.unwrap_model(engine.model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    engine.run()
+    same = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    same = {name for name in same if name.startswith(("mask_head", "bbox_attention"))}
+    assert same <= {"bbox_attention.k_proj.bias"}  # the softmax takes it out
+    rows = list(read_rows(Path(config.output) / "metrics.jsonl"))
+    assert rows[-1]["loss_mask"] < 0.85 * rows[0]["loss_mask"]
+
+
+def test_bad_masks_are_named(configuration, panoptic, tmp_path):
+    with pytest.raises(DataError, match="train_masks: expected the folder of panoptic PNG files"):
+        configuration(train_masks=None)
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    for path in (panoptic / "train" / "masks").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    victim = folder / "001.png"
+    index = read_coco(panoptic / "train" / "panoptic.json", masks=folder)
+    dataset = DetectionDataset(index, TrainingTransform((48,), 96))
+    Image.open(victim).resize((40, 32), Image.NEAREST).save(victim)
+    assert "001.png (masks of image id 1): expected 80 x 64 pixels" in dataset[Draw(1, (0,), (0,))]
+    Image.new("RGB", (WIDTH, HEIGHT)).save(victim)
+    message = dataset[Draw(1, (0,), (0,))]
+    assert "001.png (masks of image id 1): no pixel of segments 70000, 300, 1300" in message
+    victim.unlink()
+    assert "001.png (masks of image id 1): cannot be read" in dataset[Draw(1, (0,), (0,))]
