@@ -1,0 +1,78 @@
+"""The scripts in examples/ run, change the weights and leave a checkpoint that loads."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cdetr_fast import ConditionalDetrForObjectDetection
+from cdetr_fast.scenes import CLASSES
+from cdetr_fast.training import TrainingConfig
+from cdetr_fast.training.initial_weights import build_model
+from cdetr_fast.training.setup import make_processor
+
+
+@pytest.fixture
+def checkpoint(settings, tmp_path):
+    """A model of two other classes, so that its head is made anew."""
+    config = TrainingConfig(**settings())
+    model = build_model(config, ["cat", "dog"])
+    model.save_pretrained(tmp_path / "start")
+    make_processor(config, model).save_pretrained(tmp_path / "start")
+    return tmp_path / "start"
+
+
+def run(root, script, *arguments):
+    paths = [str(root), str(root / "kernels")]
+    done = subprocess.run(
+        [sys.executable, root / "examples" / script / "train.py", *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_trained(checkpoint, folder):
+    start = ConditionalDetrForObjectDetection.from_pretrained(checkpoint)
+    model = ConditionalDetrForObjectDetection.from_pretrained(folder, strict=True)
+    assert list(model.config.id2label.values()) == list(CLASSES)
+    assert not model.config.auxiliary_loss
+    for name in ("bbox_predictor.layers.2.weight", "model.input_projection.weight"):
+        before, after = start.get_parameter(name), model.get_parameter(name)
+        assert after.isfinite().all()
+        assert not torch.equal(before, after), name
+    # The new head starts at the focal prior and a few steps leave it near.
+    bias = model.class_labels_classifier.bias
+    assert bias.tolist() == pytest.approx([-4.6] * len(CLASSES), abs=0.1)
+
+
+def test_trainer(root, scenes, checkpoint, tmp_path):
+    pytest.importorskip("transformers")
+    out = run(
+        *(root, "trainer", "--model", checkpoint, "--output_dir", tmp_path / "run"),
+        *("--train", scenes / "train", "--val", scenes / "val", "--max_steps", 2),
+        *("--per_device_train_batch_size", 4, "--use_cpu", "--save_strategy", "no"),
+        *("--learning_rate", "1e-3", "--report_to", "none", "--disable_tqdm", "True"),
+    )
+    assert "'eval_loss': " in out
+    assert "'AP50': " in out.splitlines()[-1]
+    assert_trained(checkpoint, tmp_path / "run")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_accelerate(root, scenes, checkpoint, tmp_path, accumulate):
+    out = run(
+        *(root, "accelerate", "--model", checkpoint, "--output", tmp_path / "run"),
+        *("--train", scenes / "train" / "annotations.json", "--scales", 48, 64, "--cpu"),
+        *("--val", scenes / "val" / "annotations.json", "--epochs", 1, "--workers", 0),
+        *("--batch-size", 4, "--accumulate", accumulate),
+    )
+    assert "14 images" in out
+    assert "epoch 1: loss " in out
+    assert "'AP50': " in out.splitlines()[-1]
+    assert_trained(checkpoint, tmp_path / "run")
