@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from cdetr_fast import ConditionalDetrForSegmentation
-from cdetr_fast.training import DataError, TrainingConfig, train
+from cdetr_fast.training import DataError, TrainingConfig, evaluate, train
 from cdetr_fast.training.coco import read_coco
 from cdetr_fast.training.dataset import Collate, DetectionDataset
 from cdetr_fast.training.engine import Engine
@@ -159,6 +159,26 @@ def test_trains(configuration, panoptic, changes):
     model = ConditionalDetrForSegmentation.from_pretrained(Path(run) / "model", strict=True)
     with torch.no_grad():
         assert model.eval()(torch.zeros(1, 3, 64, 64)).pred_masks.shape == (1, 12, 16, 16)
+
+
+def test_evaluate_scores_the_boxes_of_a_checkpoint(configuration, panoptic):
+    val = str(panoptic / "val" / "panoptic.json")
+    config = configuration(val_annotations=val, val_masks=str(panoptic / "val" / "masks"))
+    trained = train(config)
+    coco = json.loads(Path(val).read_text())
+    items = [
+        {"image_id": a["image_id"]} | segment
+        for a in coco["annotations"]
+        for segment in a["segments_info"]
+    ]
+    coco["annotations"] = [item | {"id": k} for k, item in enumerate(items, 1)]
+    path = Path(config.output) / "boxes.json"
+    path.write_text(json.dumps(coco))
+    found = evaluate(
+        Path(config.output) / "model", path, panoptic / "val", device="cpu", num_workers=0
+    )
+    expected = {name: trained[name] for name in found.stats}
+    assert found.stats == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 def test_mask_head_trains(configuration):
