@@ -335,6 +335,25 @@ def test_compiled_graphs_see_loaded_weights(model, images):
     torch._dynamo.reset()
 
 
+def test_compiled_engine_follows_its_weights(images, monkeypatch):
+    """`optimize(compile=True)`, by a compiler that takes no minute."""
+    torch._dynamo.reset()
+    compiler, counter = torch.compile, CompileCounterWithBackend("aot_eager")
+
+    def quick(engine, *, mode, **options):
+        assert mode == "default"
+        return compiler(engine, backend=counter, **options)
+
+    monkeypatch.setattr(torch, "compile", quick)
+    model, other = random_model(), other_weights()
+    fast = optimize(model, compile=True)
+    assert_same(fast(*images), model(*images))
+    assert counter.frame_count == 1
+    fast.load_state_dict(other.state_dict())
+    assert_same(fast(*images), other(*images))
+    torch._dynamo.reset()
+
+
 # Refusals ----------------------------------------------------------------------------------------
 
 
