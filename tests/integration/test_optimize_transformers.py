@@ -24,7 +24,7 @@ HF_RESNET = {
 }
 VARIANTS = {
     "base": ("base", {"auxiliary_loss": True}),
-    "detection": ("detection", {}),
+    "detection": ("detection", {"backbone": "resnet18"}),
     "mobilenet": ("detection", {"backbone": "tf_mobilenetv3_small_075"}),
     "auxiliary": ("detection", {"auxiliary_loss": True}),
     "hf-resnet": ("detection", HF_RESNET),
@@ -39,7 +39,7 @@ def no_gradients():
 
 
 def their_model(task="detection", seed=0, **config):
-    settings = TINY | config
+    settings = TINY | {"backbone": "test_resnet"} | config
     model = getattr(transformers, CLASSES[task])(transformers.ConditionalDetrConfig(**settings))
     randomise(model, seed)
     return model.eval()
