@@ -34,6 +34,7 @@ from cdetr_kernels.fused import (
     launching,
     matching_cost,
     normalize_and_pad,
+    separable_attention,
     set_loss,
     sine_position_2d,
     sine_query,
@@ -199,6 +200,27 @@ def image_launches() -> dict[str, Launch]:
     return {"normalize_and_pad": launch}
 
 
+def separable_launches(
+    queries_and_keys, value, mask, seed, options, logsumexp
+) -> dict[str, Launch]:
+    """Returns the same for `conditional_attention_separable`."""
+    inputs = (*queries_and_keys, value, mask, seed, *options)
+    query, _, key, *codes = queries_and_keys
+    gradients = (query, query, key, *(code.float() for code in codes), value)
+    backward = separable_attention.backward_launches(query, *inputs, query, logsumexp, gradients)
+    attention = query.new_empty(*logsumexp.shape, key.shape[1])
+    return {
+        "separable_forward": separable_attention.forward_launch(*inputs, query, logsumexp),
+        "separable_backward_queries": backward[0],
+        "separable_backward_keys": backward[1],
+        "separable_backward_rows": backward[2],
+        "separable_backward_columns": backward[3],
+        "separable_map": separable_attention.map_launch(
+            *queries_and_keys, mask, seed, logsumexp, *options, attention
+        ),
+    }
+
+
 def launches(case: AnyCase, architecture: str) -> dict[str, Launch]:
     """Returns what a training step at 800x1066 launches, and the map, on meta tensors."""
     if isinstance(case, ImageCase):
@@ -233,7 +255,14 @@ def launches(case: AnyCase, architecture: str) -> dict[str, Launch]:
         backward = conditional_attention.backward_launches(
             query, *inputs, query, logsumexp, gradients
         )
+        separable = {}
+        if case.spatial:
+            codes = (empty(1, 25, heads, case.size), empty(1, 42, heads, case.size))
+            separable = separable_launches(
+                (query, query, key, *codes), value, mask, seed, options, logsumexp
+            )
         return {
+            **separable,
             "forward": conditional_attention.forward_launch(*inputs, query, logsumexp),
             "backward_queries": backward[0],
             "backward_keys": backward[1],
@@ -317,7 +346,8 @@ def examine(launch: Launch, architecture: str) -> dict:
         )
         wide = r"\b(LDG|LDGSTS)\S*\.128"
         wide_store = r"\bSTG\S*\.128"
-    rows = launch.tile.keys if "p_dkc" in launch.arguments else launch.tile.queries
+    over_keys = {"p_dkc", "p_dcodes"} & set(launch.arguments)
+    rows = launch.tile.keys if over_keys else launch.tile.queries
     return {
         "registers": registers,
         "spills": spills,
@@ -410,7 +440,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows, failed = [], 0
     header = ("architecture", "case", "kernel", "tile", "registers", "spills", "shared",
               "programs", "tensor", "load16", "store16", "async")  # fmt: skip
-    line = "{:>12} {:>15} {:>19} {:>12} {:>9} {:>6} {:>7} {:>8} {:>6} {:>6} {:>7} {:>5}  {}"
+    line = "{:>12} {:>15} {:>26} {:>12} {:>9} {:>6} {:>7} {:>8} {:>6} {:>6} {:>7} {:>5}  {}"
     print(line.format(*header, ""))
     for architecture in options.architectures:
         done = set()

@@ -8,8 +8,21 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from cdetr_fast.models.projections import joint_linear
-from cdetr_kernels import conditional_attention
+from cdetr_fast.models.position import MapPosition
+from cdetr_fast.models.projections import joint_linear, joint_linear_of_sums
+from cdetr_kernels import conditional_attention, conditional_attention_separable
+
+
+class SeparableKeys(NamedTuple):
+    """Spatial keys that are a row's plus a column's: no tensor of the size of the map.
+
+    Attributes:
+        rows: `[B|1, h, C]`.
+        columns: `[B|1, w, C]`.
+    """
+
+    rows: Tensor
+    columns: Tensor
 
 
 class _Attention(nn.Module):
@@ -27,19 +40,20 @@ class _Attention(nn.Module):
         q_content: Tensor,
         q_spatial: Tensor | None,
         k_content: Tensor,
-        k_spatial: Tensor | None,
+        k_spatial: Tensor | SeparableKeys | None,
         value: Tensor,
         key_mask: Tensor | None,
         return_attention: bool,
     ) -> tuple[Tensor, Tensor | None]:
+        attend, spatial_keys = conditional_attention, (k_spatial,)
+        if isinstance(k_spatial, SeparableKeys):
+            attend, spatial_keys = conditional_attention_separable, k_spatial
         heads = [
             None if x is None else x.unflatten(-1, (self.num_heads, -1))
-            for x in (q_content, q_spatial, k_content, k_spatial, value)
+            for x in (q_content, q_spatial, k_content, *spatial_keys, value)
         ]
         dropout_p = self.attention_dropout if self.training else 0.0
-        result = conditional_attention(
-            *heads, key_mask, dropout_p=dropout_p, return_attention=return_attention
-        )
+        result = attend(*heads, key_mask, dropout_p=dropout_p, return_attention=return_attention)
         output, attention = result if return_attention else (result, None)
         return self.o_proj(output.flatten(2)), attention
 
@@ -111,13 +125,25 @@ class MemoryKeys(NamedTuple):
 
     Attributes:
         content: `[B, S, C]`.
-        spatial: `[B|1, S, C]`.
+        spatial: `[B|1, S, C]`, or those of rows and columns.
         value: `[B, S, C]`.
     """
 
     content: Tensor
-    spatial: Tensor
+    spatial: Tensor | SeparableKeys
     value: Tensor
+
+
+def project_position(
+    position: Tensor | MapPosition, *projections: nn.Module
+) -> tuple[Tensor | SeparableKeys, ...]:
+    """Projects the position code with several layers, rows and columns apart where it can be."""
+    if isinstance(position, Tensor):
+        return joint_linear(position, *projections)
+    parts = joint_linear_of_sums(position.rows, position.columns, *projections)
+    if parts is None:
+        return joint_linear(position.code, *projections)
+    return tuple(SeparableKeys(*part) for part in parts)
 
 
 class ConditionalDetrDecoderCrossAttention(_Attention):
@@ -139,10 +165,10 @@ class ConditionalDetrDecoderCrossAttention(_Attention):
         self.k_pos_proj = nn.Linear(hidden_size, hidden_size)
         self.q_pos_sine_proj = nn.Linear(hidden_size, hidden_size)
 
-    def project_memory(self, memory: Tensor, position: Tensor) -> MemoryKeys:
+    def project_memory(self, memory: Tensor, position: Tensor | MapPosition) -> MemoryKeys:
         """Projects the memory `[B, S, C]` and its position code `[B|1, S, C]` for this layer."""
         content, value = joint_linear(memory, self.k_content_proj, self.v_proj)
-        return MemoryKeys(content, self.k_pos_proj(position), value)
+        return MemoryKeys(content, *project_position(position, self.k_pos_proj), value)
 
     def forward(
         self,

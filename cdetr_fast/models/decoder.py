@@ -10,10 +10,12 @@ from cdetr_fast.models.attention import (
     ConditionalDetrDecoderCrossAttention,
     ConditionalDetrDecoderSelfAttention,
     MemoryKeys,
+    project_position,
 )
 from cdetr_fast.models.encoder import ConditionalDetrMLP, skip_layer
 from cdetr_fast.models.heads import ConditionalDetrMLPPredictionHead
 from cdetr_fast.models.outputs import DecoderOutput
+from cdetr_fast.models.position import MapPosition
 from cdetr_fast.models.projections import joint_linear
 from cdetr_kernels import sine_query
 
@@ -42,7 +44,7 @@ class ConditionalDetrDecoderLayer(nn.Module):
         query_position: Tensor,
         query_sine: Tensor,
         memory: Tensor,
-        memory_position: Tensor,
+        memory_position: Tensor | MapPosition,
         memory_mask: Tensor | None,
         keys: MemoryKeys | None = None,
         query_mask: Tensor | None = None,
@@ -117,6 +119,7 @@ class ConditionalDetrDecoder(nn.Module):
         query_mask: Tensor | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        map_size: tuple[int, int] | None = None,
     ) -> DecoderOutput:
         """Decodes the object queries.
 
@@ -129,7 +132,11 @@ class ConditionalDetrDecoder(nn.Module):
             query_mask: bool `[B, Q]`, True = attend to this query, or None.
             output_attentions: Return the attention maps.
             output_hidden_states: Return the initial state and the output of every layer.
+            map_size: Height and width of the map if its position code, wherever the mask is True,
+                is a row's code plus a column's; None if that is not known.
         """
+        if map_size is not None:
+            memory_position = MapPosition.from_code(memory_position, *map_size)
         # Read at each call, as transformers does: users switch the auxiliary loss on a loaded
         #     model.
         auxiliary_loss = self.config.auxiliary_loss
@@ -194,7 +201,9 @@ class ConditionalDetrDecoder(nn.Module):
             reference_points=reference_points.transpose(0, 1).expand(-1, batch, -1),
         )
 
-    def _project_memory(self, memory: Tensor, position: Tensor) -> list[MemoryKeys | None]:
+    def _project_memory(
+        self, memory: Tensor, position: Tensor | MapPosition
+    ) -> list[MemoryKeys | None]:
         """Projects the memory for all layers at once: one matrix product, and one for its position.
 
         Layers that are wrapped (FSDP, an adapter) or recomputed (gradient checkpointing) project it
@@ -209,7 +218,7 @@ class ConditionalDetrDecoder(nn.Module):
             *(attention.k_content_proj for attention in attentions),
             *(attention.v_proj for attention in attentions),
         )
-        spatial = joint_linear(position, *(attention.k_pos_proj for attention in attentions))
+        spatial = project_position(position, *(attention.k_pos_proj for attention in attentions))
         layers = len(attentions)
         return [
             MemoryKeys(content, spatial_keys, value)

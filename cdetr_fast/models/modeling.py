@@ -45,12 +45,15 @@ class ImageFeatures(NamedTuple):
         projected: The coarsest map with d_model channels, `[B, C, h, w]`.
         mask: bool `[B, h*w]`, True = unpadded; None if nothing is padded.
         position: Position code `[B|1, h*w, C]`.
+        separable: Whether the code of each unpadded position is known to be a row's plus a
+            column's.
     """
 
     maps: list[Tensor]
     projected: Tensor
     mask: Tensor | None
     position: Tensor
+    separable: bool = False
 
 
 class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
@@ -142,7 +145,9 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
         maps, mask = self.backbone(pixel_values, pixel_mask)
         position = self.position_embedding(maps[-1], mask, pixel_values.dtype)
         projected = self.input_projection(maps[-1])
-        return ImageFeatures(maps, projected, None if mask is None else mask.flatten(1), position)
+        separable = self.position_embedding.is_separable(mask)
+        mask = None if mask is None else mask.flatten(1)
+        return ImageFeatures(maps, projected, mask, position, separable)
 
     def transform(
         self,
@@ -185,6 +190,7 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
             decoder_attention_mask,
             attentions,
             states,
+            tuple(features.projected.shape[-2:]) if features.separable else None,
         )
         return ConditionalDetrModelOutput(
             last_hidden_state=decoded.last_hidden_state,

@@ -1,9 +1,32 @@
 """Position codes of the map: sine, or learned per row and column."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from cdetr_kernels import sine_position_2d
+
+
+class MapPosition(NamedTuple):
+    """The position code of a map that is a row's code plus a column's, wherever it is read.
+
+    Attributes:
+        code: `[B|1, h*w, C]`.
+        rows: `[B|1, h, C]`.
+        columns: `[B|1, w, C]`.
+    """
+
+    code: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def from_code(cls, code: Tensor, height: int, width: int) -> "MapPosition":
+        """Splits a separable code: p(y, x) = p(y, 0) + (p(0, x) - p(0, 0))."""
+        grid = code.unflatten(1, (height, width))
+        first_row = grid[:, 0]
+        return cls(code, grid[:, :, 0], first_row - first_row[:, :1])
 
 
 class ConditionalDetrSinePositionEmbedding(nn.Module):
@@ -16,6 +39,21 @@ class ConditionalDetrSinePositionEmbedding(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
+
+    def is_separable(self, mask: Tensor | None) -> bool:
+        """Whether unpadded positions are a row's code plus a column's, if that is known at once.
+
+        They are where the unpadded part of each image is a rectangle. A mask on a GPU is not looked
+        at, which would wait for it.
+
+        Args:
+            mask: bool `[B, h, w]`, True = unpadded; None if nothing is padded.
+        """
+        if mask is None:
+            return True
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or mask.device.type != "cpu":
+            return False
+        return torch.equal(mask, mask[:, :, :1] & mask[:, :1])
 
     def forward(self, feature_map: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Codes the positions of a map.
@@ -46,6 +84,10 @@ class ConditionalDetrLearnedPositionEmbedding(nn.Module):
         super().__init__()
         self.row_embeddings = nn.Embedding(50, channels // 2)
         self.column_embeddings = nn.Embedding(50, channels // 2)
+
+    def is_separable(self, mask: Tensor | None) -> bool:
+        """True: a column's code lies next to a row's, and the mask plays no part."""
+        return True
 
     def forward(self, feature_map: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Codes the positions of a map; as for the sine code, but the mask plays no part.

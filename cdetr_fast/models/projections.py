@@ -31,6 +31,24 @@ def joint_linear(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
     return F.linear(x, weight, bias).split([p.out_features for p in projections], dim=-1)
 
 
+def joint_linear_of_sums(
+    x: Tensor, y: Tensor, *projections: nn.Module
+) -> tuple[tuple[Tensor, Tensor], ...] | None:
+    """Splits what linear layers make of sums x + y into a part of x and a part of y.
+
+    Returns:
+        For each layer two tensors that add up to its result; None if one of the layers is not
+        plain, as what it does need not be linear.
+    """
+    if not all(is_plain_linear(projection) for projection in projections):
+        return None
+    weight = torch.cat([projection.weight for projection in projections])
+    bias = torch.cat([projection.bias for projection in projections])
+    sizes = [p.out_features for p in projections]
+    parts = F.linear(x, weight, bias).split(sizes, dim=-1), F.linear(y, weight).split(sizes, dim=-1)
+    return tuple(zip(*parts, strict=True))
+
+
 def linear_in_fp32(x: Tensor, projection: nn.Module) -> Tensor:
     """Applies a linear layer in fp32 (fp64 for fp64 weights), a plain one also if it is in bf16.
 

@@ -25,8 +25,18 @@ def _conditional_attention_triton(*args):
     return conditional_attention(*args)
 
 
+def _separable_triton(*args):
+    from cdetr_kernels.fused.separable_attention import conditional_attention_separable
+
+    return conditional_attention_separable(*args)
+
+
 def _no_triton(q_content: Tensor, *rest) -> str | None:
     return _no_triton_for(q_content, rest[3] if rest else None)
+
+
+def _no_triton_separable(q_content: Tensor, *rest) -> str | None:
+    return _no_triton_for(q_content, rest[4] if rest else None)
 
 
 def _no_triton_for(q_content: Tensor, value: Tensor | None) -> str | None:
@@ -48,6 +58,7 @@ CONDITIONAL_ATTENTION = Operator(
 CONDITIONAL_ATTENTION_SEPARABLE = Operator(
     "conditional_attention_separable",
     {
+        "triton": held_back(_separable_triton, _no_triton_separable),
         "torch": Path(attention.conditional_attention_separable),
     },
 )

@@ -11,6 +11,17 @@ from unittest import mock
 
 import pytest
 import torch
+from attention_oracle import (
+    DEVICE,
+    DTYPES,
+    assert_close,
+    compiled_only,
+    concatenated,
+    differentiate,
+    needs_kernels,
+    poisoned_memory,
+    scattered,
+)
 from interpreter import INTERPRETED, run_in_the_interpreter
 from torch import Tensor
 
@@ -19,14 +30,7 @@ from cdetr_kernels.reference.attention import conditional_attention as reference
 
 triton = pytest.importorskip("triton")
 
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 NAMES = ("q_content", "q_spatial", "k_content", "k_spatial", "value")
-needs_kernels = pytest.mark.skipif(
-    not INTERPRETED and DEVICE == "cpu",
-    reason="run by test_in_the_interpreter, in a process of its own",
-)
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="needs kernels that can be compiled")
-
 # batch, queries, keys, heads, size, value size, spatial, mask
 CASES = {
     "one of each": (1, 1, 1, 1, 4, 4, True, None),
@@ -37,15 +41,12 @@ CASES = {
     "many queries": (1, 300, 40, 1, 32, 32, True, "holes"),
     "widest": (1, 33, 40, 1, 128, 100, True, "holes"),
 }
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """`torch.empty` is filled with NaN: what a kernel does not write is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with poisoned_memory():
+        yield
 
 
 def draw(case, dtype=torch.float32, seed=0):
@@ -78,56 +79,10 @@ def draw(case, dtype=torch.float32, seed=0):
     return tensors, mask, normal(batch, queries, heads, value_size)
 
 
-def differentiate(function, tensors, grad_output, dtype=None):
-    """Output and gradients by name of `function(**tensors)`, in another dtype if one is given."""
-    leaves = {
-        name: None if x is None else x.detach().to(dtype or x.dtype).requires_grad_()
-        for name, x in tensors.items()
-    }
-    output = function(**leaves)
-    output.backward(grad_output.to(output.dtype))
-    gradients = {name: x.grad for name, x in leaves.items() if x is not None}
-    return {"output": output.detach(), **gradients}
-
-
 def fused(mask, **options):
     return lambda **tensors: conditional_attention(
         **tensors, key_mask=mask, backend="triton", **options
     )
-
-
-def concatenated(mask):
-    """The paper's form on torch's unfused attention."""
-
-    def attend(q_content, q_spatial, k_content, k_spatial, value):
-        query, key = q_content, k_content
-        if q_spatial is not None:
-            query = torch.cat((q_content, q_spatial), -1)
-            key = torch.cat((k_content.expand(len(value), -1, -1, -1),
-                             k_spatial.expand(len(value), -1, -1, -1)), -1)  # fmt: skip
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            return torch.nn.functional.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (query, key, value)),
-                attn_mask=None if mask is None else mask[:, None, None, :],
-            ).transpose(1, 2)
-
-    return attend
-
-
-def assert_close(got: dict[str, Tensor], torchs: dict[str, Tensor], exact: dict[str, Tensor]):
-    """At most twice the error of torch in the same dtype, against fp64.
-
-    Torch may be exact by luck, as for a single key: the floor is one rounding of the result and the
-    cancellation of two fp32 sums.
-    """
-    assert got.keys() == exact.keys()
-    for name, expected in exact.items():
-        assert got[name].shape == expected.shape
-        assert got[name].dtype == torchs[name].dtype
-        error = (got[name] - expected).abs().max()
-        eps = torch.finfo(got[name].dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
-        floor = eps * max(1.0, expected.abs().max())
-        assert error <= 2 * (torchs[name] - expected).abs().max() + floor, name
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
@@ -174,18 +129,6 @@ def test_keys_shared_by_the_batch(names):
         name: x.expand(2, -1, -1, -1) if name in names else x for name, x in tensors.items()
     }
     assert torch.equal(got["output"], fused(mask)(**repeated))
-
-
-def scattered(x: Tensor, order: tuple[int, ...], step: int, offset: int) -> Tensor:
-    """Equal to x, but with NaN between and around its elements and its axes stored in `order`."""
-    shape = [x.shape[axis] for axis in order]
-    buffer = torch.full([size + 2 for size in shape[:-1]] + [(shape[-1] + 2) * step + offset],
-                        math.nan if x.is_floating_point() else True,
-                        dtype=x.dtype, device=x.device)  # fmt: skip
-    view = buffer[tuple(slice(1, size + 1) for size in shape[:-1])]
-    view = view[..., offset : offset + shape[-1] * step : step]
-    view = view.permute([order.index(axis) for axis in range(x.ndim)])
-    return view.copy_(x)
 
 
 @needs_kernels

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cdetr_kernels.fused import conditional_attention_kernels as kernels
 from cdetr_kernels.fused import configurations, launching, random
-from cdetr_kernels.fused.launching import Launch
+from cdetr_kernels.fused.launching import Launch, attention_tile, shared_strides
 from cdetr_kernels.fused.tiles import Tile
 
 LOG2_E = 1.0 / math.log(2.0)
@@ -36,7 +36,7 @@ def forward_launch(
 ) -> Launch:
     """Forward, into `output` and `logsumexp` (one after the other for each part of the keys)."""
     batch, queries, heads, _ = q_content.shape
-    tile = _tile("forward", q_content, value)
+    tile = attention_tile("forward", q_content, value)
     arguments = {
         **_inputs(q_content, q_spatial, k_content, k_spatial, value, key_mask, seed, dropout_p),
         "p_out": output,
@@ -93,7 +93,7 @@ def backward_launches(
     dq_content, dq_spatial, dk_content, dk_spatial, dvalue = _by_name(gradients, q_spatial)
     shared = {
         **_inputs(q_content, q_spatial, k_content, k_spatial, value, key_mask, seed, dropout_p),
-        **_strides("do", "bqnd", grad_output),
+        **shared_strides("do", "bqnd", grad_output),
         "p_do": grad_output,
         "p_lse": logsumexp,
         "p_delta": torch.empty_like(logsumexp),
@@ -103,7 +103,7 @@ def backward_launches(
         "scale": scale,
         "scale_log2": scale * LOG2_E,
     }
-    tile = _tile("backward_queries", q_content, value)
+    tile = attention_tile("backward_queries", q_content, value)
     over_queries = Launch(
         kernels.backward_queries_kernel,
         triton.cdiv(queries, tile.queries) * heads * batch,
@@ -116,7 +116,7 @@ def backward_launches(
         },
         tile,
     )
-    tile = _tile("backward_keys", q_content, value)
+    tile = attention_tile("backward_keys", q_content, value)
     over_keys = Launch(
         kernels.backward_keys_kernel,
         triton.cdiv(keys, tile.keys) * heads * batch,
@@ -147,7 +147,7 @@ def map_launch(
     """The attention map, from the log-sum-exp of its rows."""
     batch, queries, heads, _ = q_content.shape
     keys = k_content.shape[1]
-    tile = _tile("attention_map", q_content, q_content)
+    tile = attention_tile("attention_map", q_content, q_content)
     arguments = {
         **_inputs(q_content, q_spatial, k_content, k_spatial, None, key_mask, seed, dropout_p),
         "p_lse": logsumexp,
@@ -157,25 +157,6 @@ def map_launch(
     }
     tiles = triton.cdiv(queries, tile.queries) * triton.cdiv(keys, tile.keys)
     return Launch(kernels.attention_map_kernel, tiles * heads * batch, arguments, tile)
-
-
-def _tile(kernel: str, q_content: Tensor, value: Tensor) -> Tile:
-    half = q_content.dtype != torch.float32
-    return configurations.tile(
-        kernel,
-        launching.architecture(q_content.device),
-        "half" if half else launching.dot_precision(q_content.dtype),
-        max(q_content.shape[-1], value.shape[-1]),
-    )
-
-
-def _strides(name: str, axes: str, tensor: Tensor | None) -> dict[str, int]:
-    strides = (0,) * len(axes) if tensor is None else tensor.stride()
-    # A size of 1 is shared by the batch: whatever its stride is, no step is taken.
-    return {
-        f"{name}_{axis}": 0 if tensor is not None and axis == "b" and len(tensor) == 1 else stride
-        for axis, stride in zip(axes, strides, strict=True)
-    }
 
 
 def _inputs(
@@ -197,12 +178,12 @@ def _inputs(
         **({} if value is None else {"p_v": value}),
         "p_mask": key_mask,
         "p_seed": seed,
-        **_strides("qc", "bqnd", q_content),
-        **_strides("qs", "bqnd", q_spatial),
-        **_strides("kc", "bsnd", k_content),
-        **_strides("ks", "bsnd", k_spatial),
-        **({} if value is None else _strides("v", "bsnd", value)),
-        **_strides("mask", "bs", key_mask),
+        **shared_strides("qc", "bqnd", q_content),
+        **shared_strides("qs", "bqnd", q_spatial),
+        **shared_strides("kc", "bsnd", k_content),
+        **shared_strides("ks", "bsnd", k_spatial),
+        **({} if value is None else shared_strides("v", "bsnd", value)),
+        **shared_strides("mask", "bs", key_mask),
         "N": q_content.shape[2],
         "Q": q_content.shape[1],
         "S": k_content.shape[1],
@@ -256,7 +237,7 @@ def _forward(
     batch, queries, heads, _ = q_content.shape
     inputs = (q_content, q_spatial, k_content, k_spatial, value, key_mask, seed, scale, dropout_p)
     output, logsumexp = _forward_outputs(*inputs)
-    tile = _tile("forward", q_content, value)
+    tile = attention_tile("forward", q_content, value)
     parts = configurations.parts(
         triton.cdiv(queries, tile.queries) * heads * batch,
         triton.cdiv(value.shape[1], tile.keys),
@@ -400,6 +381,16 @@ torch.library.register_autograd(
 )
 
 
+def seed_tensor(seed: int | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """Returns the seed of dropout, drawn from torch's generator if it is None."""
+    if dropout_p == 0.0:
+        return None
+    # On the device: a captured graph then draws anew at each replay, and nothing waits.
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), device=device)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
 def conditional_attention(
     q_content: Tensor,
     q_spatial: Tensor | None,
@@ -416,20 +407,14 @@ def conditional_attention(
 
     Dropout masks differ from those of the path "torch" with the same seed.
     """
-    seed_tensor = None
-    if dropout_p > 0.0:
-        # On the device: a captured graph then draws anew at each replay, and nothing waits.
-        if seed is None:
-            seed_tensor = torch.randint(2**63 - 1, (1,), device=q_content.device)
-        else:
-            seed_tensor = torch.full((1,), seed, dtype=torch.int64, device=q_content.device)
+    drawn = seed_tensor(seed, dropout_p, q_content.device)
     queries_and_keys = (q_content, q_spatial, k_content, k_spatial)
     output, logsumexp = torch.ops.cdetr_fast.conditional_attention(
-        *queries_and_keys, value, key_mask, seed_tensor, scale, dropout_p
+        *queries_and_keys, value, key_mask, drawn, scale, dropout_p
     )
     attention = None
     if return_attention:
         attention = torch.ops.cdetr_fast.conditional_attention_map(
-            *queries_and_keys, key_mask, seed_tensor, logsumexp, scale, dropout_p
+            *queries_and_keys, key_mask, drawn, logsumexp, scale, dropout_p
         )
     return output, attention

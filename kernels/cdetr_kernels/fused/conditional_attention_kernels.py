@@ -28,43 +28,16 @@ import triton
 import triton.language as tl
 
 from cdetr_kernels.fused.arithmetic import dot, rounded
+from cdetr_kernels.fused.attention_blocks import (
+    LOWEST,
+    key_gradients,
+    load_rows,
+    mask_bias,
+    program,
+    store_map,
+    store_rows,
+)
 from cdetr_kernels.fused.random import keep, row_streams
-
-# Below every score, and finite: -inf minus -inf would be NaN.
-LOWEST = tl.constexpr(-3.0e38)
-
-
-@triton.jit
-def _load(p, o_rows, rows, stride_row, o_columns, stride_column, COLUMNS: tl.constexpr):
-    """Rows `o_rows` (those below `rows`) of a matrix of COLUMNS columns; zeros around it."""
-    # 64-bit offsets: a row may lie more than 2^31 elements after the first one.
-    p_rows = p + o_rows.to(tl.int64)[:, None] * stride_row
-    m_rows = (o_rows < rows)[:, None]
-    if o_columns.shape[0] > COLUMNS:
-        m_rows = m_rows & (o_columns < COLUMNS)[None, :]
-    return tl.load(p_rows + o_columns.to(tl.int64)[None, :] * stride_column, m_rows, other=0.0)
-
-
-@triton.jit
-def _store(
-    p, b_x, o_rows, rows, stride_row, o_columns, COLUMNS: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Writes what `_load` reads, columns contiguous."""
-    p_rows = p + o_rows.to(tl.int64)[:, None] * stride_row
-    m_rows = (o_rows < rows)[:, None]
-    if o_columns.shape[0] > COLUMNS:
-        m_rows = m_rows & (o_columns < COLUMNS)[None, :]
-    b_x = rounded(b_x, p.dtype.element_ty, PRECISION)
-    tl.store(p_rows + o_columns[None, :], b_x, m_rows)
-
-
-@triton.jit
-def _bias(p_mask, o_s, S, stride_s, MASKED: tl.constexpr):
-    """0 for keys that are attended to, -inf for others and beyond S."""
-    m_s = o_s < S
-    if MASKED:
-        m_s = tl.load(p_mask + o_s.to(tl.int64) * stride_s, m_s, other=0) != 0
-    return tl.where(m_s, 0.0, float("-inf"))  # [BS]
 
 
 @triton.jit
@@ -80,14 +53,6 @@ def _extent(p_mask, S, stride_s, MASKED: tl.constexpr):
             last = tl.maximum(last, tl.where(attended, o_s + 1, 0))
         extent = tl.max(last, 0)
     return extent
-
-
-@triton.jit
-def _program(rows, BLOCK: tl.constexpr, N):
-    """Tile, head and image of this program. Neighbours share a head, and so its keys in the L2."""
-    tiles = tl.cdiv(rows, BLOCK)
-    i = tl.program_id(0)
-    return i % tiles, (i // tiles) % N, i // tiles // N
 
 
 _SIZES = ["N", "Q", "S", "threshold", "mask_b"]
@@ -121,16 +86,16 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head and image, against one part of the keys."""
-    i_q, i_n, i_out = _program(Q, BQ, N)
+    i_q, i_n, i_out = program(Q, BQ, N)
     i_b, i_split = (i_out % B).to(tl.int64), i_out // B
     o_q = i_q * BQ + tl.arange(0, BQ)
     o_d, o_v = tl.arange(0, BD), tl.arange(0, BV)
 
-    b_qc = _load(p_qc + i_b * qc_b + i_n.to(tl.int64) * qc_n, o_q, Q, qc_q, o_d, qc_d, D)
+    b_qc = load_rows(p_qc + i_b * qc_b + i_n.to(tl.int64) * qc_n, o_q, Q, qc_q, o_d, qc_d, D)
     p_kc += i_b * kc_b + i_n.to(tl.int64) * kc_n
     p_v += i_b * v_b + i_n.to(tl.int64) * v_n
     if SPATIAL:
-        b_qs = _load(p_qs + i_b * qs_b + i_n.to(tl.int64) * qs_n, o_q, Q, qs_q, o_d, qs_d, D)
+        b_qs = load_rows(p_qs + i_b * qs_b + i_n.to(tl.int64) * qs_n, o_q, Q, qs_q, o_d, qs_d, D)
         p_ks += i_b * ks_b + i_n.to(tl.int64) * ks_n
     if MASKED:
         p_mask += i_b * mask_b
@@ -143,16 +108,16 @@ def forward_kernel(
     extent = _extent(p_mask, S, mask_s, MASKED)
     part = tl.cdiv(tl.cdiv(extent, BS), splits) * BS
     first = i_split * part
-    bias = _bias(p_mask, first + tl.arange(0, BS), S, mask_s, MASKED)
+    bias = mask_bias(p_mask, first + tl.arange(0, BS), S, mask_s, MASKED)
     # From 0: triton 3.9 does not pipeline a loop whose start comes from memory, as extent does.
     for i_s in range(0, tl.minimum(part, extent - first), BS):
         o_s = first + i_s + tl.arange(0, BS)
         # A tile ahead: bytes of a mask are too narrow for the asynchronous copies of the pipeline.
-        next_bias = _bias(p_mask, o_s + BS, S, mask_s, MASKED)
-        b_kc = _load(p_kc, o_s, S, kc_s, o_d, kc_d, D)
+        next_bias = mask_bias(p_mask, o_s + BS, S, mask_s, MASKED)
+        b_kc = load_rows(p_kc, o_s, S, kc_s, o_d, kc_d, D)
         b_s = dot(b_qc, tl.trans(b_kc), PRECISION)  # [BQ, BS]
         if SPATIAL:
-            b_ks = _load(p_ks, o_s, S, ks_s, o_d, ks_d, D)
+            b_ks = load_rows(p_ks, o_s, S, ks_s, o_d, ks_d, D)
             b_s = dot(b_qs, tl.trans(b_ks), PRECISION, b_s)
         b_s = b_s * scale + bias[None, :]
         b_m_next = tl.maximum(b_m, tl.max(b_s, 1))
@@ -161,7 +126,7 @@ def forward_kernel(
         b_l = b_l * shrink + tl.sum(b_p, 1)
         if DROPOUT:
             b_p = tl.where(keep(start[:, None], step[:, None], o_s[None, :], threshold), b_p, 0.0)
-        b_v = _load(p_v, o_s, S, v_s, o_v, v_d, DV)
+        b_v = load_rows(p_v, o_s, S, v_s, o_v, v_d, DV)
         b_acc = dot(rounded(b_p, b_v.dtype, PRECISION), b_v, PRECISION, b_acc * shrink[:, None])
         b_m = b_m_next
         bias = next_bias
@@ -170,7 +135,7 @@ def forward_kernel(
     b_l = tl.where(empty, 1.0, b_l)
     b_out = b_acc * (inverse_keep / b_l)[:, None]
     p_out += i_out.to(tl.int64) * Q * N * DV + i_n * DV
-    _store(p_out, b_out, o_q, Q, N * DV, o_v, DV, PRECISION)
+    store_rows(p_out, b_out, o_q, Q, N * DV, o_v, DV, PRECISION)
     # A row without keys has +inf: exp2(score - inf) is 0 for any score.
     b_lse = tl.where(empty, float("inf"), b_m + tl.log2(b_l))
     tl.store(p_lse + (i_out.to(tl.int64) * N + i_n) * Q + o_q, b_lse, o_q < Q)
@@ -200,7 +165,7 @@ def merge_kernel(
         b_lse = tl.where(b_lse == float("inf"), float("-inf"), b_lse)
         b_m_next = tl.maximum(b_m, b_lse)
         shrink, weight = tl.exp2(b_m - b_m_next), tl.exp2(b_lse - b_m_next)
-        b_part = _load(p_part, o_r, rows, DV, o_v, 1, DV)
+        b_part = load_rows(p_part, o_r, rows, DV, o_v, 1, DV)
         b_acc = b_acc * shrink[:, None] + b_part * weight[:, None]
         b_l = b_l * shrink + weight
         b_m = b_m_next
@@ -208,7 +173,7 @@ def merge_kernel(
         p_part += rows.to(tl.int64) * DV
     empty = b_l == 0.0
     b_l = tl.where(empty, 1.0, b_l)
-    _store(p_out, b_acc / b_l[:, None], o_r, rows, DV, o_v, DV, PRECISION)
+    store_rows(p_out, b_acc / b_l[:, None], o_r, rows, DV, o_v, DV, PRECISION)
     tl.store(p_lse + o_lse, tl.where(empty, float("inf"), b_m + tl.log2(b_l)), m_r)
 
 
@@ -237,23 +202,23 @@ def backward_queries_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries against all keys: dq_content, dq_spatial, and delta."""
-    i_q, i_n, i_b = _program(Q, BQ, N)
+    i_q, i_n, i_b = program(Q, BQ, N)
     i_b, i_n = i_b.to(tl.int64), i_n.to(tl.int64)
     o_q = i_q * BQ + tl.arange(0, BQ)
     o_d, o_v = tl.arange(0, BD), tl.arange(0, BV)
     m_q = o_q < Q
     o_row = (i_b * N + i_n) * Q + o_q
 
-    b_qc = _load(p_qc + i_b * qc_b + i_n * qc_n, o_q, Q, qc_q, o_d, qc_d, D)
-    b_do = _load(p_do + i_b * do_b + i_n * do_n, o_q, Q, do_q, o_v, do_d, DV)
-    b_out = _load(p_out + i_b * Q * N * DV + i_n * DV, o_q, Q, N * DV, o_v, 1, DV)
+    b_qc = load_rows(p_qc + i_b * qc_b + i_n * qc_n, o_q, Q, qc_q, o_d, qc_d, D)
+    b_do = load_rows(p_do + i_b * do_b + i_n * do_n, o_q, Q, do_q, o_v, do_d, DV)
+    b_out = load_rows(p_out + i_b * Q * N * DV + i_n * DV, o_q, Q, N * DV, o_v, 1, DV)
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
     tl.store(p_delta + o_row, b_delta, m_q)
     b_lse = tl.load(p_lse + o_row, m_q, other=float("inf"))
     p_kc += i_b * kc_b + i_n * kc_n
     p_v += i_b * v_b + i_n * v_n
     if SPATIAL:
-        b_qs = _load(p_qs + i_b * qs_b + i_n * qs_n, o_q, Q, qs_q, o_d, qs_d, D)
+        b_qs = load_rows(p_qs + i_b * qs_b + i_n * qs_n, o_q, Q, qs_q, o_d, qs_d, D)
         p_ks += i_b * ks_b + i_n * ks_n
         b_dqs = tl.zeros([BQ, BD], tl.float32)
     if MASKED:
@@ -264,17 +229,17 @@ def backward_queries_kernel(
         tl.store(p_streams + o_row * 2 + 1, step.to(tl.int32, bitcast=True), m_q)
 
     b_dqc = tl.zeros([BQ, BD], tl.float32)
-    bias = _bias(p_mask, tl.arange(0, BS), S, mask_s, MASKED)
+    bias = mask_bias(p_mask, tl.arange(0, BS), S, mask_s, MASKED)
     for i_s in range(0, _extent(p_mask, S, mask_s, MASKED), BS):
         o_s = i_s + tl.arange(0, BS)
-        next_bias = _bias(p_mask, o_s + BS, S, mask_s, MASKED)
-        b_kc = _load(p_kc, o_s, S, kc_s, o_d, kc_d, D)
+        next_bias = mask_bias(p_mask, o_s + BS, S, mask_s, MASKED)
+        b_kc = load_rows(p_kc, o_s, S, kc_s, o_d, kc_d, D)
         b_s = dot(b_qc, tl.trans(b_kc), PRECISION)  # [BQ, BS]
         if SPATIAL:
-            b_ks = _load(p_ks, o_s, S, ks_s, o_d, ks_d, D)
+            b_ks = load_rows(p_ks, o_s, S, ks_s, o_d, ks_d, D)
             b_s = dot(b_qs, tl.trans(b_ks), PRECISION, b_s)
         b_p = tl.exp2(b_s * scale_log2 + bias[None, :] - b_lse[:, None])
-        b_v = _load(p_v, o_s, S, v_s, o_v, v_d, DV)
+        b_v = load_rows(p_v, o_s, S, v_s, o_v, v_d, DV)
         b_dp = dot(b_do, tl.trans(b_v), PRECISION)
         if DROPOUT:
             kept = keep(start[:, None], step[:, None], o_s[None, :], threshold)
@@ -286,9 +251,9 @@ def backward_queries_kernel(
         bias = next_bias
 
     offset = i_b * Q * N * D + i_n * D
-    _store(p_dqc + offset, b_dqc * scale, o_q, Q, N * D, o_d, D, PRECISION)
+    store_rows(p_dqc + offset, b_dqc * scale, o_q, Q, N * D, o_d, D, PRECISION)
     if SPATIAL:
-        _store(p_dqs + offset, b_dqs * scale, o_q, Q, N * D, o_d, D, PRECISION)
+        store_rows(p_dqs + offset, b_dqs * scale, o_q, Q, N * D, o_d, D, PRECISION)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -316,59 +281,36 @@ def backward_keys_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys against all queries: dk_content, dk_spatial, dvalue."""
-    i_s, i_n, i_b = _program(S, BS, N)
+    i_s, i_n, i_b = program(S, BS, N)
     i_b, i_n = i_b.to(tl.int64), i_n.to(tl.int64)
     o_s = i_s * BS + tl.arange(0, BS)
     o_d, o_v = tl.arange(0, BD), tl.arange(0, BV)
     o_row = (i_b * N + i_n) * Q
 
-    b_kc = _load(p_kc + i_b * kc_b + i_n * kc_n, o_s, S, kc_s, o_d, kc_d, D)
-    b_v = _load(p_v + i_b * v_b + i_n * v_n, o_s, S, v_s, o_v, v_d, DV)
+    b_kc = load_rows(p_kc + i_b * kc_b + i_n * kc_n, o_s, S, kc_s, o_d, kc_d, D)
+    b_v = load_rows(p_v + i_b * v_b + i_n * v_n, o_s, S, v_s, o_v, v_d, DV)
     p_qc += i_b * qc_b + i_n * qc_n
     p_do += i_b * do_b + i_n * do_n
     if SPATIAL:
-        b_ks = _load(p_ks + i_b * ks_b + i_n * ks_n, o_s, S, ks_s, o_d, ks_d, D)
+        b_ks = load_rows(p_ks + i_b * ks_b + i_n * ks_n, o_s, S, ks_s, o_d, ks_d, D)
         p_qs += i_b * qs_b + i_n * qs_n
-        b_dks = tl.zeros([BS, BD], tl.float32)
+    else:
+        b_ks = b_kc  # not used
     if MASKED:
         p_mask += i_b * mask_b
 
-    b_dkc = tl.zeros([BS, BD], tl.float32)
-    b_dv = tl.zeros([BS, BV], tl.float32)
-    bias = _bias(p_mask, o_s, S, mask_s, MASKED)
-    # A tile of padding has gradients of zero: nothing to visit.
-    queries = tl.where(tl.max(bias, 0) == 0.0, Q, 0)
-    for i_q in range(0, queries, BQ):
-        o_q = i_q + tl.arange(0, BQ)
-        b_qc = _load(p_qc, o_q, Q, qc_q, o_d, qc_d, D)
-        b_s = dot(b_kc, tl.trans(b_qc), PRECISION)  # [BS, BQ]
-        if SPATIAL:
-            b_qs = _load(p_qs, o_q, Q, qs_q, o_d, qs_d, D)
-            b_s = dot(b_ks, tl.trans(b_qs), PRECISION, b_s)
-        b_lse = tl.load(p_lse + o_row + o_q, o_q < Q, other=float("inf"))
-        b_p = tl.exp2(b_s * scale_log2 + bias[:, None] - b_lse[None, :])
-        b_do = _load(p_do, o_q, Q, do_q, o_v, do_d, DV)
-        b_dp = dot(b_v, tl.trans(b_do), PRECISION)
-        b_weight = b_p
-        if DROPOUT:
-            p_stream = p_streams + (o_row + o_q) * 2
-            start = tl.load(p_stream, o_q < Q, other=0).to(tl.uint32, bitcast=True)
-            step = tl.load(p_stream + 1, o_q < Q, other=0).to(tl.uint32, bitcast=True)
-            kept = keep(start[None, :], step[None, :], o_s[:, None], threshold)
-            b_weight = tl.where(kept, b_p * inverse_keep, 0.0)
-            b_dp = tl.where(kept, b_dp * inverse_keep, 0.0)
-        b_dv = dot(rounded(b_weight, b_do.dtype, PRECISION), b_do, PRECISION, b_dv)
-        b_delta = tl.load(p_delta + o_row + o_q, o_q < Q, other=0.0)
-        b_ds = rounded(b_p * (b_dp - b_delta[None, :]), b_qc.dtype, PRECISION)
-        b_dkc = dot(b_ds, b_qc, PRECISION, b_dkc)
-        if SPATIAL:
-            b_dks = dot(b_ds, b_qs, PRECISION, b_dks)
+    bias = mask_bias(p_mask, o_s, S, mask_s, MASKED)
+    b_dkc, b_dks, b_dv = key_gradients(
+        b_kc, b_ks, b_ks, b_v, bias, o_s, p_qc, p_qs, p_do, o_row, p_lse, p_delta, p_streams,
+        qc_q, qc_d, qs_q, qs_d, do_q, do_d, Q, scale_log2, threshold, inverse_keep,
+        D, DV, BD, BV, BQ, SPATIAL, False, SPATIAL, DROPOUT, PRECISION,
+    )  # fmt: skip
 
     offset = i_b * S * N * D + i_n * D
-    _store(p_dkc + offset, b_dkc * scale, o_s, S, N * D, o_d, D, PRECISION)
+    store_rows(p_dkc + offset, b_dkc * scale, o_s, S, N * D, o_d, D, PRECISION)
     if SPATIAL:
-        _store(p_dks + offset, b_dks * scale, o_s, S, N * D, o_d, D, PRECISION)
-    _store(p_dv + i_b * S * N * DV + i_n * DV, b_dv, o_s, S, N * DV, o_v, DV, PRECISION)
+        store_rows(p_dks + offset, b_dks * scale, o_s, S, N * D, o_d, D, PRECISION)
+    store_rows(p_dv + i_b * S * N * DV + i_n * DV, b_dv, o_s, S, N * DV, o_v, DV, PRECISION)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -388,7 +330,7 @@ def attention_map_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries against one tile of keys: P, after dropout."""
-    i_tile, i_n, i_b = _program(tl.cdiv(Q, BQ) * tl.cdiv(S, BS), 1, N)
+    i_tile, i_n, i_b = program(tl.cdiv(Q, BQ) * tl.cdiv(S, BS), 1, N)
     i_b, i_n = i_b.to(tl.int64), i_n.to(tl.int64)
     o_s = (i_tile % tl.cdiv(S, BS)) * BS + tl.arange(0, BS)
     o_q = (i_tile // tl.cdiv(S, BS)) * BQ + tl.arange(0, BQ)
@@ -396,24 +338,15 @@ def attention_map_kernel(
     if MASKED:
         p_mask += i_b * mask_b
 
-    b_qc = _load(p_qc + i_b * qc_b + i_n * qc_n, o_q, Q, qc_q, o_d, qc_d, D)
-    b_kc = _load(p_kc + i_b * kc_b + i_n * kc_n, o_s, S, kc_s, o_d, kc_d, D)
+    b_qc = load_rows(p_qc + i_b * qc_b + i_n * qc_n, o_q, Q, qc_q, o_d, qc_d, D)
+    b_kc = load_rows(p_kc + i_b * kc_b + i_n * kc_n, o_s, S, kc_s, o_d, kc_d, D)
     b_s = dot(b_qc, tl.trans(b_kc), PRECISION)  # [BQ, BS]
     if SPATIAL:
-        b_qs = _load(p_qs + i_b * qs_b + i_n * qs_n, o_q, Q, qs_q, o_d, qs_d, D)
-        b_ks = _load(p_ks + i_b * ks_b + i_n * ks_n, o_s, S, ks_s, o_d, ks_d, D)
+        b_qs = load_rows(p_qs + i_b * qs_b + i_n * qs_n, o_q, Q, qs_q, o_d, qs_d, D)
+        b_ks = load_rows(p_ks + i_b * ks_b + i_n * ks_n, o_s, S, ks_s, o_d, ks_d, D)
         b_s = dot(b_qs, tl.trans(b_ks), PRECISION, b_s)
-    b_lse = tl.load(p_lse + (i_b * N + i_n) * Q + o_q, o_q < Q, other=float("inf"))
-    bias = _bias(p_mask, o_s, S, mask_s, MASKED)
-    b_p = tl.exp2(b_s * scale_log2 + bias[None, :] - b_lse[:, None])
-    if DROPOUT:
-        start, step = row_streams(p_seed, (i_b * N + i_n).to(tl.int32), o_q)
-        kept = keep(start[:, None], step[:, None], o_s[None, :], threshold)
-        b_p = tl.where(kept, b_p * inverse_keep, 0.0)
-    p_map += (i_b * N + i_n) * Q * S
-    p_tile = p_map + o_q.to(tl.int64)[:, None] * S + o_s[None, :]
-    tl.store(
-        p_tile,
-        rounded(b_p, p_map.dtype.element_ty, PRECISION),
-        (o_q < Q)[:, None] & (o_s < S)[None, :],
-    )
+    bias = mask_bias(p_mask, o_s, S, mask_s, MASKED)
+    store_map(
+        p_map, p_lse, p_seed, b_s * scale_log2 + bias[None, :], i_b * N + i_n, o_q, Q, o_s, S,
+        threshold, inverse_keep, DROPOUT, PRECISION,
+    )  # fmt: skip

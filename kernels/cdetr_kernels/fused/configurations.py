@@ -7,7 +7,15 @@ import functools
 
 from cdetr_kernels.fused.tiles import TILES, Tile
 
-KERNELS = ("forward", "backward_queries", "backward_keys", "attention_map")
+KERNELS = (
+    "forward",
+    "backward_queries",
+    "backward_keys",
+    "attention_map",
+    "separable_forward",
+    "separable_backward_queries",
+    "separable_backward_keys",
+)
 # The wider of a head's half and its value, padded to a power of two, falls into one of these.
 WIDTHS = (32, 64, 128)
 # sm_80's tiles fit into the 99 KiB of shared memory that the consumer chips have.
@@ -43,6 +51,21 @@ def is_borrowed(architecture: str, tile: Tile) -> bool:
 def padded(size: int) -> int:
     """Returns the power of two, 16 at least, into which tensor cores take a head of `size`."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def places(tile_keys: int, line: int) -> int:
+    """Returns how many places of a line of the map a tile has, `tile_keys` at most."""
+    return min(tile_keys, padded(line))
+
+
+def rows_are_lines(height: int, width: int, tile_keys: int) -> bool:
+    """Whether tiles are rows of the map: whichever of rows and columns fill more of their tiles."""
+
+    def positions(lines: int, line: int) -> int:
+        tile = places(tile_keys, line)
+        return lines * -(-line // tile) * tile
+
+    return positions(height, width) <= positions(width, height)
 
 
 def parts(programs: int, tiles_of_keys: int, multiprocessors: int) -> int:

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from cdetr_kernels.fused import configurations
 from cdetr_kernels.fused.tiles import Tile
 
 # triton decides when it decorates a kernel, that is when this package is imported.
@@ -46,6 +47,15 @@ def strides(name: str, axes: str, tensor: Tensor) -> dict[str, int]:
     return {f"{name}_{axis}": step for axis, step in zip(axes, tensor.stride(), strict=True)}
 
 
+def shared_strides(name: str, axes: str, tensor: Tensor | None) -> dict[str, int]:
+    """Returns strides as `strides` does, 0 for an absent tensor and along a batch of 1."""
+    if tensor is None:
+        return dict.fromkeys((f"{name}_{axis}" for axis in axes), 0)
+    # A size of 1 is shared by the batch: whatever its stride is, no step is taken.
+    shared = {f"{name}_b": 0} if len(tensor) == 1 else {}
+    return strides(name, axes, tensor) | shared
+
+
 @functools.lru_cache
 def architecture(device: torch.device) -> str:
     """Returns "sm_90", "gfx942" and the like, or "interpreter" for a CPU."""
@@ -71,3 +81,25 @@ def dot_precision(dtype: torch.dtype) -> str:
         return "interpreted_bf16"
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if dtype == torch.float32 and allowed and not torch.version.hip else "ieee"
+
+
+def sum_precision(dtype: torch.dtype, device: torch.device) -> str:
+    """Returns how kernels for `dtype` multiply fp32 sums with what they read.
+
+    For fp32 that is `dot_precision`. Numbers in half precision lose nothing in TF32, and sums less
+    than if they were rounded to half precision.
+    """
+    if dtype == torch.float32:
+        return dot_precision(dtype)
+    return "tf32" if architecture(device).startswith("sm_") else "ieee"
+
+
+def attention_tile(kernel: str, q_content: Tensor, value: Tensor) -> Tile:
+    """Returns the tile of an attention kernel for these tensors."""
+    half = q_content.dtype != torch.float32
+    return configurations.tile(
+        kernel,
+        architecture(q_content.device),
+        "half" if half else dot_precision(q_content.dtype),
+        max(q_content.shape[-1], value.shape[-1]),
+    )

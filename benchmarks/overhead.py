@@ -1,0 +1,122 @@
+"""What a call of a public operator costs over its PyTorch reference: checks and dispatch, on a CPU.
+
+    python -m benchmarks.overhead
+
+Tensors are as small as can be, in inference mode. Operator and reference are called in turns, a
+hundred times each; the cost is the difference of the medians of many such turns.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+import cdetr_kernels
+from benchmarks.measure import print_table, save
+from cdetr_kernels.reference import attention, loss, matching, position, preprocessing, topk
+
+LIMIT_US = 6.0
+CALLS = 100
+
+
+def make_pairs() -> dict[str, tuple[Callable, Callable]]:
+    """Returns for each operator a call of its public function, and the same call of its reference.
+
+    References are called with what the public function hands on.
+    """
+    rows = torch.randn(1, 2, 1, 4)
+    keys, code = torch.randn(1, 4, 1, 4), torch.randn(1, 2, 1, 4)
+    scale = 8**-0.5
+    mask = torch.ones(1, 2, 2, dtype=torch.bool)
+    points, query_scale = torch.rand(1, 2, 2), torch.rand(1, 2, 8)
+    logits, boxes = torch.randn(1, 1, 2, 3), torch.rand(1, 1, 2, 4)
+    targets = torch.tensor([[1]]), torch.rand(1, 1, 4), torch.tensor([1])
+    matches = torch.zeros(4, 1, dtype=torch.int64)
+    sizes = torch.ones(1, 2)
+    image = torch.rand(3, 2, 2)
+    options = (scale, 0.0, None, False)
+    circle = 6.283185307179586
+    return {
+        "conditional_attention": (
+            lambda: cdetr_kernels.conditional_attention(rows, rows, keys, keys, keys),
+            lambda: attention.conditional_attention(rows, rows, keys, keys, keys, None, *options),
+        ),
+        "conditional_attention_separable": (
+            lambda: cdetr_kernels.conditional_attention_separable(
+                rows, rows, keys, code, code, keys
+            ),
+            lambda: attention.conditional_attention_separable(
+                rows, rows, keys, code, code, keys, None, *options
+            ),
+        ),
+        "sine_position_2d": (
+            lambda: cdetr_kernels.sine_position_2d(mask, 8),
+            lambda: position.sine_position_2d(mask, 8, 1e4, True, circle, torch.float32),
+        ),
+        "sine_query": (
+            lambda: cdetr_kernels.sine_query(points, 8, query_scale),
+            lambda: position.sine_query(points, 8, query_scale, 1e4, circle, torch.float32),
+        ),
+        "detection_topk": (
+            lambda: cdetr_kernels.detection_topk(logits[0], boxes[0], sizes, 2, backend="torch"),
+            lambda: topk.detection_topk(logits[0], boxes[0], sizes, 2, float("inf")),
+        ),
+        "normalize_and_pad": (
+            lambda: cdetr_kernels.normalize_and_pad([image], backend="torch"),
+            lambda: preprocessing.normalize_and_pad([image], None, None, 1.0, 2, 2),
+        ),
+        "matching_cost": (
+            lambda: cdetr_kernels.matching_cost(logits, boxes, *targets),
+            lambda: matching.matching_cost(
+                logits, boxes, *targets, 2.0, 5.0, 2.0, "focal", 0.25, 2.0
+            ),
+        ),
+        "set_loss": (
+            lambda: cdetr_kernels.set_loss(logits, boxes, *targets, matches, 1.0),
+            lambda: loss.set_loss(logits, boxes, *targets, matches, 1.0, 0.25, 2.0),
+        ),
+    }
+
+
+def microseconds(call: Callable) -> float:
+    """Returns the time of one of `CALLS` calls."""
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    return (time.perf_counter() - start) * 1e6 / CALLS
+
+
+@torch.inference_mode()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--output", help="name of the file in benchmarks/results to write")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for name, (call, reference) in make_pairs().items():
+        pairs = [(microseconds(call), microseconds(reference)) for _ in range(arguments.repeats)]
+        times, plain = zip(*pairs, strict=True)
+        rows.append(
+            {
+                "operator": name,
+                "us": statistics.median(times),
+                "reference us": statistics.median(plain),
+                "overhead us": statistics.median(times) - statistics.median(plain),
+                "lowest overhead us": min(times) - min(plain),
+            }
+        )
+    print_table(rows)
+    over = [row["operator"] for row in rows if row["overhead us"] > LIMIT_US]
+    if over:
+        print(f"more than {LIMIT_US} us: {', '.join(over)}", file=sys.stderr)
+    if arguments.output:
+        print("written to", save(arguments.output, rows))
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

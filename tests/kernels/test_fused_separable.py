@@ -1,0 +1,331 @@
+"""The triton kernels of `conditional_attention_separable` against fp64, and their registration.
+
+Run as the tests of `test_fused_attention.py` are: on a GPU, or in triton's interpreter.
+"""
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+from attention_oracle import (
+    DEVICE,
+    DTYPES,
+    assert_close,
+    compiled_only,
+    concatenated,
+    differentiate,
+    needs_kernels,
+    poisoned_memory,
+    scattered,
+)
+from interpreter import INTERPRETED, run_in_the_interpreter
+from torch import Tensor
+
+from cdetr_kernels import conditional_attention, conditional_attention_separable
+
+pytest.importorskip("triton")
+
+NAMES = ("q_content", "q_spatial", "k_content", "k_rows", "k_columns", "value")
+
+# batch, queries, height, width, heads, size, value size, batch of the codes, mask
+CASES = {
+    "one of each": (1, 1, 1, 1, 1, 4, 4, 1, None),
+    "padded": (2, 63, 5, 34, 2, 32, 32, 1, "padded"),
+    "no mask": (1, 100, 7, 9, 1, 16, 32, 1, None),
+    "odd sizes": (2, 5, 14, 5, 1, 9, 20, 2, "holes"),
+    "one row": (1, 33, 1, 70, 1, 8, 16, 1, "holes"),
+    "one column": (2, 7, 70, 1, 1, 8, 16, 1, "a row without keys"),
+    "many queries": (1, 300, 4, 10, 1, 32, 32, 1, "holes"),
+    "lines of several tiles": (2, 20, 40, 37, 1, 16, 16, 2, "padded"),
+    "widest": (1, 33, 5, 8, 1, 128, 100, 1, "holes"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    with poisoned_memory():
+        yield
+
+
+def draw(case, dtype=torch.float32, seed=0):
+    """Six inputs by name, the key mask, and the output's gradient."""
+    batch, queries, height, width, heads, size, value_size, shared, kind = CASES[case]
+    keys = height * width
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    tensors = {
+        "q_content": normal(batch, queries, heads, size),
+        "q_spatial": normal(batch, queries, heads, size),
+        "k_content": normal(batch, keys, heads, size),
+        "k_rows": normal(shared, height, heads, size),
+        "k_columns": normal(shared, width, heads, size),
+        "value": normal(batch, keys, heads, value_size),
+    }
+    mask = None
+    if kind is not None:
+        mask = torch.rand(batch, height, width, generator=generator) > 0.3
+        mask[:, 0, 0] = True
+        if kind == "padded":
+            mask[:] = True
+            mask[-1, height // 3 :] = False
+            mask[-1, :, width // 2 :] = False
+        elif kind == "a row without keys":
+            mask[0] = False
+        mask = mask.flatten(1).to(DEVICE)
+    return tensors, mask, normal(batch, queries, heads, value_size)
+
+
+def fused(mask, **options):
+    return lambda **tensors: conditional_attention_separable(
+        **tensors, key_mask=mask, backend="triton", **options
+    )
+
+
+def spatial_keys(k_rows, k_columns):
+    return (k_rows[:, :, None] + k_columns[:, None]).flatten(1, 2)
+
+
+def unfused(mask):
+    """The paper's form on torch's unfused attention, spatial keys in memory."""
+
+    def attend(q_content, q_spatial, k_content, k_rows, k_columns, value):
+        k_spatial = spatial_keys(k_rows, k_columns)
+        return concatenated(mask)(q_content, q_spatial, k_content, k_spatial, value)
+
+    return attend
+
+
+def general(mask, backend, **options):
+    """`conditional_attention` with its spatial keys in memory."""
+
+    def attend(q_content, q_spatial, k_content, k_rows, k_columns, value):
+        inputs = (q_content, q_spatial, k_content, spatial_keys(k_rows, k_columns), value)
+        return conditional_attention(*inputs, mask, backend=backend, **options)
+
+    return attend
+
+
+def assert_right(tensors, mask, grad_output):
+    got = differentiate(fused(mask), tensors, grad_output)
+    torchs = differentiate(unfused(mask), tensors, grad_output)
+    exact = differentiate(unfused(mask), tensors, grad_output, torch.float64)
+    assert_close(got, torchs, exact)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
+def test_in_the_interpreter(root):
+    """Runs the tests of this file that need kernels."""
+    run_in_the_interpreter(root, __file__)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_output_and_gradients(case, dtype):
+    tensors, mask, grad_output = draw(case, dtype)
+    before = {name: x.clone() for name, x in tensors.items()}
+    versions = {name: x._version for name, x in tensors.items()}
+    assert_right(tensors, mask, grad_output)
+    for name, version in versions.items():
+        assert torch.equal(tensors[name], before[name])
+        assert tensors[name]._version == version
+
+
+@needs_kernels
+def test_a_row_without_keys_is_zero_and_has_no_gradient():
+    tensors, mask, grad_output = draw("one column")
+    tensors |= {name: tensors[name].repeat(2, 1, 1, 1) for name in ("k_rows", "k_columns")}
+    got = differentiate(fused(mask), tensors, grad_output)
+    for name, x in got.items():
+        assert (x[0] == 0).all()
+        # A single column shifts all scores alike, which softmax does not see.
+        assert (x[1] != 0).any() or name == "k_columns"
+
+
+@needs_kernels
+@pytest.mark.parametrize("names", [("k_rows",), ("k_content", "k_columns")], ids=str)
+def test_what_the_batch_shares(names):
+    tensors, mask, grad_output = draw("odd sizes")
+    tensors |= {name: tensors[name][:1] for name in names}
+    assert_right(tensors, mask, grad_output)
+
+
+@needs_kernels
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 2, 3), (0, 2, 1, 3), (3, 2, 1, 0)], ids=str)
+def test_strides_and_what_lies_around_the_inputs(order, step):
+    """Equal bits with NaN around every tensor, which a load beyond its border would bring in."""
+    tensors, mask, grad_output = draw("odd sizes")
+    expected = differentiate(fused(mask), tensors, grad_output)
+    views = {name: scattered(x, order, step, offset=3) for name, x in tensors.items()}
+    mask_view = scattered(mask, (1, 0), step, offset=1)
+    grad_view = scattered(grad_output, order, step, offset=5)
+    leaves = {name: x.requires_grad_() for name, x in views.items()}
+    output = fused(mask_view)(**leaves)
+    gradients = torch.autograd.grad(output, list(leaves.values()), grad_view)
+    for got, name in zip((output, *gradients), ("output", *NAMES), strict=True):
+        assert torch.equal(got, expected[name])
+
+
+@needs_kernels
+def test_the_same_bits_in_every_run():
+    tensors, mask, grad_output = draw("padded", torch.float16)
+    first = differentiate(fused(mask, dropout_p=0.2, seed=3), tensors, grad_output)
+    second = differentiate(fused(mask, dropout_p=0.2, seed=3), tensors, grad_output)
+    for name, x in first.items():
+        assert torch.equal(x, second[name])
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", ["padded", "one row", "one column"])
+def test_dropout_is_that_of_the_general_form(case):
+    """The same mask from the same seed, in the output, every gradient and the map."""
+    tensors, mask, grad_output = draw(case)
+    options = {"dropout_p": 0.25, "seed": 11}
+    got = differentiate(fused(mask, **options), tensors, grad_output)
+    expected = differentiate(general(mask, "triton", **options), tensors, grad_output)
+    for name, x in expected.items():
+        torch.testing.assert_close(got[name], x, rtol=1e-5, atol=1e-5)
+    options["return_attention"] = True
+    output, attention = fused(mask, **options)(**tensors)
+    torch.testing.assert_close(output, got["output"], rtol=0, atol=0)
+    _, expected_map = general(mask, "triton", **options)(**tensors)
+    assert (attention == 0).any()
+    torch.testing.assert_close(attention, expected_map, rtol=1e-5, atol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", ["one of each", "padded", "one column"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_gradients_of_the_attention_map(case, dropout_p):
+    tensors, mask, _ = draw(case)
+    options = {"return_attention": True, "dropout_p": dropout_p, "seed": 5}
+    grad_map = torch.randn_like(fused(mask, **options)(**tensors)[1])
+    value = tensors.pop("value")
+    got = differentiate(lambda **x: fused(mask, **options)(**x, value=value)[1], tensors, grad_map)
+    exact = differentiate(
+        lambda **x: general(mask, "triton", **options)(**x, value=value)[1], tensors, grad_map
+    )
+    for name, x in exact.items():
+        torch.testing.assert_close(got[name], x, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", ["padded", "one column", "lines of several tiles"])
+def test_parts_of_the_lines(case):
+    """The parts put together are the whole, rows without keys and parts without lines included."""
+    from cdetr_kernels.fused import configurations
+
+    tensors, mask, grad_output = draw(case)
+    whole = differentiate(fused(mask), tensors, grad_output)
+    with mock.patch.object(configurations, "parts", return_value=3):
+        split = differentiate(fused(mask), tensors, grad_output)
+    for name, x in whole.items():
+        torch.testing.assert_close(split[name], x, rtol=1e-6, atol=1e-6)
+
+
+def test_lines_are_what_fills_more_of_the_tiles():
+    from cdetr_kernels.fused.configurations import places, rows_are_lines
+
+    assert [places(32, line) for line in (1, 16, 17, 34)] == [16, 16, 32, 32]
+    assert not rows_are_lines(25, 34, 32)  # 34 columns in tiles of 32, not 25 rows in two each
+    assert rows_are_lines(34, 25, 32)
+    assert rows_are_lines(1, 100, 32)
+    assert not rows_are_lines(100, 1, 32)
+
+
+def operators(case, dropout_p):
+    """Arguments of the three registered operators."""
+    tensors, mask, grad_output = draw(case)
+    seed = torch.tensor([3], device=DEVICE) if dropout_p else None
+    inputs = [tensors[name] for name in NAMES]
+    name = "conditional_attention_separable"
+    output, logsumexp = getattr(torch.ops.cdetr_fast, name)(*inputs, mask, seed, 0.2, dropout_p)
+    saved = (output, logsumexp)
+    return {
+        name: (*inputs, mask, seed, 0.2, dropout_p),
+        f"{name}_backward": (grad_output, *inputs, mask, seed, 0.2, dropout_p, *saved),
+        f"{name}_map": (*inputs[:5], mask, seed, logsumexp, 0.2, dropout_p),
+    }
+
+
+@needs_kernels
+@pytest.mark.parametrize(("case", "dropout_p"), [("odd sizes", 0.2), ("one of each", 0.0)])
+@pytest.mark.parametrize("suffix", ["", "_backward", "_map"])
+def test_registration(suffix, case, dropout_p):
+    from cdetr_kernels.fused import separable_attention as _registered  # noqa: F401
+
+    name = f"conditional_attention_separable{suffix}"
+    arguments = tuple(
+        x.detach().requires_grad_(suffix != "_backward")
+        if isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 4
+        else x
+        for x in operators(case, dropout_p)[name]
+    )
+    torch.library.opcheck(getattr(torch.ops.cdetr_fast, name).default, arguments)
+
+
+@needs_kernels
+def test_compiles_into_one_graph():
+    tensors, mask, grad_output = draw("odd sizes")
+    function = fused(mask, dropout_p=0.2, seed=4)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected = differentiate(function, tensors, grad_output)
+    got = differentiate(compiled, tensors, grad_output)
+    for name, x in expected.items():
+        assert torch.equal(got[name], x)
+
+
+@needs_kernels
+def test_exports():
+    class Attention(torch.nn.Module):
+        def forward(self, *inputs):
+            return conditional_attention_separable(*inputs, backend="triton")
+
+    tensors, mask, _ = draw("odd sizes")
+    inputs = (*tensors.values(), mask)
+    exported = torch.export.export(Attention(), inputs).module()
+    assert torch.equal(exported(*inputs), Attention()(*inputs))
+
+
+@needs_kernels
+def test_a_gradient_of_the_gradient_is_refused():
+    tensors, mask, _ = draw("odd sizes")
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    output = fused(mask)(**leaves)
+    (gradient,) = torch.autograd.grad(output.sum(), leaves["value"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="use backend='torch'"):
+        torch.autograd.grad(gradient.sum(), leaves["k_rows"])
+
+
+@needs_kernels
+def test_what_the_kernels_cannot_do_is_said():
+    tensors, _, _ = draw("odd sizes", torch.float64)
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run: .* not torch.float64"):
+        fused(None)(**tensors)
+    tensors, _, _ = draw("odd sizes")
+    tensors["value"] = torch.zeros(2, 70, 1, 129, device=DEVICE)
+    with pytest.raises(RuntimeError, match="heads of up to 128, not 129"):
+        fused(None)(**tensors)
+
+
+@compiled_only
+def test_tensors_on_a_cpu_are_refused():
+    tensors, _, _ = draw("odd sizes")
+    with pytest.raises(RuntimeError, match="cannot run: the tensors are on cpu"):
+        fused(None)(**{name: x.cpu() for name, x in tensors.items()})
+
+
+@compiled_only
+@pytest.mark.parametrize("kernel", ["separable_forward", "separable_backward_queries"])
+def test_audit_of_machine_code(kernel):
+    from benchmarks import audit
+
+    case = audit.Case(32, "half")
+    launch = audit.launches(case, "sm_90")[kernel]
+    assert audit.complaints(audit.examine(launch, "sm_90"), launch, case, "sm_90") == []
+    assert math.isfinite(launch.arguments["scale"])
