@@ -215,7 +215,7 @@ def separable_launches(
         "separable_backward_keys": backward[1],
         "separable_backward_rows": backward[2],
         "separable_backward_columns": backward[3],
-        "separable_map": separable_attention.map_launch(
+        "separable_attention_map": separable_attention.map_launch(
             *queries_and_keys, mask, seed, logsumexp, *options, attention
         ),
     }

@@ -30,6 +30,7 @@ import torch
 from benchmarks import accuracy, audit, measure, timing, works
 from cdetr_kernels.fused import conditional_attention as fused
 from cdetr_kernels.fused import configurations, launching
+from cdetr_kernels.fused import separable_attention as separable
 from cdetr_kernels.fused.tiles import Tile
 
 TABLE = Path(configurations.__file__).with_name("tiles.py")
@@ -50,6 +51,16 @@ class Key:
     width: int
     kernel: str
 
+    @property
+    def is_separable(self) -> bool:
+        """Whether the kernel is one of `conditional_attention_separable`."""
+        return self.kernel.startswith("separable_")
+
+    @property
+    def pass_(self) -> str:
+        """What the kernel computes, of either operator."""
+        return self.kernel.removeprefix("separable_")
+
 
 def candidates(key: Key) -> list[Tile]:
     """Returns the tiles that are tried: the reviewed list.
@@ -59,13 +70,15 @@ def candidates(key: Key) -> list[Tile]:
     """
     sides = (16, 32, 64) if key.precision == "ieee" else (32, 64, 128)
     stages = (1, 2) if key.width == 128 or key.precision == "ieee" else (1, 2, 3)
-    if key.kernel == "attention_map":
+    if key.pass_ == "attention_map":
         stages = (1,)  # it has no loop
+    # A warp of an 8-warp program has to have 16 rows or columns of its own; kernels that keep
+    # scores of places in registers need the registers of 8 warps earlier.
+    for_8_warps = 32 * 32 if key.is_separable else 64 * 64
     return [
         Tile(queries, keys, warps, stage)
         for queries, keys, warps, stage in itertools.product(sides, sides, (4, 8), stages)
-        # A warp of an 8-warp program has to have 16 rows or columns of its own.
-        if warps == 4 or queries * keys >= 64 * 64
+        if warps == 4 or queries * keys >= for_8_warps
     ]
 
 
@@ -115,45 +128,60 @@ def all_examined(
 def calls(key: Key, device: torch.device, shapes: Iterable[dict]) -> Iterator[tuple[str, Callable]]:
     """Yields for each shape a call of one kernel alone (forward: with the merge of its parts)."""
     dtype = torch.bfloat16 if key.precision == "half" else torch.float32
+    module = separable if key.is_separable else fused
     for shape in shapes:
+        if key.is_separable and not shape.get("queries", True):
+            continue  # self-attention has no map
         with mock.patch.object(works, "SIZE", key.width):
-            work = works.conditional_attention(dtype, device, **shape)
-        tensors = [x for name, x in work.inputs.items() if name != "key_mask"]
+            work = _work(key, dtype, device, shape)
+        names = ["q_content", "q_spatial", "k_content", "k_spatial", "value"]
+        if key.is_separable:
+            names[3:4] = ["k_rows", "k_columns"]
+        tensors = [work.inputs[name] for name in names]
         scale = (tensors[0].shape[-1] * (1 if tensors[1] is None else 2)) ** -0.5
         inputs = (*tensors, None, None, scale, 0.0)
-        output, logsumexp = fused._forward(*inputs)
-        if key.kernel == "forward":
-            yield work.shape, lambda inputs=inputs: fused._forward(*inputs)
-        elif key.kernel == "attention_map":
+        output, logsumexp = module._forward(*inputs)
+        if key.pass_ == "forward":
+            yield work.shape, lambda inputs=inputs: module._forward(*inputs)
+        elif key.pass_ == "attention_map":
             batch, queries, heads, _ = tensors[0].shape
             attention = output.new_empty(batch, heads, queries, tensors[2].shape[1])
-            launch = fused.map_launch(*tensors[:4], None, None, logsumexp, scale, 0.0, attention)
+            queries_and_keys = tensors[:-1]
+            launch = module.map_launch(
+                *queries_and_keys, None, None, logsumexp, scale, 0.0, attention
+            )
             yield work.shape, lambda launch=launch: launch.run(device)
         else:
             gradients = [torch.empty_like(x) for x in tensors if x is not None]
-            both = fused.backward_launches(output, *inputs, output, logsumexp, gradients)
-            both[0].run(device)  # the second one reads what the first one leaves
-            launch = both[key.kernel == "backward_keys"]
+            passes = module.backward_launches(output, *inputs, output, logsumexp, gradients)
+            passes[0].run(device)  # the others read what the first one leaves
+            launch = passes[key.pass_ == "backward_keys"]
             yield work.shape, lambda launch=launch: launch.run(device)
+
+
+def _work(
+    key: Key, dtype: torch.dtype, device: torch.device, shape: dict, masked: bool = False
+) -> works.Work:
+    name = f"conditional_attention{'_separable' * key.is_separable}"
+    return getattr(works, name)(dtype, device, masked=masked, **shape)
 
 
 def is_accurate(key: Key, device: torch.device, shape: dict) -> bool:
     """Checks output and gradients (or the map) of the operator, with the tile that is set."""
     dtype = torch.bfloat16 if key.precision == "half" else torch.float32
     with mock.patch.object(works, "SIZE", key.width):
-        work = works.conditional_attention(dtype, device, masked=True, **shape)
-    if key.kernel == "attention_map":
+        work = _work(key, dtype, device, shape, masked=True)
+    if key.pass_ == "attention_map":
+        operator = getattr(works.cdetr_kernels, work.op)
         with torch.no_grad():
-            _, got = works.cdetr_kernels.conditional_attention(
-                **work.inputs, return_attention=True, backend="triton"
-            )
-            _, exact = works.cdetr_kernels.conditional_attention(
+            _, got = operator(**work.inputs, return_attention=True, backend="triton")
+            _, exact = operator(
                 **{n: x.double() if n != "key_mask" and x is not None else x
                    for n, x in work.inputs.items()},
                 return_attention=True, backend="torch",
             )  # fmt: skip
         return (got - exact).abs().max().item() <= 2e-2
-    judge = accuracy.Judge(work, backward=key.kernel != "forward")
+    judge = accuracy.Judge(work, backward=key.pass_ != "forward")
     errors = judge.errors(judge.evaluate(work.providers["cdetr_fast triton"]()))
     # Products in TF32 are held to their own precision; the reference's may be IEEE.
     factor = 50.0 if key.precision == "tf32" else accuracy.KERNELS_FACTOR

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    decoder,
     folder,
     loss,
     mask_head,
@@ -16,6 +17,7 @@ from benchmarks import (
     model,
     numerics,
     ops,
+    overhead,
     patching,
     post_processing,
     preprocessing,
@@ -39,6 +41,7 @@ def results(tmp_path, monkeypatch):
             "--backbone resnet18 --size 64 96 --padded --batch 2 --threads 1 --repeats 1 --steps",
         ),
         (training_step, "--backbone resnet18 --size 64 96 --batch 2 --threads 1 --repeats 1"),
+        (decoder, "--map 3 4 --batch 2 --padded --threads 1 --repeats 1 --backward"),
         (mask_head, "--size 128 160 --queries 10 --threads 1 --repeats 1"),
         (loss, "--batch 2 --targets 3 --threads 1 --repeats 1"),
         (
@@ -61,6 +64,17 @@ def test_a_benchmark_measures_and_saves(script, arguments, results, monkeypatch,
     assert content["environment"]["torch"]
     assert all(row["ms"] > 0 for row in content["rows"])
     assert "cdetr_fast" in capsys.readouterr().out
+
+
+def test_the_overhead_of_every_operator_is_measured(results, monkeypatch, capsys):
+    from cdetr_kernels.ops import OPERATORS
+
+    monkeypatch.setattr(sys, "argv", ["overhead", "--repeats", "3", "--output", "trial"])
+    overhead.main()  # the status is that of a quiet machine
+    rows = json.loads((results / "trial.json").read_text())["rows"]
+    assert [row["operator"] for row in rows] == [operator.name for operator in OPERATORS]
+    # A microsecond at least, and far less than computing would take.
+    assert all(0.1 < row["overhead us"] < 100 for row in rows)
 
 
 def test_detections_that_differ_are_not_reported(monkeypatch, capsys):

@@ -6,10 +6,16 @@ Their parameters have the names of transformers' modules; the arithmetic is in
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from cdetr_fast.models.position import MapPosition
-from cdetr_fast.models.projections import joint_linear, joint_linear_of_sums
+from cdetr_fast.models.projections import (
+    has_nothing_attached,
+    is_plain_linear,
+    joint_linear,
+    joint_linear_of_sums,
+)
 from cdetr_kernels import conditional_attention, conditional_attention_separable
 
 
@@ -118,6 +124,21 @@ class ConditionalDetrDecoderSelfAttention(_Attention):
         return self._attend(
             query + query_shift, None, key + key_shift, None, value, key_mask, return_attention
         )
+
+    def output_of_zeros(self) -> Tensor | None:
+        """Returns what every query gets of a state of zeros, `[1, 1, C]`, if that is known.
+
+        All values are the bias of their projection then, whatever is attended to. It is not known
+        under dropout, or where something is attached that a call would run. With gradients it is
+        not taken either: parameters that play no part need their zero gradients, for DDP.
+        """
+        if self.training or torch.is_grad_enabled():
+            return None
+        if not has_nothing_attached(self, ConditionalDetrDecoderSelfAttention):
+            return None
+        if not all(is_plain_linear(projection) for projection in self.children()):
+            return None
+        return self.o_proj(self.v_proj.bias[None, None])
 
 
 class MemoryKeys(NamedTuple):

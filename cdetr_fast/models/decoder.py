@@ -49,6 +49,7 @@ class ConditionalDetrDecoderLayer(nn.Module):
         keys: MemoryKeys | None = None,
         query_mask: Tensor | None = None,
         return_attention: bool = False,
+        starts_at_zero: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Runs the layer.
 
@@ -62,13 +63,20 @@ class ConditionalDetrDecoderLayer(nn.Module):
             keys: The memory as this layer projects it, if that has been done before.
             query_mask: bool `[B, Q]`, True = attend to this query, or None.
             return_attention: Also return both attention maps.
+            starts_at_zero: `hidden_states` is zero; only of the first layer.
 
         Returns:
             The new state `[B, Q, C]`, the self- and the cross-attention map (or None).
         """
-        update, self_attention = self.self_attn(
-            hidden_states, query_position, query_mask, return_attention
-        )
+        update, self_attention = None, None
+        if starts_at_zero and query_mask is None and not return_attention:
+            update = self.self_attn.output_of_zeros()
+        if update is not None:
+            hidden_states = hidden_states[:, :1]  # all queries have the same state
+        else:
+            update, self_attention = self.self_attn(
+                hidden_states, query_position, query_mask, return_attention
+            )
         update = F.dropout(update, self.dropout, self.training)
         hidden_states = self.self_attn_layer_norm(hidden_states + update)
 
@@ -142,6 +150,7 @@ class ConditionalDetrDecoder(nn.Module):
         auxiliary_loss = self.config.auxiliary_loss
         feeds_normed_state = auxiliary_loss and self.config.compat == "transformers"
         batch = memory.shape[0]
+        starts_at_zero = queries is None
         if queries is None:
             # The initial state is the same for all images, and so is everything up to the first
             # cross-attention; only dropout tells the images apart.
@@ -172,6 +181,7 @@ class ConditionalDetrDecoder(nn.Module):
                 keys,
                 query_mask,
                 output_attentions,
+                starts_at_zero and index == 0,
             )
             if self.gradient_checkpointing and self.training:
                 result = checkpoint(layer, *arguments, use_reentrant=False)

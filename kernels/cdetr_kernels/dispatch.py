@@ -121,12 +121,15 @@ class Operator:
         preferred = self.paths.get(PREFERRED)
         if preferred is not None and preferred.reason_against(*args) is None:
             return PREFERRED
-        device_type = _device_type(args[0])
-        return next(
-            name
-            for name, path in self.paths.items()
-            if path.reason_to_hold_back(device_type) is None and path.reason_against(*args) is None
-        )
+        # Written for speed, as it runs in every call: no device is asked for its name in vain.
+        for name, path in self.paths.items():
+            if path.held_back is not None and (
+                path.held_back_on is None or path.held_back_on == _device_type(args[0])
+            ):
+                continue
+            if path.reason_against(*args) is None:
+                return name
+        raise AssertionError(f"{self.name}: the last path runs everywhere")
 
     def _absence(self, backend: str) -> str:
         return f"this version of cdetr_kernels has no {backend} path for {self.name}"

@@ -320,3 +320,51 @@ def test_freezing_the_backbone(task):
     grads = gradients(model, labels)
     assert set(grads) == start | names
     assert all(grads[name].any() for name in names)
+
+
+def test_the_first_self_attention_is_a_constant_without_gradients():
+    """Its state is zero: the constant is what the computation gives, and hooks still see a call."""
+    model = random_model().eval()
+    pixel_values = random_images(2, 64, 96)
+    expected = model(pixel_values)
+    layer = model.model.decoder.layers[0].self_attn
+    calls = []
+    with torch.no_grad():
+        got = model(pixel_values)
+        layer.q_pos_proj.register_forward_hook(lambda *_: calls.append("hook"))
+        called = model(pixel_values)
+    assert calls == ["hook"]
+    for name in ("logits", "pred_boxes"):
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-5)
+        torch.testing.assert_close(called[name], expected[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("position", ["sine", "learned"])
+@pytest.mark.parametrize("shape", ["rectangle", "hole", "none"])
+def test_separable_positions_are_taken_where_they_hold(position, shape):
+    """Forward and gradients are those of the general form, which a mask with a hole needs."""
+    model = random_model(position_embedding_type=position).double().eval()
+    pixel_values = random_images(2, 128, 160).double()
+    pixel_mask = torch.ones(2, 128, 160, dtype=torch.int64)
+    if shape != "none":
+        pixel_mask[1, 70:] = 0
+        pixel_mask[1, :, 100:] = 0
+    if shape == "hole":
+        pixel_mask[1, 20:60, 20:60] = 0
+    features = model.model.embed_images(pixel_values, pixel_mask)
+    assert features.separable == (position == "learned" or shape != "hole")
+    results = []
+    for separable in (features.separable, False):
+        output = model.model.transform(features._replace(separable=separable)).last_hidden_state
+        # The projection of the positions only sees them through the decoder's keys.
+        projections = [layer.encoder_attn.k_pos_proj.weight for layer in model.model.decoder.layers]
+        gradients = torch.autograd.grad(output.square().sum(), projections, retain_graph=True)
+        results.append((output, *gradients))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-10)
+
+
+def test_positions_on_a_gpu_are_not_looked_at():
+    """A mask that is not on a CPU keeps the general form: a look would wait for the device."""
+    embedding = random_model().model.position_embedding
+    assert embedding.is_separable(None)
+    assert not embedding.is_separable(torch.ones(1, 2, 2, dtype=torch.bool, device="meta"))

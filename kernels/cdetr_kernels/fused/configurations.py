@@ -15,6 +15,7 @@ KERNELS = (
     "separable_forward",
     "separable_backward_queries",
     "separable_backward_keys",
+    "separable_attention_map",
 )
 # The wider of a head's half and its value, padded to a power of two, falls into one of these.
 WIDTHS = (32, 64, 128)

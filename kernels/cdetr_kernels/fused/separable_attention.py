@@ -16,7 +16,7 @@ from cdetr_kernels.fused.launching import Launch, attention_tile, shared_strides
 from cdetr_kernels.fused.tiles import Tile
 
 # Of the kernel of the codes: what it does is small, and the same for all heads.
-CODES_TILE = Tile(64, 16, 4, 2, 128, 49)
+CODES_TILE = Tile(32, 16, 4, 2, 200, 20)
 
 
 def forward_launch(
@@ -162,13 +162,14 @@ def map_launch(
 ) -> Launch:
     """The attention map, from the log-sum-exp of its rows."""
     batch, queries, heads, _ = q_content.shape
-    tile = attention_tile("attention_map", q_content, q_content)
+    tile = attention_tile("separable_attention_map", q_content, q_content)
     arguments = {
         **_queries(q_content, q_spatial, key_mask, seed, dropout_p),
         **_keys(k_content, k_rows, k_columns, key_mask),
         **_sizes(q_content, q_content),
         "p_lse": logsumexp,
         "p_map": attention,
+        "HALF": q_content.dtype != torch.float32,
         "scale_log2": scale * LOG2_E,
         "BQ": tile.queries,
         "BS": tile.keys,

@@ -430,10 +430,10 @@ def attention_map_kernel(
     mask_b, mask_s,
     N, Q, Y, X,
     scale_log2, threshold, inverse_keep,
-    D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr, HALF: tl.constexpr,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries against one tile of keys: P, after dropout. Y and X as for the keys."""
+    """One tile of queries and one of keys: P, after dropout. Y, X and HALF as for the keys."""
     S = Y * X
     i_tile, i_n, i_b = program(tl.cdiv(Q, BQ) * tl.cdiv(S, BS), 1, N)
     i_b, i_n = i_b.to(tl.int64), i_n.to(tl.int64)
@@ -448,9 +448,13 @@ def attention_map_kernel(
     b_s = dot(b_qc, tl.trans(b_kc), PRECISION)  # [BQ, BS]
     b_qs = load_rows(p_qs + i_b * qs_b + i_n * qs_n, o_q, Q, qs_q, o_d, qs_d, D)
     b_ky = load_rows(p_ky + i_b * ky_b + i_n * ky_n, o_s // X, Y, ky_y, o_d, ky_d, D)
-    b_s = dot(b_qs, tl.trans(b_ky), PRECISION, b_s)
-    b_kx = load_rows(p_kx + i_b * kx_b + i_n * kx_n, o_s % X, X, kx_x, o_d, kx_d, D)
-    b_s = dot(b_qs, tl.trans(b_kx), PRECISION, b_s)
+    p_kx += i_b * kx_b + i_n * kx_n
+    if HALF:
+        b_s = dot(b_qs, tl.trans(b_ky), PRECISION, b_s)
+        b_ks = load_rows(p_kx, o_s % X, X, kx_x, o_d, kx_d, D)
+    else:
+        b_ks = b_ky + load_rows(p_kx, o_s % X, X, kx_x, o_d, kx_d, D)
+    b_s = dot(b_qs, tl.trans(b_ks), PRECISION, b_s)
     bias = mask_bias(p_mask, o_s, S, mask_s, MASKED)
     store_map(
         p_map, p_lse, p_seed, b_s * scale_log2 + bias[None, :], i_b * N + i_n, o_q, Q, o_s, S,
