@@ -41,6 +41,7 @@ from cdetr_kernels.fused import (
 )
 from cdetr_kernels.fused.conditional_attention_kernels import merge_kernel
 from cdetr_kernels.fused.launching import Launch
+from cdetr_kernels.fused.separable_attention_kernels import backward_codes_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -371,6 +372,7 @@ NARROW = (
     set_loss.forward_kernel,
     set_loss.sum_kernel,
     normalize_and_pad.pad_kernel,
+    backward_codes_kernel,
 )
 
 
