@@ -29,15 +29,19 @@ def is_plain_linear(module: nn.Module) -> bool:
 def joint_linear(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
     """Applies several linear layers to the same input, plain ones in one matrix product.
 
-    Not on CPUs: there the copy of the weights costs more than a joint product saves (3 % of the
-    decoder), and keys with neighbours of all layers between them are slower to read.
+    Not for inference on CPUs: there the copy of the weights costs more than a joint product saves
+    (3 % of the decoder), and keys with neighbours of all layers between them are slower to read.
     """
     plain = all(is_plain_linear(projection) for projection in projections)
-    if not plain or x.device.type == "cpu":
+    if not plain or _apart(x):
         return tuple(projection(x) for projection in projections)
     weight = torch.cat([projection.weight for projection in projections])
     bias = torch.cat([projection.bias for projection in projections])
     return F.linear(x, weight, bias).split([p.out_features for p in projections], dim=-1)
+
+
+def _apart(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def joint_linear_of_sums(
@@ -51,7 +55,7 @@ def joint_linear_of_sums(
     """
     if not all(is_plain_linear(projection) for projection in projections):
         return None
-    if x.device.type == "cpu":
+    if _apart(x):
         return tuple((p(x), F.linear(y, p.weight)) for p in projections)
     weight = torch.cat([projection.weight for projection in projections])
     bias = torch.cat([projection.bias for projection in projections])

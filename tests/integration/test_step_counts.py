@@ -76,8 +76,14 @@ class Counting(TorchDispatchMode):
 def count(model, labels=None) -> Counting:
     """A training step with labels, a forward pass without."""
     images = [torch.cat([x, x]) for x in padded_images()]
-    # On a CPU it looks for a mask of ones, which it does not on a GPU.
-    with mock.patch.object(modeling, "_is_trivial", return_value=False), Counting() as counting:
+    # On a CPU it looks at masks, for one of ones and for rectangles, which it does not on a GPU.
+    with (
+        mock.patch.object(modeling, "_is_trivial", return_value=False),
+        mock.patch.object(
+            modeling.ConditionalDetrSinePositionEmbedding, "is_separable", return_value=False
+        ),
+        Counting() as counting,
+    ):
         outputs = model(*images, labels=labels)
         if labels is not None:
             outputs.loss.backward()
