@@ -81,3 +81,43 @@ def scattered(x: Tensor, order: tuple[int, ...], step: int, offset: int) -> Tens
     view = view[..., offset : offset + shape[-1] * step : step]
     view = view.permute([order.index(axis) for axis in range(x.ndim)])
     return view.copy_(x)
+
+
+def check_compilation(function, tensors, grad_output):
+    """One graph, forward and backward, with the same bits."""
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected = differentiate(function, tensors, grad_output)
+    got = differentiate(compiled, tensors, grad_output)
+    for name, x in expected.items():
+        assert torch.equal(got[name], x)
+
+
+def check_export(operator, inputs):
+    """`torch.export` keeps the kernels of `operator(*inputs)`."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, *inputs):
+            return operator(*inputs, backend="triton")
+
+    exported = torch.export.export(Attention(), inputs).module()
+    assert torch.equal(exported(*inputs), Attention()(*inputs))
+
+
+def check_no_second_derivative(function, tensors, name):
+    """A gradient of the gradient is refused, not wrong."""
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    output = function(**leaves)
+    (gradient,) = torch.autograd.grad(output.sum(), leaves["value"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="use backend='torch'"):
+        torch.autograd.grad(gradient.sum(), leaves[name])
+
+
+def check_refusals(function, draw):
+    """What the kernels cannot do is said: fp64, and heads that are too wide."""
+    tensors, _, _ = draw("odd sizes", torch.float64)
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run: .* not torch.float64"):
+        function(**tensors)
+    tensors, _, _ = draw("odd sizes")
+    tensors["value"] = torch.zeros(2, 70, 1, 129, device=DEVICE)
+    with pytest.raises(RuntimeError, match="heads of up to 128, not 129"):
+        function(**tensors)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from oracle import TINY
 from PIL import Image
-from torch.utils.data import Dataset
 
 import cdetr_fast
 
@@ -30,29 +29,6 @@ WITHOUT_GRADIENT = re.compile(r"decoder\.layers\.0\.self_attn\.([qk]_|v_proj\.we
 COUNTS = (2, 0, 1, 3)  # objects in each image
 
 
-class CocoDetection(Dataset):
-    """Images and boxes of a folder in COCO's format, through our image processor."""
-
-    def __init__(self, folder, processor):
-        self.folder, self.processor = folder, processor
-        content = json.loads((folder / "annotations.json").read_text())
-        self.images = content["images"]
-        self.annotations = content["annotations"]
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        image = self.images[index]
-        own = [a for a in self.annotations if a["image_id"] == image["id"]]
-        encoded = self.processor(
-            images=Image.open(self.folder / image["file_name"]),
-            annotations={"image_id": image["id"], "annotations": own},
-            return_tensors="pt",
-        )
-        return {"pixel_values": encoded["pixel_values"][0], "labels": encoded["labels"][0]}
-
-
 @pytest.fixture(scope="module")
 def processor():
     return cdetr_fast.ConditionalDetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
@@ -62,7 +38,8 @@ def processor():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("coco")
     generator = np.random.default_rng(0)
-    content = {"images": [], "annotations": [], "categories": []}
+    categories = [{"id": i, "name": name} for i, name in SMALL["id2label"].items()]
+    content = {"images": [], "annotations": [], "categories": categories}
     for index, count in enumerate(COUNTS):
         width, height = 64 + 8 * index, 48
         pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -81,6 +58,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def data(folder, processor):
+    from examples.trainer.train import CocoDetection
+
     return CocoDetection(folder, processor)
 
 

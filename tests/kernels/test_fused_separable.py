@@ -12,6 +12,10 @@ from attention_oracle import (
     DEVICE,
     DTYPES,
     assert_close,
+    check_compilation,
+    check_export,
+    check_no_second_derivative,
+    check_refusals,
     compiled_only,
     concatenated,
     differentiate,
@@ -272,45 +276,24 @@ def test_registration(suffix, case, dropout_p):
 @needs_kernels
 def test_compiles_into_one_graph():
     tensors, mask, grad_output = draw("odd sizes")
-    function = fused(mask, dropout_p=0.2, seed=4)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    expected = differentiate(function, tensors, grad_output)
-    got = differentiate(compiled, tensors, grad_output)
-    for name, x in expected.items():
-        assert torch.equal(got[name], x)
+    check_compilation(fused(mask, dropout_p=0.2, seed=4), tensors, grad_output)
 
 
 @needs_kernels
 def test_exports():
-    class Attention(torch.nn.Module):
-        def forward(self, *inputs):
-            return conditional_attention_separable(*inputs, backend="triton")
-
     tensors, mask, _ = draw("odd sizes")
-    inputs = (*tensors.values(), mask)
-    exported = torch.export.export(Attention(), inputs).module()
-    assert torch.equal(exported(*inputs), Attention()(*inputs))
+    check_export(conditional_attention_separable, (*tensors.values(), mask))
 
 
 @needs_kernels
 def test_a_gradient_of_the_gradient_is_refused():
     tensors, mask, _ = draw("odd sizes")
-    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
-    output = fused(mask)(**leaves)
-    (gradient,) = torch.autograd.grad(output.sum(), leaves["value"], create_graph=True)
-    with pytest.raises(NotImplementedError, match="use backend='torch'"):
-        torch.autograd.grad(gradient.sum(), leaves["k_rows"])
+    check_no_second_derivative(fused(mask), tensors, "k_rows")
 
 
 @needs_kernels
 def test_what_the_kernels_cannot_do_is_said():
-    tensors, _, _ = draw("odd sizes", torch.float64)
-    with pytest.raises(RuntimeError, match=r"'triton' cannot run: .* not torch.float64"):
-        fused(None)(**tensors)
-    tensors, _, _ = draw("odd sizes")
-    tensors["value"] = torch.zeros(2, 70, 1, 129, device=DEVICE)
-    with pytest.raises(RuntimeError, match="heads of up to 128, not 129"):
-        fused(None)(**tensors)
+    check_refusals(fused(None), draw)
 
 
 @compiled_only
