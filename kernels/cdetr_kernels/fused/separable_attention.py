@@ -279,14 +279,16 @@ def _forward(q_content, q_spatial, k_content, k_rows, k_columns, value, *options
     batch, queries, heads, _ = q_content.shape
     inputs = (q_content, q_spatial, k_content, k_rows, k_columns, value, *options)
     output, logsumexp = _forward_outputs(*inputs)
-    launch = forward_launch(*inputs, output, logsumexp)
-    lines, line, places = (launch.arguments[name] for name in ("Y", "X", "BX"))
+    tile = attention_tile("separable_forward", q_content, value)
+    lines = _lines(tile, k_content, k_rows, k_columns, value, options[0])
     parts = configurations.parts(
-        launch.programs, lines * triton.cdiv(line, places), launching.multiprocessors(device)
+        triton.cdiv(queries, tile.queries) * heads * batch,
+        lines["Y"] * triton.cdiv(lines["X"], lines["BX"]),
+        launching.multiprocessors(device),
     )
-    parts = min(parts, lines)
+    parts = min(parts, lines["Y"])
     if parts == 1:
-        launch.run(device)
+        forward_launch(*inputs, output, logsumexp).run(device)
         return output, logsumexp
     part = output.new_empty(parts * batch, *output.shape[1:], dtype=torch.float32)
     part_logsumexp = logsumexp.new_empty(parts * batch, heads, queries)
