@@ -6,6 +6,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
+from timm.models.efficientnet import EfficientNetFeatures
+from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
 from cdetr_fast.configuration import BackboneConfig, ConditionalDetrConfig
@@ -125,6 +127,7 @@ class ConditionalDetrConvEncoder(nn.Module):
         timm_freezes = getattr(config.backbone_config, "freeze_batch_norm_2d", False)
         freeze_batch_norm(self.model, faithful=paper or timm_freezes)
         if paper:
+            _drop_unread_blocks(self.model)
             self._freeze_early_stages()
         elif config.backbone_config.model_type == "resnet":
             self.model.requires_grad_(False)
@@ -164,6 +167,16 @@ class ConditionalDetrConvEncoder(nn.Module):
 
 def _is_within(name: str, modules: set[str]) -> bool:
     return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def _drop_unread_blocks(model: nn.Module) -> None:
+    """Drops the blocks behind the last feature map, which these classes of timm keep and compute.
+
+    They cost time, and DDP takes parameters without a gradient for an error.
+    """
+    if isinstance(model, (EfficientNetFeatures, MobileNetV3Features)):
+        last = max(info["stage"] for info in model.feature_info.get_dicts())
+        model.blocks = model.blocks[:last]
 
 
 def _create_backbone(backbone: BackboneConfig, paper: bool) -> nn.Module:

@@ -82,6 +82,12 @@ class TrainingConfig:
     crop_sizes: tuple[int, ...] = _setting(
         (384, 600), "smallest and largest side of a crop, pixels", "augmentation"
     )
+    vertical_flip_probability: float = _setting(
+        0.0, "of a vertical flip, for images without an up and a down", "augmentation"
+    )
+    color_jitter: float = _setting(
+        0.0, "brightness, contrast, saturation change by up to this fraction", "augmentation"
+    )
     eval_size: int = _setting(800, "shortest edge in evaluation, pixels", "augmentation")
     pad_to_multiple: int = _setting(32, "batches are padded to multiples of it", "augmentation")
 
@@ -128,7 +134,10 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name, kind in _kinds().items():
             setattr(self, name, _checked(name, getattr(self, name), kind))
-        for name in ("flip_probability", "crop_probability", "final_learning_rate"):
+        for name in (
+            *("flip_probability", "vertical_flip_probability", "crop_probability"),
+            *("color_jitter", "final_learning_rate"),
+        ):
             self._require(name, 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "a number from 0 to below 1")
         positive = "max_size eval_size pad_to_multiple epochs batch_size accumulate save_every"

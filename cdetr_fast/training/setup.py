@@ -124,6 +124,8 @@ def training_loader(config: TrainingConfig, index: CocoIndex, accelerator: Any) 
         config.crop_probability,
         config.crop_scales,
         config.crop_sizes,
+        config.vertical_flip_probability,
+        config.color_jitter,
     )
     pin = accelerator.device.type == "cuda"
     dataset = DetectionDataset(index, transform)

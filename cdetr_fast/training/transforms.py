@@ -80,6 +80,9 @@ class TrainingTransform:
         crop_probability: Of a crop.
         crop_scales: Shortest edges to draw from before a crop.
         crop_sizes: Smallest and largest side of a crop; the image's side if that is smaller.
+        vertical_flip_probability: Of a vertical flip, for images without an up and a down.
+        color_jitter: Brightness, contrast and saturation are multiplied by factors drawn from
+            1 - color_jitter to 1 + color_jitter, in this order.
     """
 
     def __init__(
@@ -90,6 +93,8 @@ class TrainingTransform:
         crop_probability: float = 0.5,
         crop_scales: Sequence[int] = (400, 500, 600),
         crop_sizes: tuple[int, int] = (384, 600),
+        vertical_flip_probability: float = 0.0,
+        color_jitter: float = 0.0,
     ) -> None:
         self.scales = tuple(scales)
         self.max_size = max_size
@@ -97,6 +102,8 @@ class TrainingTransform:
         self.crop_probability = crop_probability
         self.crop_scales = tuple(crop_scales)
         self.crop_sizes = tuple(crop_sizes)
+        self.vertical_flip_probability = vertical_flip_probability
+        self.color_jitter = color_jitter
 
     def __call__(
         self, sample: Sample, image_seed: Sequence[int], batch_seed: Sequence[int]
@@ -105,7 +112,7 @@ class TrainingTransform:
 
         Args:
             sample: Image and objects.
-            image_seed: Of the flip and the place of the crop.
+            image_seed: Of the flips, the colours and the place of the crop.
             batch_seed: Of scale and crop size.
         """
         shape, content = np.random.default_rng(batch_seed), np.random.default_rng(image_seed)
@@ -113,11 +120,23 @@ class TrainingTransform:
         first, crop_hw = int(shape.choice(self.crop_scales)), shape.random(2)
         crops = shape.random() < self.crop_probability
         flips, place = content.random() < self.flip_probability, content.random(2)
+        flips_vertically = content.random() < self.vertical_flip_probability
+        colours = 1 + self.color_jitter * content.uniform(-1, 1, 3)
         if flips:
             sample = sample.map(tvF.horizontal_flip)
+        if flips_vertically:
+            sample = sample.map(tvF.vertical_flip)
         if crops:
             sample = self._crop(resize(sample, {"shortest_edge": first}), crop_hw, place)
-        return resize(sample, {"shortest_edge": scale, "longest_edge": self.max_size})
+        sample = resize(sample, {"shortest_edge": scale, "longest_edge": self.max_size})
+        return self._recoloured(sample, colours) if self.color_jitter else sample
+
+    def _recoloured(self, sample: Sample, factors: np.ndarray) -> Sample:
+        image = sample.image
+        adjustments = (tvF.adjust_brightness, tvF.adjust_contrast, tvF.adjust_saturation)
+        for adjust, factor in zip(adjustments, factors, strict=True):
+            image = adjust(image, float(factor))
+        return sample._replace(image=image)
 
     def _crop(self, sample: Sample, fractions: np.ndarray, place: np.ndarray) -> Sample:
         low, high = self.crop_sizes
