@@ -34,8 +34,11 @@ def train_command(arguments: Sequence[str] | None = None) -> None:
         )
         from cdetr_fast.training.engine import train
 
-        result = train(config)
-        _print_result(result, config.output)
+        try:
+            result = train(config)
+            _print_result(result, config.output)
+        finally:
+            leave_processes()
 
     _guarded(run)
 
@@ -108,6 +111,18 @@ def _print_result(result: dict, output: str) -> None:
     if PartialState().is_main_process:
         figures = ", ".join(f"{k} {result[k]:.3f}" for k in ("AP", "AP50") if k in result)
         print(f"{result['step']} steps{', ' + figures if figures else ''}: {output}")
+
+
+def leave_processes() -> None:
+    """Ends the process group, if there is one; a program that trains calls it last.
+
+    Left to the interpreter's exit, a thread of gloo may ask for an interpreter that is no more,
+    and abort a process whose work is done.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _require(modules: Sequence[str], extra: str) -> None:

@@ -92,6 +92,7 @@ def main(arguments=None):
     result = evaluate(options.output, options.val, device=device, num_workers=options.workers)
     if result is not None:
         print({name: round(value, 4) for name, value in result.stats.items()})
+    accelerator.state.destroy_process_group()
 
 
 if __name__ == "__main__":

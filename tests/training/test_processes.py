@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cdetr_fast.training.commands import leave_processes
 from cdetr_fast.training.run_state import checkpoint_files, load_checkpoint
 
 KILLS = int(os.environ.get("CDETR_FAST_TEST_KILLS", "2"))
@@ -37,6 +38,7 @@ def run_all(path):
     """Trains each of the settings in a file: what every process under torchrun does."""
     for settings in json.loads(Path(path).read_text()):
         train_quietly(settings)
+    leave_processes()
 
 
 def losses(output):
