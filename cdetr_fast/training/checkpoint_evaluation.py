@@ -7,12 +7,18 @@ from pathlib import Path
 
 import torch
 
-from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
+from cdetr_fast import (
+    ConditionalDetrConfig,
+    ConditionalDetrForObjectDetection,
+    ConditionalDetrForSegmentation,
+    ConditionalDetrImageProcessor,
+)
 from cdetr_fast.training import setup
 from cdetr_fast.training.coco import read_coco
 from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.evaluation import Evaluation, evaluate_detections, predict
 from cdetr_fast.training.label_checks import check_labels
+from cdetr_fast.training.panoptic import PanopticScorer
 from cdetr_fast.training.reporting import write_evaluation
 
 
@@ -22,24 +28,27 @@ def evaluate(
     images: str | os.PathLike | None = None,
     output: str | os.PathLike | None = None,
     *,
+    masks: str | os.PathLike | None = None,
     batch_size: int = 1,
     num_workers: int = 2,
     device: str = "auto",
     threshold: float = 0.5,
     bad_labels: str = "stop",
 ) -> Evaluation | None:
-    """Evaluates a detection checkpoint, on all processes that `torchrun` started.
+    """Evaluates a checkpoint, on all processes that `torchrun` started.
 
     Args:
         model: Folder or hub name, with its image processor.
         annotations: COCO JSON file, whose categories the model knows by name.
         images: Folder of its images; None looks where they usually lie.
         output: Folder for tables and pictures; None writes none.
+        masks: Folder of panoptic PNG files, with a panoptic JSON file and a segmentation
+            checkpoint: panoptic quality is measured too.
         batch_size: Images in a forward pass.
         num_workers: Processes that load images.
         device: "auto" or "cpu".
-        threshold: Lowest score that counts in the confusion and among the worst images. AP and AR
-            take all scores.
+        threshold: Lowest score that counts in the confusion, among the worst images and for a
+            segment. AP and AR take all scores.
         bad_labels: "stop" or "drop", as in training.
 
     Returns:
@@ -52,12 +61,17 @@ def evaluate(
 
     accelerator = Accelerator(cpu=device == "cpu")
     try:
-        network = ConditionalDetrForObjectDetection.from_pretrained(model, dtype=torch.float32)
+        network_class = ConditionalDetrForObjectDetection
+        if masks is not None:
+            network_class = _segmentation_class(model)
+        network = network_class.from_pretrained(model, dtype=torch.float32)
         processor = ConditionalDetrImageProcessor.from_pretrained(model)
+    except DataError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"model: {error}") from error
     names = [network.config.id2label.get(i, str(i)) for i in range(network.config.num_labels)]
-    index = read_coco(annotations, images).with_classes(names, f"the model {model}")
+    index = read_coco(annotations, images, masks).with_classes(names, f"the model {model}")
     index, report = check_labels(index, bad_labels)
     if accelerator.is_main_process:
         print("\n".join(report.lines()))
@@ -66,12 +80,25 @@ def evaluate(
     )
     network.to(accelerator.device)
     statistics = setup.pixel_statistics(processor, accelerator.device)
-    found = predict(network, loader, *statistics, accelerator)
+    segments = None if masks is None else PanopticScorer(index, threshold)
+    found = predict(network, loader, *statistics, accelerator, observe=segments)
+    if segments is not None:
+        segments.gather(accelerator)
     if not accelerator.is_main_process:
         return None
     for failure in found.failures:
         print(f"not evaluated: {failure}")
-    evaluation = evaluate_detections(index, found)
+    evaluation = evaluate_detections(index, found, segments)
     if output is not None:
         write_evaluation(index, found, evaluation, Path(output), threshold)
     return evaluation
+
+
+def _segmentation_class(model: str | os.PathLike) -> type:
+    made_for = ConditionalDetrConfig.from_pretrained(model).architectures or ()
+    if "ConditionalDetrForSegmentation" not in made_for:
+        raise DataError(
+            f"masks: {model} is no segmentation checkpoint (its config.json names "
+            f"{list(made_for)}); leave masks out to score its boxes"
+        )
+    return ConditionalDetrForSegmentation

@@ -41,6 +41,7 @@ class CocoIndex:
         classes: K names, in the order of category ids.
         category_ids: int64 `[K]`.
         mask_names: N names relative to `masks`, or None.
+        stuff: Names of classes that are stuff (`isthing` 0), not things.
         strays: Ids of annotations whose image is not in the file.
     """
 
@@ -59,6 +60,7 @@ class CocoIndex:
     classes: tuple[str, ...]
     category_ids: np.ndarray
     mask_names: list[str] | None = None
+    stuff: frozenset[str] = frozenset()
     strays: list[Any] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -235,6 +237,7 @@ def read_coco(
         classes=classes,
         category_ids=np.array(ids, dtype=np.int64),
         mask_names=mask_names,
+        stuff=frozenset(str(c["name"]) for c in categories if c.get("isthing", 1) == 0),
         strays=strays,
     )
 

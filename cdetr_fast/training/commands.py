@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cdetr_fast.training.evaluation import Evaluation
 
 _COLUMNS = ("AP", "AP50", "AR100")
+_PANOPTIC_COLUMNS = ("PQ", "SQ", "RQ")
 _TRAIN_NEEDS = ("accelerate", "faster_coco_eval", "matplotlib", "yaml")
 
 
@@ -53,12 +54,13 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--model", required=True, help="folder or hub name")
     parser.add_argument("--annotations", required=True, help="COCO JSON file")
     parser.add_argument("--images", help="folder of its images, if not found beside the file")
+    parser.add_argument("--masks", help="folder of panoptic PNG files: panoptic quality too")
     parser.add_argument("--output", default="output/evaluate", help="folder for the results")
     parser.add_argument("--batch-size", type=int, default=1, help="images in a forward pass")
     parser.add_argument("--num-workers", type=int, default=2, help="processes that load images")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument(
-        "--threshold", type=float, default=0.5, help="lowest score in confusion and pictures"
+        "--threshold", type=float, default=0.5, help="lowest score in confusion, pictures, segments"
     )
     parser.add_argument("--bad-labels", choices=("stop", "drop"), default="stop")
     options = vars(parser.parse_args(arguments))
@@ -75,9 +77,10 @@ def evaluate_command(arguments: Sequence[str]) -> None:
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:
-    table = Table("class", "objects", "AP", "AP50", "AR100", box=None, pad_edge=False)
+    columns = _COLUMNS + (_PANOPTIC_COLUMNS if "PQ" in evaluation.stats else ())
+    table = Table("class", "objects", *columns, box=None, pad_edge=False)
     for one in evaluation.classes:
-        table.add_row(one["class"], str(one["objects"]), *(f"{one[k]:.3f}" for k in _COLUMNS))
+        table.add_row(one["class"], str(one["objects"]), *(f"{one[k]:.3f}" for k in columns))
     console = Console(highlight=False, markup=False)
     console.print(table)
     for name, value in evaluation.stats.items():
@@ -109,7 +112,7 @@ def _print_result(result: dict, output: str) -> None:
     from accelerate import PartialState
 
     if PartialState().is_main_process:
-        figures = ", ".join(f"{k} {result[k]:.3f}" for k in ("AP", "AP50") if k in result)
+        figures = ", ".join(f"{k} {result[k]:.3f}" for k in ("AP", "AP50", "PQ") if k in result)
         print(f"{result['step']} steps{', ' + figures if figures else ''}: {output}")
 
 

@@ -35,6 +35,8 @@ class Batch:
         counted: Whether evaluation counts the image.
         orig_sizes_hw: Height and width before all transforms.
         failures: What was wrong with images that could not be read, and are not in the batch.
+        segment_maps: In evaluation of segmentation, for each image int32 `[H, W]`, the id of each
+            pixel's segment, at the image's own size.
     """
 
     pixels: Tensor | None
@@ -45,6 +47,15 @@ class Batch:
     counted: list[bool]
     orig_sizes_hw: list[tuple[int, int]]
     failures: list[str]
+    segment_maps: list[Tensor] | None = None
+
+    def sizes_hw(self) -> list[tuple[int, int]]:
+        """Returns height and width of each image within the batch."""
+        if self.pixel_mask is None:
+            return [tuple(self.pixels.shape[2:])] * len(self.pixels)
+        mask = self.pixel_mask
+        sizes = torch.stack([mask[:, :, 0].sum(1), mask[:, 0].sum(1)], 1)
+        return [tuple(size) for size in sizes.tolist()]
 
     def pin_memory(self) -> Batch:
         """Moves the tensors to pinned memory; `DataLoader` calls it."""
@@ -84,11 +95,13 @@ class DetectionDataset(Dataset):
     Args:
         index: Images and objects, whose labels are those of the model.
         transform: Takes a sample, an image seed and a batch seed.
+        with_maps: For evaluation: give the maps of segments as they are, in place of masks.
     """
 
-    def __init__(self, index: CocoIndex, transform: Any) -> None:
+    def __init__(self, index: CocoIndex, transform: Any, with_maps: bool = False) -> None:
         self.index = index
         self.transform = transform
+        self.with_maps = with_maps
 
     def __len__(self) -> int:
         return len(self.index)
@@ -98,13 +111,18 @@ class DetectionDataset(Dataset):
         index = self.index
         try:
             image = read_image(index, draw.index)
-            masks = None if index.masks is None else self._read_masks(draw.index, *image.shape[-2:])
+            segments = masks = None
+            if index.masks is not None:
+                segments = self._read_segments(draw.index, *image.shape[-2:])
         except DataError as error:
             return str(error)
         where = index.objects(draw.index)
         keep = ~index.crowd[where]
         boxes = torch.tensor(index.boxes_xywh[where][keep], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
+        if segments is not None and not self.with_maps:
+            ids = torch.from_numpy(index.object_ids[where][keep])
+            masks = tv_tensors.Mask((segments == ids[:, None, None]).to(torch.uint8))
         height, width = image.shape[-2:]
         limit = boxes.new_tensor([width, height, width, height])
         boxes = torch.minimum(boxes.clamp(min=0), limit)
@@ -112,7 +130,7 @@ class DetectionDataset(Dataset):
             image=tv_tensors.Image(image),
             boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
             labels=torch.from_numpy(index.labels[where][keep]),
-            masks=masks if masks is None else tv_tensors.Mask(masks[torch.from_numpy(keep)]),
+            masks=masks,
         )
         sample = self.transform(sample, draw.image_seed, draw.batch_seed)
         return {
@@ -122,9 +140,10 @@ class DetectionDataset(Dataset):
             "index": draw.index,
             "counted": draw.counted,
             "orig_size_hw": (height, width),
+            "segments": segments if self.with_maps else None,
         }
 
-    def _read_masks(self, image: int, height: int, width: int) -> Tensor:
+    def _read_segments(self, image: int, height: int, width: int) -> Tensor:
         index = self.index
         path = index.masks / index.mask_names[image]
         name = f"{path} (masks of image id {index.image_ids[image]})"
@@ -134,17 +153,16 @@ class DetectionDataset(Dataset):
                 f"{name}: expected {width} x {height} pixels as the image has, "
                 f"got {picture.width} x {picture.height}; correct one of the two"
             )
-        colours = torch.from_numpy(np.array(picture)).to(torch.int64)
+        colours = torch.from_numpy(np.array(picture)).to(torch.int32)
         segments = colours[..., 0] + 256 * colours[..., 1] + 256**2 * colours[..., 2]
         ids = torch.from_numpy(index.object_ids[index.objects(image)])
-        masks = segments == ids[:, None, None]
-        missing = ids[~masks.flatten(1).any(1)].tolist()
+        missing = ids[~torch.isin(ids, segments.unique())].tolist()
         if missing:
             raise DataError(
                 f"{name}: no pixel of segments {', '.join(map(str, missing))}, which "
                 f"{index.path} lists; take them out there, or correct the masks"
             )
-        return masks.to(torch.uint8)
+        return segments
 
 
 def _label(sample: Sample) -> dict[str, Tensor]:
@@ -215,6 +233,7 @@ class Collate:
                 height, width = label["masks"].shape[1:]
                 bottom, right = pixels.shape[2] - height, pixels.shape[3] - width
                 label["masks"] = torch.nn.functional.pad(label["masks"], (0, right, 0, bottom))
+        maps = [item["segments"] for item in items if item["segments"] is not None]
         return Batch(
             pixels=pixels,
             pixel_mask=mask,
@@ -224,6 +243,7 @@ class Collate:
             counted=[item["counted"] for item in items],
             orig_sizes_hw=[item["orig_size_hw"] for item in items],
             failures=failures,
+            segment_maps=maps or None,
         )
 
     def _pad(self, images: list[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -18,6 +18,7 @@ from cdetr_fast.training.dataset import Batch, grouped
 from cdetr_fast.training.errors import DataError, TrainingStopped
 from cdetr_fast.training.initial_weights import build_model
 from cdetr_fast.training.optimization import LearningRates, WeightAverage, make_optimizer
+from cdetr_fast.training.panoptic import PanopticScorer
 from cdetr_fast.training.run_log import RunLog
 from cdetr_fast.training.run_state import (
     checkpoint_files,
@@ -37,7 +38,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
 
     Writes to `config.output`: config.yaml, labels.txt, metrics.jsonl, curves.png, `checkpoints`
     (to resume from), `model` (the newest weights, for `from_pretrained`), `best` (those of highest
-    AP) and `evaluation` (tables and pictures).
+    AP, or panoptic quality) and `evaluation` (tables and pictures).
 
     Args:
         config: All settings.
@@ -299,11 +300,19 @@ class Engine:
             )
             # Sharded parameters must be gathered by the wrapper; another one only costs time.
             model = self.model if self.config.fsdp else self.accelerator.unwrap_model(self.model)
-            found = reporting.predict(model, loader, *self.statistics, self.accelerator)
+            segments = None
+            if self.config.task == "segmentation":
+                segments = PanopticScorer(self.val_index)
+            found = reporting.predict(
+                model, loader, *self.statistics, self.accelerator, observe=segments
+            )
+            if segments is not None:
+                segments.gather(self.accelerator)
             if self.is_main:
-                self.result = reporting.report_epoch(self, found, last)
-                is_best = self.result["AP"] > self.best
-                self.best = max(self.best, self.result["AP"])
+                self.result = reporting.report_epoch(self, found, segments, last)
+                figure = self.result["AP" if segments is None else "PQ"]
+                is_best = figure >= self.best  # the newest of equals: PQ stays 0 for a while
+                self.best = figure if is_best else self.best
         weights = self.accelerator.get_state_dict(self.model)
         if self.is_main:
             reporting.draw_run(self.folder)

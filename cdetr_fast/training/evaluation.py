@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torchvision.ops import box_iou
 from cdetr_fast.image_processing.post_processing import detections as to_detections
 from cdetr_fast.training.coco import CocoIndex
 from cdetr_fast.training.dataset import Batch
+
+if TYPE_CHECKING:
+    from cdetr_fast.training.panoptic import PanopticScorer
 
 _STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 _STATS += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
@@ -53,7 +56,7 @@ def predict(
     mean: Tensor,
     std: Tensor,
     accelerator: Any = None,
-    progress: Callable[[int], None] | None = None,
+    observe: Callable[[Batch, Any], None] | None = None,
 ) -> Detections:
     """Runs a model over batches and collects what all processes found.
 
@@ -63,7 +66,7 @@ def predict(
         mean: Of the pixels `[3, 1, 1]`, on the model's device, in units of uint8.
         std: The same.
         accelerator: Of Accelerate, if several processes share the work.
-        progress: Called with the number of images after each batch.
+        observe: Called with each batch and the model's outputs for it.
     """
     was_training = model.training
     model.eval()
@@ -77,7 +80,8 @@ def predict(
             continue
         inputs = batch.model_inputs(parameter.device, mean, std, parameter.dtype)
         del inputs["labels"]
-        found = to_detections(model(**inputs), 0.0, batch.orig_sizes_hw, _PER_IMAGE, "pt")
+        outputs = model(**inputs)
+        found = to_detections(outputs, 0.0, batch.orig_sizes_hw, _PER_IMAGE, "pt")
         names = ("labels", "scores", "boxes", "counts")
         labels, scores, boxes, counts = (found[name].cpu().numpy() for name in names)
         for row, (image, counted) in enumerate(zip(batch.indices, batch.counted, strict=True)):
@@ -87,8 +91,8 @@ def predict(
             values = (np.full(count, image), labels[row], scores[row], boxes[row])
             for column, value in zip(columns, values, strict=True):
                 column.append(value[:count].copy())  # a view would keep the whole batch
-        if progress is not None:
-            progress(len(batch.indices))
+        if observe is not None:
+            observe(batch, outputs)
     model.train(was_training)
     merged = [np.concatenate(column) for column in columns]
     if accelerator is not None and accelerator.num_processes > 1:
@@ -103,7 +107,7 @@ def predict(
 
 @dataclass
 class Evaluation:
-    """COCO's figures of detections.
+    """COCO's figures of detections; with PQ, SQ and RQ too where segments were scored.
 
     Attributes:
         stats: AP, AP50, AP75, AP and AR by size of object and number of detections, in [0, 1]; NaN
@@ -118,12 +122,15 @@ class Evaluation:
     precision: np.ndarray
 
 
-def evaluate_detections(index: CocoIndex, detections: Detections) -> Evaluation:
+def evaluate_detections(
+    index: CocoIndex, detections: Detections, panoptic: PanopticScorer | None = None
+) -> Evaluation:
     """Scores detections by COCO's rules, with faster-coco-eval.
 
     Args:
         index: The truth; its labels are those of the detections.
         detections: On images of the index.
+        panoptic: What scored the segments on the same images.
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -164,6 +171,11 @@ def evaluate_detections(index: CocoIndex, detections: Detections) -> Evaluation:
                 "AR100": float(own_recall.mean()) if has else float("nan"),
             }
         )
+    if panoptic is not None:
+        stats |= panoptic.stats()
+        for name, values in panoptic.quality.per_class().items():
+            for one, value in zip(classes, values.tolist(), strict=True):
+                one[name] = value
     return Evaluation(stats, classes, precision[0, :, :, 0, -1])
 
 

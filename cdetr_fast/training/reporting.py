@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,24 +26,30 @@ from cdetr_fast.training.pictures import (
 )
 from cdetr_fast.training.run_log import read_rows
 
+if TYPE_CHECKING:
+    from cdetr_fast.training.panoptic import PanopticScorer
+
 __all__ = ["draw_run", "predict", "report_epoch", "write_evaluation"]
 
 _WORST = 8
 
 
-def report_epoch(engine: Any, found: Detections, last: bool) -> dict[str, float]:
+def report_epoch(
+    engine: Any, found: Detections, panoptic: PanopticScorer | None, last: bool
+) -> dict[str, float]:
     """Scores the detections of an epoch, logs them, and draws sample images.
 
     Args:
         engine: The run.
         found: Detections on its validation set.
+        panoptic: What scored the segments, if there are any.
         last: Whether this is the last epoch, which also gets the tables and pictures.
 
     Returns:
-        COCO's figures.
+        COCO's figures, with those of segments.
     """
     index = engine.val_index
-    evaluation = evaluate_detections(index, found)
+    evaluation = evaluate_detections(index, found, panoptic)
     for failure in found.failures:
         print(f"not evaluated: {failure}")
     engine.log.write("eval", engine.step, {"epoch": engine.epoch} | plain(evaluation.stats))

@@ -156,7 +156,7 @@ def evaluation_loader(
         rank, processes = accelerator.process_index, accelerator.num_processes
         pin = accelerator.device.type == "cuda"
     sampler = EvaluationSampler(_aspect_ratios(index), batch_size, rank, processes)
-    dataset = DetectionDataset(index, EvaluationTransform(size))
+    dataset = DetectionDataset(index, EvaluationTransform(size), with_maps=index.masks is not None)
     return make_loader(dataset, sampler, workers, multiple, pin)
 
 

@@ -16,7 +16,7 @@ from cdetr_fast.training.engine import Engine
 from cdetr_fast.training.run_log import read_rows
 from cdetr_fast.training.sampling import Draw
 from cdetr_fast.training.signals import StopSignals
-from cdetr_fast.training.transforms import TrainingTransform
+from cdetr_fast.training.transforms import EvaluationTransform, TrainingTransform
 
 HEIGHT, WIDTH = 64, 80
 COLOURS = ((220, 40, 40), (40, 60, 230))
@@ -161,24 +161,37 @@ def test_trains(configuration, panoptic, changes):
         assert model.eval()(torch.zeros(1, 3, 64, 64)).pred_masks.shape == (1, 12, 16, 16)
 
 
-def test_evaluate_scores_the_boxes_of_a_checkpoint(configuration, panoptic):
-    val = str(panoptic / "val" / "panoptic.json")
-    config = configuration(val_annotations=val, val_masks=str(panoptic / "val" / "masks"))
+def test_evaluates_boxes_and_segments_of_a_checkpoint(configuration, panoptic, tmp_path):
+    val, masks = panoptic / "val" / "panoptic.json", panoptic / "val" / "masks"
+    config = configuration(val_annotations=str(val), val_masks=str(masks))
     trained = train(config)
-    coco = json.loads(Path(val).read_text())
-    items = [
-        {"image_id": a["image_id"]} | segment
-        for a in coco["annotations"]
-        for segment in a["segments_info"]
-    ]
-    coco["annotations"] = [item | {"id": k} for k, item in enumerate(items, 1)]
-    path = Path(config.output) / "boxes.json"
-    path.write_text(json.dumps(coco))
-    found = evaluate(
-        Path(config.output) / "model", path, panoptic / "val", device="cpu", num_workers=0
-    )
+    table = (Path(config.output) / "evaluation" / "classes.csv").read_text().splitlines()
+    assert table[0] == "class,objects,AP,AP50,AR100,PQ,SQ,RQ"
+    model = Path(config.output) / "model"
+    options = {"device": "cpu", "num_workers": 0, "batch_size": 2}
+    found = evaluate(model, val, panoptic / "val", masks=masks, **options)
+    assert {"PQ", "SQ_things", "RQ_stuff", "AP", "AR100"} <= set(found.stats)
     expected = {name: trained[name] for name in found.stats}
     assert found.stats == pytest.approx(expected, abs=1e-6, nan_ok=True)
+
+    boxes = json.loads(val.read_text())
+    items = [
+        {"image_id": a["image_id"]} | segment
+        for a in boxes["annotations"]
+        for segment in a["segments_info"]
+    ]
+    boxes["annotations"] = [item | {"id": k} for k, item in enumerate(items, 1)]
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(boxes))
+    found = evaluate(model, path, panoptic / "val", **options)
+    assert "PQ" not in found.stats
+    assert found.stats["AP"] == pytest.approx(trained["AP"], abs=1e-6)
+
+    detector = json.loads((model / "config.json").read_text())
+    detector["architectures"] = ["ConditionalDetrForObjectDetection"]
+    (tmp_path / "config.json").write_text(json.dumps(detector))
+    with pytest.raises(DataError, match="is no segmentation checkpoint"):
+        evaluate(tmp_path, val, panoptic / "val", masks=masks, **options)
 
 
 def test_mask_head_trains(configuration):
@@ -213,3 +226,23 @@ def test_bad_masks_are_named(configuration, panoptic, tmp_path):
     assert "001.png (masks of image id 1): no pixel of segments 70000, 300, 1300" in message
     victim.unlink()
     assert "001.png (masks of image id 1): cannot be read" in dataset[Draw(1, (0,), (0,))]
+
+
+def test_masks_overfit_a_scene(configuration):
+    """Dice stays flat until the boxes have settled, as queries change hands before; then falls."""
+    engine = Engine(configuration(), StopSignals())
+    model = engine.model
+    model.eval().conditional_detr.model.freeze_backbone()  # no drop-out
+    dataset = DetectionDataset(engine.train_index, EvaluationTransform({"shortest_edge": 64}))
+    inputs = Collate(32)([dataset[Draw(0)]]).model_inputs(model.device, *engine.statistics)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=5e-3, fused=True)
+    dice = []
+    for _ in range(200):
+        outputs = model(**inputs)
+        outputs.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        dice.append(outputs.loss_dict["loss_dice"].item())
+    assert dice[0] > 0.65
+    assert np.mean(dice[-10:]) < 0.45
