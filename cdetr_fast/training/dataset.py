@@ -233,7 +233,7 @@ class Collate:
                 height, width = label["masks"].shape[1:]
                 bottom, right = pixels.shape[2] - height, pixels.shape[3] - width
                 label["masks"] = torch.nn.functional.pad(label["masks"], (0, right, 0, bottom))
-        maps = [item["segments"] for item in items if item["segments"] is not None]
+        maps = [item["segments"] for item in items if item.get("segments") is not None]
         return Batch(
             pixels=pixels,
             pixel_mask=mask,
