@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdetr_kernels import conditional_attention, dispatch
+from cdetr_kernels.reference import attention as reference
 
 NAMES = ("q_content", "q_spatial", "k_content", "k_spatial", "value")
 
@@ -65,7 +66,10 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("spatial", [True, False])
 @pytest.mark.parametrize("return_attention", [True, False])
-def test_equals_concatenation(mask, spatial, return_attention):
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_equals_concatenation(monkeypatch, mask, spatial, return_attention, at_once):
+    """Also some heads at a time, as large inputs are attended to without gradients."""
+    monkeypatch.setattr(reference, "_PIECE", at_once * 5 * 7 * 8)
     tensors = inputs()
     if not spatial:
         tensors |= {"q_spatial": None, "k_spatial": None}

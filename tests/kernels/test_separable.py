@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdetr_kernels import conditional_attention, conditional_attention_separable
+from cdetr_kernels.reference import attention as reference
 
 NAMES = ("q_content", "q_spatial", "k_content", "k_rows", "k_columns", "value")
 
@@ -44,7 +45,9 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("shared", [1, 2])
 @pytest.mark.parametrize("gradients", [True, False])
-def test_equals_the_general_form(mask, shared, gradients):
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_equals_the_general_form(monkeypatch, mask, shared, gradients, at_once):
+    monkeypatch.setattr(reference, "_PIECE", at_once * 5 * 12 * 8)
     tensors = inputs(shared=shared)
     options = {"key_mask": MASKS[mask]}
     with torch.set_grad_enabled(gradients):

@@ -16,9 +16,19 @@ never NaN.
 Source: Meng et al., "Conditional DETR for Fast Training Convergence", section 3.3.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Bytes of spatial scores at a time, where torch's fused attention takes them as a bias on a CPU:
+# they stay in its cache.
+_PIECE = 2**21
+
+# The scores of some heads of some images, [B, N, Q, S].
+_Scores = Callable[[slice, slice], Tensor]
+_ALL = slice(None)
 
 
 def conditional_attention(
@@ -34,13 +44,18 @@ def conditional_attention(
     return_attention: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Defines `cdetr_kernels.conditional_attention`; see there for shapes."""
-    spatial_scores = None
-    if q_spatial is not None:
-        spatial_scores = _dot(q_spatial * scale, k_spatial)
-    elif not return_attention and seed is None:
+    if q_spatial is None and not return_attention and seed is None:
         # Without a spatial half this is torch's fused attention, which knows masked rows.
         mask = None if key_mask is None else key_mask[:, None, None, :]
         return _fused(q_content, k_content, value, mask, scale, dropout_p), None
+    spatial_scores = None
+    if q_spatial is not None:
+        query = q_spatial * scale
+        keys = k_spatial.expand(query.shape[0], -1, -1, -1)
+
+        def spatial_scores(images: slice, heads: slice) -> Tensor:
+            return _dot(query[images, :, heads], keys[images, :, heads])
+
     options = (key_mask, scale, dropout_p, seed, return_attention)
     return _attend(q_content, k_content, value, spatial_scores, *options)
 
@@ -61,33 +76,35 @@ def conditional_attention_separable(
     """Defines `cdetr_kernels.conditional_attention_separable`; see there for shapes."""
     query = q_spatial * scale
     row_scores, column_scores = _dot(query, k_rows), _dot(query, k_columns)
-    spatial_scores = row_scores[..., :, None] + column_scores[..., None, :]  # [B, N, Q, h, w]
+
+    def spatial_scores(images: slice, heads: slice) -> Tensor:
+        rows, columns = row_scores[images, heads], column_scores[images, heads]
+        return (rows[..., :, None] + columns[..., None, :]).flatten(3)  # [B, N, Q, h * w]
+
     options = (key_mask, scale, dropout_p, seed, return_attention)
-    return _attend(q_content, k_content, value, spatial_scores.flatten(3), *options)
+    return _attend(q_content, k_content, value, spatial_scores, *options)
 
 
 def _attend(
     q_content: Tensor,
     k_content: Tensor,
     value: Tensor,
-    spatial_scores: Tensor | None,
+    spatial_scores: _Scores | None,
     key_mask: Tensor | None,
     scale: float,
     dropout_p: float,
     seed: int | None,
     return_attention: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Adds the content scores to the spatial ones `[B, N, Q, S]`, already scaled, and attends."""
+    """Adds the content scores to the spatial ones, already scaled, and attends."""
     masked = None if key_mask is None else ~key_mask[:, None, None, :]
     inputs = (q_content, k_content, value, spatial_scores)
-    if not return_attention and dropout_p == 0.0 and _fuses_with_bias(*inputs):
-        if masked is not None:
-            spatial_scores = spatial_scores.masked_fill(masked, -torch.inf)
-        return _fused(q_content, k_content, value, spatial_scores, scale), None
+    if not return_attention and dropout_p == 0.0 and _takes_a_bias(*inputs):
+        return _attend_with_bias(*inputs, masked, scale), None
 
     scores = _dot(q_content * scale, k_content)
     if spatial_scores is not None:
-        scores = scores + spatial_scores
+        scores = scores + spatial_scores(_ALL, _ALL)
     statistics_dtype = torch.promote_types(scores.dtype, torch.float32)
     if masked is None:
         attention = torch.softmax(scores, dim=-1, dtype=statistics_dtype)
@@ -103,19 +120,54 @@ def _attend(
     return output, attention if return_attention else None
 
 
-def _fuses_with_bias(
-    q_content: Tensor, k_content: Tensor, value: Tensor, spatial_scores: Tensor | None
+def _takes_a_bias(
+    q_content: Tensor, k_content: Tensor, value: Tensor, spatial_scores: _Scores | None
 ) -> bool:
     """Whether torch's fused attention takes the spatial scores as a bias of the content scores.
 
     On CPUs it does, in half of the time or less (300 queries, 850 keys, 8 heads of 32), but it has
     no gradient for the bias.
     """
-    if spatial_scores is None or spatial_scores.device.type != "cpu":
+    if spatial_scores is None or not q_content.is_cpu:
         return False
     if not torch.is_grad_enabled():
         return True
-    return not any(x.requires_grad for x in (q_content, k_content, value, spatial_scores))
+    of_nobody = spatial_scores(slice(0, 0), _ALL)
+    return not any(x.requires_grad for x in (q_content, k_content, value, of_nobody))
+
+
+def _attend_with_bias(
+    q_content: Tensor,
+    k_content: Tensor,
+    value: Tensor,
+    spatial_scores: _Scores,
+    masked: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Some heads of one image at a time, as many as have `_PIECE` bytes of spatial scores."""
+
+    def attend(images: slice, heads: slice) -> Tensor:
+        bias = spatial_scores(images, heads)
+        if masked is not None:
+            bias = bias.masked_fill_(masked[images], -torch.inf)
+        parts = (x[images, :, heads] for x in (q_content, k_content, value))
+        return _fused(*parts, bias, scale)
+
+    if torch.compiler.is_compiling():
+        return attend(_ALL, _ALL)  # one graph for all batches and sizes
+    batch, queries, heads, _ = q_content.shape
+    bytes_of_head = queries * k_content.shape[1] * q_content.element_size()
+    at_once = max(1, _PIECE // max(1, bytes_of_head))
+    if at_once >= batch * heads:
+        return attend(_ALL, _ALL)
+    images = []
+    for image in range(batch):
+        pieces = [
+            attend(slice(image, image + 1), slice(head, head + at_once))
+            for head in range(0, heads, at_once)
+        ]
+        images.append(torch.cat(pieces, dim=2))
+    return torch.cat(images)
 
 
 def _dot(query: Tensor, key: Tensor) -> Tensor:
