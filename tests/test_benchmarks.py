@@ -20,6 +20,7 @@ from benchmarks import (
     overhead,
     patching,
     post_processing,
+    precision,
     preprocessing,
     tables,
     topk,
@@ -54,6 +55,7 @@ def results(tmp_path, monkeypatch):
             post_processing,
             "--size 60 80 --input 80 100 --queries 20 --classes 9 --kept 4 --threads 1 --repeats 1",
         ),
+        (precision, "--count 3 --threads 1 --precisions bf16"),
         (topk, "--batch 1 3 --head 30x9 --k 20 --threads 1 --repeats 1"),
     ],
 )
@@ -63,7 +65,7 @@ def test_a_benchmark_measures_and_saves(script, arguments, results, monkeypatch,
     content = json.loads((results / "trial.json").read_text())
     assert content["environment"]["torch"]
     assert all(row["ms"] > 0 for row in content["rows"])
-    assert "cdetr_fast" in capsys.readouterr().out
+    assert "written to" in capsys.readouterr().out
 
 
 def test_the_overhead_of_every_operator_is_measured(results, monkeypatch, capsys):

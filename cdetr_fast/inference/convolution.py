@@ -28,6 +28,23 @@ class Activation(NamedTuple):
     scalars: tuple[float, ...] = ()
     algorithm: str | None = None
 
+    def apply_(self, x: Tensor) -> Tensor:
+        """Computes it by torch, in place where torch can."""
+        name, scalars, algorithm = self
+        if name == "gelu":
+            return F.gelu(x, approximate=algorithm)
+        functions = {
+            "relu": F.relu_,
+            "swish": lambda y: F.silu(y, inplace=True),
+            "hardswish": lambda y: F.hardswish(y, inplace=True),
+            "hardsigmoid": lambda y: F.hardsigmoid(y, inplace=True),
+            "sigmoid": torch.sigmoid_,
+            "tanh": torch.tanh_,
+            "hardtanh": F.hardtanh_,
+            "leaky_relu": F.leaky_relu_,
+        }
+        return functions[name](x, *scalars)
+
 
 def activation_of(module: nn.Module) -> Activation | None:
     """The activation that a module is, or None if it is none that oneDNN can fuse."""
@@ -115,7 +132,7 @@ class FusedConv2d(nn.Module):
         )
         if residual is not None:
             x = x.add_(residual)
-        return x if self.activation is None else _apply(self.activation, x)
+        return x if self.activation is None else self.activation.apply_(x)
 
     def _onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
         name, scalars, algorithm = self.activation or ("none", (), None)
@@ -211,20 +228,3 @@ def _precision(x: Tensor) -> float:
     if x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
         return 2.0**-13
     return torch.finfo(x.dtype).eps
-
-
-def _apply(activation: Activation, x: Tensor) -> Tensor:
-    name, scalars, algorithm = activation
-    if name == "gelu":
-        return F.gelu(x, approximate=algorithm)
-    functions = {
-        "relu": F.relu_,
-        "swish": lambda y: F.silu(y, inplace=True),
-        "hardswish": lambda y: F.hardswish(y, inplace=True),
-        "hardsigmoid": lambda y: F.hardsigmoid(y, inplace=True),
-        "sigmoid": torch.sigmoid_,
-        "tanh": torch.tanh_,
-        "hardtanh": F.hardtanh_,
-        "leaky_relu": F.leaky_relu_,
-    }
-    return functions[name](x, *scalars)

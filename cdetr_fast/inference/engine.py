@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cdetr_fast.inference.backbone import InferenceBackbone
 from cdetr_fast.inference.convolution import FusedConv2d
+from cdetr_fast.inference.int8 import Int8Conv2d, quantize
 from cdetr_fast.inference.transformer import (
     HOLDERS,
     InferenceDecoder,
@@ -29,12 +30,17 @@ class Engine(nn.Module):
     Args:
         model: One of this package's models, in eval mode. It is not changed; weights that are
             neither folded nor joined are shared with it.
+        int8_calibration: Batches of images `[B, C, H, W]`; with them the backbone is put into int8.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, int8_calibration: Sequence[Tensor] = ()) -> None:
         super().__init__()
+        self.int8: str | None = None
         with torch.inference_mode(False), torch.no_grad():
             self._prepare(model)
+            if int8_calibration:
+                all_maps = self.mask_head is not None
+                self.int8 = quantize(self.backbone, int8_calibration, all_maps)
         self.eval()
         self._lock = threading.Lock()
         self._constants: OrderedDict[tuple, MapConstants] = OrderedDict()
@@ -69,9 +75,9 @@ class Engine(nn.Module):
 
     def describe(self) -> list[tuple[str, str]]:
         """What was done, and to what."""
-        convolutions = [m for m in self.modules() if isinstance(m, FusedConv2d)]
-        ways = [conv.way for conv in convolutions]
-        rows = [
+        ways = [m.way for m in self.modules() if isinstance(m, (FusedConv2d, Int8Conv2d))]
+        rows = [("int8", self.int8)] if self.int8 else []
+        rows += [
             (
                 "backbone",
                 f"{self.backbone.fused} convolutions with norm and epilogue folded in, "
@@ -93,6 +99,10 @@ class Engine(nn.Module):
 
         The tensors stay the same ones, so what was compiled with them stays right.
         """
+        if (
+            self.int8 or other.int8
+        ):  # ranges and packed weights are no tensors that can be copied to
+            return False
         settings = [(e.decoder.auxiliary, e.decoder.feeds_normed_state) for e in (self, other)]
         here, there = (dict(_tensors(engine)) for engine in (self, other))
         if settings[0] != settings[1] or here.keys() != there.keys():

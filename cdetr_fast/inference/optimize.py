@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from cdetr_fast import validation as check
 from cdetr_fast.inference import models
+from cdetr_fast.inference.int8 import reason_against_int8
 from cdetr_fast.inference.runner import Kind, Options, Runner
 from cdetr_fast.inference.watch import attached
 
@@ -29,6 +31,7 @@ def optimize(
     max_batch: int | None = None,
     max_graphs: int = 8,
     static_outputs: bool = False,
+    int8_calibration: Sequence[torch.Tensor] | None = None,
     inplace: bool = False,
 ) -> Model:
     """Returns a model of the same class name, signature, outputs and weights that runs faster.
@@ -56,6 +59,10 @@ def optimize(
         max_batch: Larger batches run in parts of this size.
         max_graphs: Graphs that are kept; the one not used for longest is dropped first.
         static_outputs: Return the graph's own tensors, which its next call overwrites.
+        int8_calibration: Batches of `pixel_values` `[B, C, H, W]`, some tens of images of the
+            sizes, and in batches, as the calls will be. With them the backbone's convolutions run
+            in int8, on CPUs with VNNI; their ranges are found on these images, and again when the
+            weights change. What that costs, `python -m benchmarks.precision` measures.
         inplace: Change `model` itself, and return it.
 
     Raises:
@@ -63,7 +70,7 @@ def optimize(
         ValueError: The model is in training mode, has hooks or adapters, or an argument is out of
             range.
         RuntimeError: `cuda_graphs=True` where there is no GPU, or a dtype that the device does not
-            run.
+            run, or int8 where the CPU has no instructions for it.
     """
     kind = _recognise(model)
     _check_state(model, kind)
@@ -77,6 +84,7 @@ def optimize(
         max_batch=None if max_batch is None else check.integer(1)("max_batch", max_batch),
         max_graphs=check.integer(1)("max_graphs", max_graphs),
         static_outputs=check.flag("static_outputs", static_outputs),
+        int8_calibration=_calibration(int8_calibration, model, dtype, target, compile),
     )
     result = _alias(model)
     runner = _prepared(result, target, dtype, Runner(options, kind))
@@ -179,6 +187,37 @@ def _use_graphs(value: bool | str, device: torch.device, compile: bool | str) ->
     if value and captures_itself:
         raise ValueError(f"cuda_graphs: expected False, as compile={compile!r} captures graphs")
     return value
+
+
+def _calibration(
+    images: Any,
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    compile: bool | str,
+) -> tuple[torch.Tensor, ...]:
+    if images is None:
+        return ()
+    name = "int8_calibration"
+    channels = model.config.num_channels
+    if isinstance(images, torch.Tensor) or not isinstance(images, Sequence) or not images:
+        raise TypeError(
+            f"{name}: expected a list of batches of images, got {type(images).__name__}"
+        )
+    for batch in images:
+        if not isinstance(batch, torch.Tensor) or not batch.is_floating_point():
+            got = batch.dtype if isinstance(batch, torch.Tensor) else type(batch).__name__
+            raise TypeError(f"{name}: expected floating-point tensors, got {got}")
+        if batch.dim() != 4 or batch.shape[1] != channels or not batch.numel():
+            raise ValueError(f"{name}: expected [B, {channels}, H, W], got {list(batch.shape)}")
+    dtype = dtype or next(p.dtype for p in model.parameters())
+    if device.type != "cpu" or dtype != torch.float32:
+        raise ValueError(f"{name}: expected a model in fp32 on a CPU, got {dtype} on {device}")
+    if compile not in ("auto", False):
+        raise ValueError(f"{name}: expected compile=False, got {compile!r}")
+    if (reason := reason_against_int8()) is not None:
+        raise RuntimeError(f"{name}: {reason}")
+    return tuple(batch.detach().to("cpu", torch.float32) for batch in images)
 
 
 def _bucket(value: int | str) -> int | None:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Options:
     max_batch: int | None = None
     max_graphs: int = 8
     static_outputs: bool = False
+    int8_calibration: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ class Runner:
         for name, value in arguments.items():
             if name not in _FAST and value is not None and value is not False:
                 return f"{name} is given"
-        for field in ("output_attentions", "output_hidden_states"):
-            asked = arguments.get(field)
-            if asked is None and getattr(model.config, field, False):
-                return f"config.{field} is set"
+        for name in ("output_attentions", "output_hidden_states"):
+            asked = arguments.get(name)
+            if asked is None and getattr(model.config, name, False):
+                return f"config.{name} is set"
         pixel_values = arguments.get("pixel_values")
         if not isinstance(pixel_values, Tensor):
             return "pixel_values is no tensor"  # the model complains
@@ -99,7 +100,7 @@ class Runner:
 
     def _build(self, model: nn.Module) -> Watch:
         watch = Watch(model, Settings(model.config))
-        fresh = Engine(self.kind.twin_of(model))
+        fresh = Engine(self.kind.twin_of(model), self.options.int8_calibration)
         if self._graphs is not None:
             self._graphs.clear()  # they read the addresses of the old weights
         if self.engine is None or not self.engine.take(fresh):

@@ -1,0 +1,236 @@
+"""The backbone's convolutions in 8 bits, for CPUs with VNNI.
+
+Weights are signed, with a scale for each output channel; maps are unsigned, with one scale and zero
+point each, found on calibration images. Products are summed in 32 bits by oneDNN's operators, those
+that torch's x86 quantiser compiles to, which take any size here. Between two such convolutions a
+map stays in 8 bits, the residual too; anything else gets fp32.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from timm.layers.padding import pad_same
+from torch import Tensor, fx, nn
+
+from cdetr_fast.inference.backbone import InferenceBackbone
+from cdetr_fast.inference.convolution import RELU, Activation, FusedConv2d
+
+_CODES = 255
+_FUSED = {None, RELU, Activation("hardtanh", (0.0, 6.0))}
+"""Activations after which a convolution can leave 8 bits."""
+
+
+class Codes(NamedTuple):
+    """How 8 bits stand for a map's numbers: `scale * (code - zero)`.
+
+    Attributes:
+        scale: The step from one code to the next.
+        zero: The code of 0.
+        shape: Shape of the map in the last calibration batch.
+    """
+
+    scale: float
+    zero: int
+    shape: tuple[int, ...]
+
+    @property
+    def line(self) -> tuple[float, int]:
+        """Scale and zero."""
+        return self.scale, self.zero
+
+    def of(self, x: Tensor) -> Tensor:
+        """Numbers -> codes."""
+        return (x * (1 / self.scale)).round_().add_(self.zero).clamp_(0, _CODES).to(torch.uint8)
+
+    def numbers(self, codes: Tensor) -> Tensor:
+        """Codes -> fp32 numbers."""
+        return codes.float().sub_(self.zero).mul_(self.scale)
+
+
+def reason_against_int8() -> str | None:
+    """Says why int8 convolutions do not run on this CPU, or would be slow or wrong; or None."""
+    if not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
+        return "this torch has no int8 convolutions of oneDNN"
+    if not torch.cpu._is_vnni_supported():
+        # without it pairs of products are summed in 16 bits, which overflow
+        return "this CPU has no VNNI instructions"
+    return None
+
+
+class Int8Conv2d(nn.Module):
+    """A `FusedConv2d` in 8 bits.
+
+    Args:
+        conv: The convolution.
+        source: Codes of its input.
+        residual: Codes of its residual where that comes as codes.
+        result: Codes that it leaves; None leaves fp32.
+
+    Weights are packed for the calibration's shape. oneDNN has two packed forms, and turning one
+    into the other in a call costs ten times the product itself (ResNet-50, 1x1, last stage); what
+    suits one map at 13x17 to 50x67 suits all, what suits a batch may not suit a single image.
+    """
+
+    way = "int8"
+
+    def __init__(
+        self, conv: FusedConv2d, source: Codes, residual: Codes | None, result: Codes | None
+    ) -> None:
+        super().__init__()
+        weight = conv.weight
+        scale = weight.abs().amax((1, 2, 3)).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        codes = (weight / scale[:, None, None, None]).round().to(torch.int8)
+        self.where = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        shape = list(source.shape)
+        if conv.same:  # padded beforehand
+            shape = None
+        self.packed = torch.ops.onednn.qconv_prepack(codes, scale, *source.line, *self.where, shape)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", torch.zeros(len(scale), dtype=torch.int32))
+        self.register_buffer("bias", conv.bias)
+        self.same = (conv.kernel_size, conv.stride, conv.dilation) if conv.same else None
+        self.activation, self.in_place = conv.activation, conv.in_place
+        self.source, self.residual, self.result = source, residual, result
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """As `FusedConv2d`; maps are uint8 codes or fp32."""
+        if x.dtype != torch.uint8:
+            x = self.source.of(x)
+        if self.same is not None:
+            x = pad_same(x, *self.same, self.source.zero)
+        images = (x, *self.source.line, self.packed, self.scale, self.zero)
+        result = (
+            (1.0, 0, torch.float32) if self.result is None else (*self.result.line, torch.uint8)
+        )
+        name, scalars, _ = self.activation or Activation("none")
+        if residual is None and self.activation in _FUSED:
+            return torch.ops.onednn.qconv_pointwise(
+                *images, self.bias, *self.where, *result, name, list(scalars), ""
+            )
+        if residual is not None and self.result is not None:
+            if not self.in_place:
+                residual = residual.clone()
+            addition = (*self.residual.line, "sum", 1.0, name, [], "")
+            return torch.ops.onednn.qconv2d_pointwise.binary(
+                *images, residual, self.bias, *self.where, *result, *addition
+            )
+        y = torch.ops.onednn.qconv_pointwise(
+            *images, self.bias, *self.where, *result, "none", [], ""
+        )
+        if residual is not None:
+            y = y.add_(residual if self.residual is None else self.residual.numbers(residual))
+        return y if self.activation is None else self.activation.apply_(y)
+
+
+class _Numbers(nn.Module):
+    """Codes -> numbers, where a map is returned."""
+
+    def __init__(self, codes: Codes) -> None:
+        super().__init__()
+        self.codes = codes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.codes.numbers(x)
+
+
+@torch.no_grad()
+def quantize(backbone: InferenceBackbone, images: Sequence[Tensor], all_maps: bool) -> str:
+    """Puts a backbone's convolutions into 8 bits, in place.
+
+    Args:
+        backbone: On a CPU in fp32.
+        images: Batches `[B, 3, H, W]` on which the ranges of maps are found.
+        all_maps: Whether all maps are wanted; otherwise the finer ones become None.
+
+    Returns:
+        What was done, with the distance from fp32 on the last calibration batch.
+
+    Raises:
+        RuntimeError: The backbone could not be traced, or has no convolution to put into 8 bits.
+    """
+    body = backbone.body
+    if not isinstance(body, fx.GraphModule):
+        raise RuntimeError(f"int8_calibration: {'; '.join(backbone.notes)}")
+    expected = backbone(images[-1])[-1]
+    codes = _calibrate(body, images)
+    if not all_maps:
+        output = next(node for node in body.graph.nodes if node.op == "output")
+        (maps,) = output.args
+        output.args = ([None] * (len(maps) - 1) + [maps[-1]],)
+    count = _rewrite(body, codes)
+    got = backbone(images[-1])[-1]
+    error = ((got - expected).norm() / expected.norm()).item()
+    return f"{count} convolutions of the backbone; its last map is off by {100 * error:.1f} %"
+
+
+def _calibrate(body: fx.GraphModule, images: Sequence[Tensor]) -> dict[str, Codes]:
+    """Codes for each map, from the mean of its smallest and of its largest values."""
+    ranges: dict[str, list[Tensor]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, node: fx.Node):
+            result = super().run_node(node)
+            if isinstance(result, Tensor) and result.dtype == torch.float32 and result.dim() == 4:
+                # of each image, so that it does not matter how they are batched
+                values = result.permute(0, 2, 3, 1).flatten(1)  # a view, as channels are last
+                extremes = torch.stack(values.aminmax(dim=1), dim=1)
+                ranges.setdefault(node.name, []).append(extremes)
+                shapes[node.name] = tuple(result.shape)
+            return result
+
+    for batch in images:
+        Recorder(body).run(batch.contiguous(memory_format=torch.channels_last))
+    found = {}
+    for name, extremes in ranges.items():
+        low, high = torch.cat(extremes).mean(0).tolist()
+        low, high = min(low, 0.0), max(high, 0.0, low + 1e-6)
+        scale = (high - low) / _CODES
+        found[name] = Codes(scale, round(-low / scale), shapes[name])
+    return found
+
+
+def _rewrite(body: fx.GraphModule, codes: dict[str, Codes]) -> int:
+    graph, modules = body.graph, dict(body.named_modules())
+
+    def conv_of(node: fx.Node) -> FusedConv2d | None:
+        module = modules.get(node.target) if node.op == "call_module" else None
+        return module if isinstance(module, FusedConv2d) else None
+
+    leaves: dict[str, Codes] = {}  # what comes as codes
+    nodes = [node for node in graph.nodes if conv_of(node) is not None]
+    if not nodes:
+        raise RuntimeError("int8_calibration: this backbone has no convolution that runs in int8")
+    for node in nodes:
+        conv, own = conv_of(node), codes[node.name]
+        residual = node.args[1].name if len(node.args) > 1 else None
+        takes = all(conv_of(user) is not None or user.op == "output" for user in node.users)
+        returned_alone = all(user.op == "output" for user in node.users)
+        if conv.activation not in _FUSED or not takes or returned_alone:
+            continue
+        # A sum starts from the residual's codes, and leaves codes that count from 0.
+        if residual is None or (residual in leaves and conv.activation == RELU and own.zero == 0):
+            leaves[node.name] = own
+    for node in nodes:
+        residual = leaves.get(node.args[1].name) if len(node.args) > 1 else None
+        source = codes[node.args[0].name]
+        name = f"int8_{node.name}"
+        body.add_submodule(name, Int8Conv2d(conv_of(node), source, residual, leaves.get(node.name)))
+        node.target = name
+        if node.name in leaves:
+            _return_numbers(body, node, leaves[node.name])
+    graph.lint()
+    body.delete_all_unused_submodules()
+    body.recompile()
+    return len(nodes)
+
+
+def _return_numbers(body: fx.GraphModule, node: fx.Node, codes: Codes) -> None:
+    """Turns codes into numbers where they are returned."""
+    for user in [user for user in node.users if user.op == "output"]:
+        name = f"numbers_{node.name}"
+        body.add_submodule(name, _Numbers(codes))
+        with body.graph.inserting_after(node):
+            numbers = body.graph.call_module(name, (node,))
+        user.replace_input_with(node, numbers)
