@@ -57,6 +57,20 @@ class Batch:
         sizes = torch.stack([mask[:, :, 0].sum(1), mask[:, 0].sum(1)], 1)
         return [tuple(size) for size in sizes.tolist()]
 
+    def fill_if_empty(self, masks: bool = False) -> None:
+        """Puts something without objects in place of images of which not one could be read.
+
+        Every process has to run the model equally often.
+        """
+        if self.pixels is not None:
+            return
+        self.pixels = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+        label = {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+        if masks:
+            label["masks"] = torch.zeros(0, 64, 64, dtype=torch.bool)
+        self.labels, self.image_ids, self.indices = [label], [-1], [-1]
+        self.counted, self.orig_sizes_hw = [False], [(64, 64)]
+
     def pin_memory(self) -> Batch:
         """Moves the tensors to pinned memory; `DataLoader` calls it."""
         if self.pixels is not None:

@@ -178,14 +178,7 @@ class Engine:
             logger.error("%s", failure)
             if self.config.bad_images == "stop":
                 self.failure = failure
-        if batch.pixels is None:  # not one is left: something without objects in their place
-            batch.pixels = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-            batch.labels = [
-                {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
-            ]
-            if self.config.task == "segmentation":
-                batch.labels[0]["masks"] = torch.zeros(0, 64, 64, dtype=torch.bool)
-            batch.image_ids = [-1]
+        batch.fill_if_empty(masks=self.config.task == "segmentation")
         return batch
 
     def _read_reports(self, keep: int) -> None:

@@ -76,8 +76,7 @@ def predict(
     failures: list[str] = []
     for batch in batches:
         failures += batch.failures
-        if batch.pixels is None:
-            continue
+        batch.fill_if_empty()
         inputs = batch.model_inputs(parameter.device, mean, std, parameter.dtype)
         del inputs["labels"]
         outputs = model(**inputs)

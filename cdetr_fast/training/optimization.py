@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cdetr_fast.training.config import TrainingConfig
 
@@ -82,32 +83,45 @@ class WeightAverage:
         self.parameters = list(parameters)
         self.decay = decay
         self.average = [p.detach().clone().float() for p in self.parameters]
+        self._own_part = [_own_part(a) for a in self.average]
         self.updates = 0
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes the parameters' values into the average."""
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        values = [p.detach().float() for p in self.parameters]
-        torch._foreach_lerp_(self.average, values, weight)
+        values = [_own_part(p.detach()).float() for p in self.parameters]
+        torch._foreach_lerp_(self._own_part, values, weight)
         self.updates += 1
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Gives the parameters the values of the average while the block runs."""
-        own = [p.detach() for p in self.parameters]
+        own = [_own_part(p.detach()) for p in self.parameters]
         values = [p.clone() for p in own]
-        torch._foreach_copy_(own, self.average)
+        torch._foreach_copy_(own, self._own_part)
         try:
             yield
         finally:
             torch._foreach_copy_(own, values)
 
     def state_dict(self) -> dict[str, list[Tensor] | int]:
-        """Returns the average, in the order of the parameters."""
-        return {"average": self.average, "updates": self.updates}
+        """Returns the average, in the order of the parameters; whole also where they are sharded.
+
+        All processes take part.
+        """
+        whole = [a.full_tensor() if isinstance(a, DTensor) else a for a in self.average]
+        return {"average": whole, "updates": self.updates}
 
     def load_state_dict(self, state: dict) -> None:
         """Loads what `state_dict` returned."""
-        torch._foreach_copy_(self.average, state["average"])
+        for own, whole in zip(self.average, state["average"], strict=True):
+            if isinstance(own, DTensor):
+                whole = distribute_tensor(whole.to(own.device), own.device_mesh, own.placements)
+            own.copy_(whole)
         self.updates = state["updates"]
+
+
+def _own_part(values: Tensor) -> Tensor:
+    """What this process holds of a sharded tensor (an alias); others as they are."""
+    return values.to_local() if isinstance(values, DTensor) else values

@@ -27,7 +27,12 @@ def make_accelerator(config: TrainingConfig) -> Any:
     Raises:
         DataError: A tracker or precision is not available.
     """
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate import (
+        Accelerator,
+        DistributedType,
+        FullyShardedDataParallelPlugin,
+        PartialState,
+    )
 
     plugin = None
     if config.fsdp:
@@ -42,7 +47,7 @@ def make_accelerator(config: TrainingConfig) -> Any:
         )
     precision = {"fp32": "no", "bf16-pure": "no"}.get(config.precision, config.precision)
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             cpu=config.device == "cpu",
             mixed_precision=precision,
             log_with=list(config.trackers) or None,
@@ -51,6 +56,18 @@ def make_accelerator(config: TrainingConfig) -> Any:
         )
     except (ValueError, ImportError) as error:
         raise DataError(f"precision, trackers, fsdp: {error}") from error
+    if config.precision == "fp16" and not accelerator.native_amp:
+        # Accelerate has neither autocast nor a scaler for it then, and would train in fp32.
+        raise DataError(
+            f"precision: fp16 needs a GPU, the device is {accelerator.device}; use bf16 or fp32"
+        )
+    if plugin is not None and accelerator.distributed_type is DistributedType.MULTI_CPU:
+        # Accelerate passes the plugin over on CPUs, and would quietly copy in place of sharding;
+        # torch shards over gloo too.
+        for state in (PartialState(), accelerator.state):
+            state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    return accelerator
 
 
 def read_data(config: TrainingConfig) -> tuple[CocoIndex, CocoIndex | None, list[LabelReport]]:

@@ -173,7 +173,7 @@ class TrainingStep:
         limit = self.max_norm or float("inf")
         if _is_sharded(self.accelerator):
             norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
-            return None, norm.detach()
+            return None, norm.detach().full_tensor()
         named = zip(self.names, self.parameters, strict=True)
         self.with_gradient = [name for name, p in named if p.grad is not None]
         grads = [p.grad for p in self.parameters if p.grad is not None]

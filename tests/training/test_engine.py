@@ -331,3 +331,9 @@ def test_broken_checkpoint(tmp_path):
     path.write_bytes(b"PK half of it")
     with pytest.raises(DataError, match=r"step-00000001.pt: broken .* remove it"):
         load_checkpoint(path)
+
+
+def test_fp16_on_a_cpu_is_refused(settings):
+    """Accelerate would train in fp32 without a word."""
+    with pytest.raises(DataError, match="precision: fp16 needs a GPU, the device is cpu"):
+        train(TrainingConfig(**settings(precision="fp16")))

@@ -24,6 +24,7 @@ KILLS = int(os.environ.get("CDETR_FAST_TEST_KILLS", "2"))
 CASES = {
     "split": {"batch_size": 2, "accumulate": 1},
     "accumulated": {"batch_size": 1, "accumulate": 2},
+    "sharded": {"batch_size": 1, "accumulate": 2, "fsdp": True},
 }
 
 
@@ -52,8 +53,14 @@ def evaluated(output):
 
 
 def moments(output):
-    state = load_checkpoint(checkpoint_files(Path(output) / "checkpoints")[0])
-    return [state["optimizer"]["state"][i]["exp_avg"] for i in sorted(state["optimizer"]["state"])]
+    state = load_checkpoint(checkpoint_files(Path(output) / "checkpoints")[0])["optimizer"]
+    # sharded, parameters go by name, else by number; in the same order
+    order = [p for group in state["param_groups"] for p in group["params"]]
+    return [state["state"][p]["exp_avg"] for p in order if p in state["state"]]
+
+
+def final_state(output):
+    return load_checkpoint(checkpoint_files(Path(output) / "checkpoints")[-1])
 
 
 def test_two_processes_are_one(settings, scenes, tmp_path, root):
@@ -75,6 +82,7 @@ def test_two_processes_are_one(settings, scenes, tmp_path, root):
         "epochs": 1,
         "max_grad_norm": 0.0,
         "learning_rate": 1e-4,
+        "ema_decay": 0.5,
     }
     alone = settings(**common, output=str(tmp_path / "alone"))
     runs = [
@@ -108,6 +116,8 @@ def test_two_processes_are_one(settings, scenes, tmp_path, root):
             (a - b).square().sum() for a, b in zip(moments(run["output"]), expected, strict=True)
         )
         assert (error / sum(b.square().sum() for b in expected)).sqrt() < 1e-5
+        numbered = isinstance(next(iter(final_state(run["output"])["optimizer"]["state"])), int)
+        assert numbered == ("fsdp" not in run)
         result, single = evaluated(run["output"]), evaluated(alone["output"])
         assert {k: v for k, v in result.items() if v is not None} == pytest.approx(
             {k: v for k, v in single.items() if v is not None}, abs=1e-6
@@ -149,10 +159,7 @@ def test_killed_at_random_moments(settings, tmp_path):
     assert -signal.SIGKILL in codes
     assert run(broken) == 0
     assert losses(broken["output"]) == losses(whole["output"])
-    ours, expected = (
-        load_checkpoint(checkpoint_files(Path(x["output"]) / "checkpoints")[-1])
-        for x in (broken, whole)
-    )
+    ours, expected = (final_state(x["output"]) for x in (broken, whole))
     for name, value in expected["model"].items():
         assert torch.equal(ours["model"][name], value), name
     for a, b in zip(ours["average"]["average"], expected["average"]["average"], strict=True):
