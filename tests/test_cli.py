@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cdetr_fast import cli
+import cdetr_fast
+from cdetr_fast import ConditionalDetrForObjectDetection, cli
 from cdetr_fast.results import DetectionResult
 from cdetr_fast.scenes import CLASSES, TRAIN_SEED, coco_ground_truth, draw_scene
 
@@ -48,11 +49,7 @@ def run(monkeypatch, capsys, tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """A tiny model with random weights, saved with its image processor."""
-    from cdetr_fast import (
-        ConditionalDetrConfig,
-        ConditionalDetrForObjectDetection,
-        ConditionalDetrImageProcessor,
-    )
+    from cdetr_fast import ConditionalDetrConfig, ConditionalDetrImageProcessor
 
     torch.manual_seed(0)
     config = ConditionalDetrConfig(
@@ -160,7 +157,7 @@ def test_detect_writes_results_that_coco_reads(run, checkpoint, pictures, tmp_pa
 
 
 def test_detect_gives_the_boxes_of_the_model(run, checkpoint, pictures, tmp_path):
-    from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
+    from cdetr_fast import ConditionalDetrImageProcessor
 
     path = pictures / "b.png"
     run("detect", path, "--model", checkpoint, "--threshold", 0, "--top-k", 4, "--output", tmp_path)
@@ -195,6 +192,33 @@ def test_batches_change_nothing(run, checkpoint, pictures, tmp_path):
     for results in found[1:]:
         boxes = [[r["bbox"] for r in some] for some in (results, found[0])]
         np.testing.assert_allclose(*boxes, atol=0.02)
+
+
+def test_many_images_are_detected_by_the_optimised_model(
+    run, checkpoint, pictures, tmp_path, monkeypatch
+):
+    """The numbers are those of the model one image at a time."""
+    made = []
+
+    def optimize(model, **options):
+        made.append(cdetr_fast.inference.optimize(model, **options))
+        return made[-1]
+
+    monkeypatch.setattr(cdetr_fast, "optimize", optimize)
+    run("detect", pictures, "--model", checkpoint, "--output", tmp_path)
+    assert made == []  # three images
+    Image.open(pictures / "a.png").rotate(90).save(pictures / "d.png")
+    done = run("detect", pictures, "--model", checkpoint, "--threshold", 0, "--output", tmp_path)
+    assert done.code == 0
+    results = read(tmp_path / "detections.json")
+    model = ConditionalDetrForObjectDetection.from_pretrained(checkpoint, dtype=torch.float32)
+    for i, name in enumerate("abcd"):
+        expected = model.predict(pictures / f"{name}.png", 0.0)
+        got = [result for result in results if result["image_id"] == i]
+        scores = torch.tensor([result["score"] for result in got])
+        torch.testing.assert_close(scores, expected.scores, rtol=0, atol=1e-4)
+    assert len(made) == 1
+    assert made[0].runner.last_plain is None
 
 
 def test_detect_with_a_segmentation_model(run, pictures, tmp_path):

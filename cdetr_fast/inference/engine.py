@@ -3,6 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,19 @@ from cdetr_fast.inference.transformer import (
     InferenceHeads,
     MapConstants,
 )
+from cdetr_fast.models.modeling import queries_above
+
+
+class _Parts(NamedTuple):
+    """What heads read: maps fine to coarse, the coarsest projected, its mask, and the states."""
+
+    maps: list[Tensor]
+    projected: Tensor
+    key_mask: Tensor | None
+    memory: Tensor
+    last: Tensor
+    intermediate: Tensor | None
+
 
 PREPARED = (FusedConv2d, *HOLDERS)
 MAPS_KEPT = 8
@@ -135,6 +149,7 @@ class Engine(nn.Module):
             auxiliary=config.auxiliary_loss,
             feeds_normed_state=config.auxiliary_loss and config.compat == "transformers",
         )
+        self._compat = config.compat
         self.heads = self.mask_attention = self.mask_head = None
         if name != "ConditionalDetrModel":
             is_offset = name == "ConditionalDetrForObjectDetection" or config.compat == "paper"
@@ -159,6 +174,41 @@ class Engine(nn.Module):
         Returns:
             The output's fields by name, those that are not None.
         """
+        parts = self._decode(pixel_values, pixel_mask, constants)
+        output = {}
+        if self.heads is not None:
+            output["logits"], output["pred_boxes"] = self.heads(parts.last)
+        if self.mask_head is not None:
+            output["pred_masks"] = self._masks(parts.last, parts)
+        output["last_hidden_state"] = parts.last
+        output["encoder_last_hidden_state"] = parts.memory
+        if self.heads is None:
+            if parts.intermediate is not None:
+                output["intermediate_hidden_states"] = parts.intermediate
+            points = self.decoder.reference_points.transpose(0, 1)
+            output["reference_points"] = points.expand(-1, len(pixel_values), -1)
+        return output
+
+    def forward_above(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None, threshold: float
+    ) -> dict[str, Tensor]:
+        """As `ConditionalDetrForSegmentation.forward_above`."""
+        parts = self._decode(pixel_values, pixel_mask, None)
+        logits, pred_boxes = self.heads(parts.last)
+        queries = queries_above(logits, threshold, self._compat)
+        logits, pred_boxes, states = (
+            x.take_along_dim(queries, dim=1) for x in (logits, pred_boxes, parts.last)
+        )
+        if queries.shape[1]:
+            pred_masks = self._masks(states, parts)
+        else:
+            pred_masks = logits.new_zeros(len(logits), 0, *parts.maps[0].shape[-2:])
+        return {"logits": logits, "pred_boxes": pred_boxes, "pred_masks": pred_masks}
+
+    def _decode(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None, constants: MapConstants | None
+    ) -> "_Parts":
+        """Everything up to the decoder's states."""
         maps = self.backbone(pixel_values)
         projected = self.input_projection(maps[-1])
         mask = key_mask = None
@@ -169,23 +219,13 @@ class Engine(nn.Module):
             constants = self.constants_of(maps[-1], mask, pixel_values.dtype)
         x = projected.permute(0, 2, 3, 1).flatten(1, 2)  # [B, S, C], a view: channels are last
         memory = self.encoder(x, constants, key_mask)
-        last, intermediate = self.decoder(memory, constants, key_mask)
-        output = {}
-        if self.heads is not None:
-            output["logits"], output["pred_boxes"] = self.heads(last)
-        if self.mask_head is not None:
-            attention = self.mask_attention(last, memory, key_mask)
-            output["pred_masks"] = self.mask_head(
-                projected, attention.unflatten(-1, projected.shape[-2:]), maps[2::-1]
-            )
-        output["last_hidden_state"] = last
-        output["encoder_last_hidden_state"] = memory
-        if self.heads is None:
-            if intermediate is not None:
-                output["intermediate_hidden_states"] = intermediate
-            points = self.decoder.reference_points.transpose(0, 1)
-            output["reference_points"] = points.expand(-1, x.shape[0], -1)
-        return output
+        return _Parts(maps, projected, key_mask, memory, *self.decoder(memory, constants, key_mask))
+
+    def _masks(self, states: Tensor, parts: "_Parts") -> Tensor:
+        """Mask logits `[B, q, H/4, W/4]` of decoder states `[B, q, C]`."""
+        attention = self.mask_attention(states, parts.memory, parts.key_mask)
+        size = parts.projected.shape[-2:]
+        return self.mask_head(parts.projected, attention.unflatten(-1, size), parts.maps[2::-1])
 
     @torch.no_grad()
     def constants_for_images(self, size: tuple[int, int]) -> MapConstants:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cdetr_fast.inference.runner import Kind, Runner
 from cdetr_fast.models import modeling
@@ -130,18 +130,22 @@ class ConditionalDetrForSegmentation(OptimizedModel, modeling.ConditionalDetrFor
     _output_class: type[ModelOutput] = ConditionalDetrSegmentationOutput
     forward = forward_of(modeling.ConditionalDetrForSegmentation)
 
-
-_CLASSES = {
-    modeling.ConditionalDetrModel: ConditionalDetrModel,
-    modeling.ConditionalDetrForObjectDetection: ConditionalDetrForObjectDetection,
-    modeling.ConditionalDetrForSegmentation: ConditionalDetrForSegmentation,
-}
-
-
-def recognise(model: nn.Module) -> Kind | None:
-    """The kind of one of this package's models; exactly these, as a subclass may do otherwise."""
-    optimized_class = _CLASSES.get(type(model))
-    return optimized_class and Kind(optimized_class, _itself, _never)
+    def forward_above(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None, threshold: float
+    ) -> ConditionalDetrSegmentationOutput:
+        """As the model's own, by the engine; it is what `predict` calls."""
+        runner = self.runner
+        arguments = {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
+        reason = (
+            runner.reason_for_plain(self, arguments)
+            or runner.reason_for_plain_above(len(pixel_values))
+            or runner.prepare(self)
+        )
+        runner.last_plain = reason
+        if reason is not None:
+            return super().forward_above(pixel_values, pixel_mask, threshold)
+        runner.engine.check(pixel_values, pixel_mask)
+        return self._output_class(**runner.run_above(pixel_values, pixel_mask, threshold))
 
 
 def _itself(model: nn.Module) -> nn.Module:
@@ -150,3 +154,27 @@ def _itself(model: nn.Module) -> nn.Module:
 
 def _never(hook: Callable) -> bool:
     return False
+
+
+def recogniser(
+    optimized: Iterable[type[nn.Module]],
+    twin_of: Callable[[nn.Module], nn.Module],
+    is_harmless: Callable[[Callable], bool],
+) -> Callable[[nn.Module], Kind | None]:
+    """Makes a function that says of what kind a model is.
+
+    Args:
+        optimized: Classes whose last base is the class they optimise; exactly those are recognised,
+            as another subclass may do otherwise.
+        twin_of: As of `Kind`.
+        is_harmless: As of `Kind`.
+    """
+    kinds = {cls.__bases__[-1]: Kind(cls, twin_of, is_harmless) for cls in optimized}
+    return lambda model: kinds.get(type(model))
+
+
+recognise = recogniser(
+    (ConditionalDetrModel, ConditionalDetrForObjectDetection, ConditionalDetrForSegmentation),
+    _itself,
+    _never,
+)

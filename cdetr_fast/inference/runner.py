@@ -159,6 +159,25 @@ class Runner:
                 output["pred_masks"] = _cropped(output["pred_masks"], size, pixel_values.shape[-2:])
             return output
 
+    def reason_for_plain_above(self, batch: int) -> str | None:
+        """Says why the model's own `forward_above` has to run, or returns None."""
+        if self.options.bucket is not None:
+            return "masks of padded images would have to be cropped"
+        if batch > (self.options.max_batch or batch):
+            return "parts of a batch would keep different numbers of queries"
+        return None
+
+    def run_above(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None, threshold: float
+    ) -> dict[str, Tensor]:
+        """Runs the engine's `forward_above`: no graph, as an image decides how much is computed."""
+        engine = self.engine
+        device = pixel_values.device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            if pixel_mask is not None and is_trivial(pixel_mask):
+                pixel_mask = None
+            return engine.forward_above(pixel_values.to(engine.dtype), pixel_mask, threshold)
+
     def _call_engine(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> dict[str, Tensor]:
         if torch.compiler.is_compiling():
             return self.engine(pixel_values, pixel_mask)

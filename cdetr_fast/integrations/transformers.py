@@ -11,8 +11,7 @@ from torch import nn
 from transformers.models.conditional_detr import modeling_conditional_detr as modeling
 
 from cdetr_fast.configuration import ConditionalDetrConfig
-from cdetr_fast.inference.models import OptimizedModel, forward_of
-from cdetr_fast.inference.runner import Kind
+from cdetr_fast.inference.models import OptimizedModel, forward_of, recogniser
 from cdetr_fast.key_maps import to_v5
 from cdetr_fast.models import modeling as ours
 
@@ -36,19 +35,6 @@ class ConditionalDetrForSegmentation(OptimizedModel, modeling.ConditionalDetrFor
 
     _output_class = modeling.ConditionalDetrSegmentationOutput
     forward = forward_of(modeling.ConditionalDetrForSegmentation)
-
-
-_CLASSES = {
-    modeling.ConditionalDetrModel: ConditionalDetrModel,
-    modeling.ConditionalDetrForObjectDetection: ConditionalDetrForObjectDetection,
-    modeling.ConditionalDetrForSegmentation: ConditionalDetrForSegmentation,
-}
-
-
-def recognise(model: nn.Module) -> Kind | None:
-    """The kind of a model of transformers; exactly its classes, as a subclass may do otherwise."""
-    optimized_class = _CLASSES.get(type(model))
-    return optimized_class and Kind(optimized_class, twin_of, is_recorder)
 
 
 def twin_of(model: nn.Module) -> nn.Module:
@@ -76,3 +62,10 @@ def twin_of(model: nn.Module) -> nn.Module:
 def is_recorder(hook: Callable) -> bool:
     """Whether a forward hook is the one with which transformers records states and attentions."""
     return getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing")
+
+
+recognise = recogniser(
+    (ConditionalDetrModel, ConditionalDetrForObjectDetection, ConditionalDetrForSegmentation),
+    twin_of,
+    is_recorder,
+)

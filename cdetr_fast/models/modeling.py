@@ -506,14 +506,12 @@ class ConditionalDetrForSegmentation(SegmentingModel):
         logits, pred_boxes = detector.predict_from(
             outputs.last_hidden_state, outputs.reference_points if use_reference_points else None
         )
-        _, _, keep = kept_queries(upcast(logits), threshold, self.config.compat)
-        count = int(keep.sum(dim=1).amax())
-        queries = (~keep).int().argsort(dim=1, stable=True)[:, :count, None]
+        queries = queries_above(logits, threshold, self.config.compat)
         logits, pred_boxes, states = (
             tensor.take_along_dim(queries, dim=1)
             for tensor in (logits, pred_boxes, outputs.last_hidden_state)
         )
-        if count:
+        if queries.shape[1]:
             pred_masks = self._masks_of(states, outputs, features)
         else:
             pred_masks = logits.new_zeros(len(logits), 0, *features.maps[0].shape[-2:])
@@ -533,6 +531,13 @@ class ConditionalDetrForSegmentation(SegmentingModel):
             attention_maps.unflatten(-1, features.projected.shape[-2:]),
             features.maps[2::-1],
         )
+
+
+def queries_above(logits: Tensor, threshold: float, compat: str) -> Tensor:
+    """Indices `[B, q, 1]` of the queries above a threshold, in their order; see `forward_above`."""
+    _, _, keep = kept_queries(upcast(logits), threshold, compat)
+    count = int(keep.sum(dim=1).amax())
+    return (~keep).int().argsort(dim=1, stable=True)[:, :count, None]
 
 
 def _states(outputs: ConditionalDetrModelOutput) -> dict[str, Any]:

@@ -92,6 +92,36 @@ def test_other_tasks_agree(task, auxiliary_loss, compat, images):
     assert_same(fast(images[0]), model(images[0]))
 
 
+@pytest.mark.parametrize("compat", ["paper", "transformers"])
+def test_predicted_segments_are_those_of_the_engine(compat, images, monkeypatch):
+    model = random_model("segmentation", compat)
+    fast = optimize(model)
+    scores = model(*images).logits
+    scores = (
+        scores.sigmoid().amax(-1) if compat == "paper" else scores.softmax(-1)[..., :-1].amax(-1)
+    )
+    scores = scores.flatten().sort().values
+    gap = scores.diff().argmax()  # rounding takes no query over the middle of the widest gap
+    for threshold in (scores[gap : gap + 2].mean().item(), 1.0):
+        expected = model.forward_above(*images, threshold)
+        got = fast.forward_above(*images, threshold)
+        if threshold < 1:
+            assert_same(got, expected)
+        assert fast.runner.last_plain is None
+    assert got.pred_masks.shape == expected.pred_masks.shape
+    assert got.pred_masks.shape[1] == 0
+    picture = torch.randint(0, 256, (3, 60, 90), dtype=torch.uint8)
+    with monkeypatch.context() as patch:
+        patch.setattr(fast.conditional_detr.model.backbone, "forward", None)
+        got = fast.predict(picture, 0.1)
+    expected = model.predict(picture, 0.1)
+    assert got.segment_ids == expected.segment_ids
+    assert (got.segmentation != expected.segmentation).float().mean() < 0.01
+    in_parts = optimize(model, max_batch=1)
+    in_parts.forward_above(*images, 0.5)
+    assert "different numbers of queries" in in_parts.runner.last_plain
+
+
 def test_masks_that_are_no_rectangle(model, images):
     pixel_values, pixel_mask = images
     pixel_mask[0, 40:60, 40:90] = 0
