@@ -66,6 +66,11 @@ class CocoIndex:
     def __len__(self) -> int:
         return len(self.file_names)
 
+    @property
+    def num_objects(self) -> int:
+        """Number of objects M."""
+        return len(self.labels)
+
     def image_path(self, index: int) -> Path:
         """Returns the file of an image."""
         return self.images / self.file_names[index]

@@ -91,14 +91,27 @@ def convert_command(arguments: Sequence[str]) -> None:
     """Runs `cdetr-fast convert`."""
     _require(("yaml",), "train")
     parser = argparse.ArgumentParser(
-        "cdetr-fast convert", description="Write COCO JSON files for a Pascal VOC or YOLO folder."
+        "cdetr-fast convert",
+        description="Write COCO JSON files for a Pascal VOC or YOLO folder, or a COCO set as shards"
+        " (tar files for WebDataset).",
     )
-    parser.add_argument("kind", choices=("voc", "yolo"))
-    parser.add_argument("source", help="folder of the data set")
-    parser.add_argument("--output", required=True, help="folder for instances_<split>.json")
+    parser.add_argument("kind", choices=("voc", "yolo", "shards"))
+    parser.add_argument("source", help="folder of the data set; for shards, its COCO JSON file")
+    parser.add_argument("--output", required=True, help="folder for what is written")
+    group = parser.add_argument_group("shards")
+    group.add_argument("--images", help="folder of the images, if not found beside the file")
+    group.add_argument("--images-per-shard", type=int, default=1000)
+    group.add_argument("--bad-labels", choices=("stop", "drop"), default="stop")
     options = parser.parse_args(arguments)
 
     def run() -> None:
+        if options.kind == "shards":
+            from cdetr_fast.training.shards import write_shards
+
+            values = (options.images, options.images_per_shard, options.bad_labels)
+            path = write_shards(options.source, options.output, *values)
+            print(f"--train-annotations {path}")
+            return
         from cdetr_fast.training import conversion
 
         written = conversion.convert(options.kind, options.source, options.output)

@@ -29,7 +29,11 @@ class TrainingConfig:
     """
 
     # data
-    train_annotations: str = _setting("", "COCO JSON file of the training set", "data")
+    train_annotations: str = _setting(
+        "",
+        "COCO JSON file of the training set; or shards: shards.json, or .../train-{000..099}.tar",
+        "data",
+    )
     train_images: str | None = _setting(
         None, "folder of its images; found beside the JSON file if not given", "data"
     )

@@ -132,28 +132,15 @@ class DetectionDataset(Dataset):
             return str(error)
         where = index.objects(draw.index)
         keep = ~index.crowd[where]
-        boxes = torch.tensor(index.boxes_xywh[where][keep], dtype=torch.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
         if segments is not None and not self.with_maps:
             ids = torch.from_numpy(index.object_ids[where][keep])
-            masks = tv_tensors.Mask((segments == ids[:, None, None]).to(torch.uint8))
-        height, width = image.shape[-2:]
-        limit = boxes.new_tensor([width, height, width, height])
-        boxes = torch.minimum(boxes.clamp(min=0), limit)
-        sample = Sample(
-            image=tv_tensors.Image(image),
-            boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
-            labels=torch.from_numpy(index.labels[where][keep]),
-            masks=masks,
-        )
-        sample = self.transform(sample, draw.image_seed, draw.batch_seed)
-        return {
-            "pixels": sample.image.as_subclass(Tensor),
-            "label": _label(sample),
+            masks = (segments == ids[:, None, None]).to(torch.uint8)
+        boxes, labels = index.boxes_xywh[where][keep], index.labels[where][keep]
+        seeds = draw.image_seed, draw.batch_seed
+        return make_item(image, boxes, labels, masks, self.transform, *seeds) | {
             "image_id": int(index.image_ids[draw.index]),
             "index": draw.index,
             "counted": draw.counted,
-            "orig_size_hw": (height, width),
             "segments": segments if self.with_maps else None,
         }
 
@@ -179,6 +166,45 @@ class DetectionDataset(Dataset):
         return segments
 
 
+def make_item(
+    image: Tensor,
+    boxes_xywh: np.ndarray,
+    labels: np.ndarray,
+    masks: Tensor | None,
+    transform: Any,
+    image_seed: Any,
+    batch_seed: Any,
+) -> dict[str, Any]:
+    """Transforms an image with its objects: `pixels`, `label` and `orig_size_hw`.
+
+    Args:
+        image: uint8 `[3, H, W]`.
+        boxes_xywh: `[T, 4]`, left, top, width, height in pixels; cut off at the image's edges.
+        labels: int64 `[T]`.
+        masks: uint8 `[T, H, W]`, or None.
+        transform: Takes a sample and the seeds.
+        image_seed: See `Draw`.
+        batch_seed: See `Draw`.
+    """
+    boxes = torch.tensor(boxes_xywh, dtype=torch.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    height, width = image.shape[-2:]
+    limit = boxes.new_tensor([width, height, width, height])
+    boxes = torch.minimum(boxes.clamp(min=0), limit)
+    sample = Sample(
+        image=tv_tensors.Image(image),
+        boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+        labels=torch.from_numpy(labels),
+        masks=masks if masks is None else tv_tensors.Mask(masks),
+    )
+    sample = transform(sample, image_seed, batch_seed)
+    return {
+        "pixels": sample.image.as_subclass(Tensor),
+        "label": _label(sample),
+        "orig_size_hw": (height, width),
+    }
+
+
 def _label(sample: Sample) -> dict[str, Tensor]:
     height, width = sample.size_hw
     x0, y0, x1, y1 = sample.boxes.as_subclass(Tensor).unbind(-1)
@@ -201,13 +227,25 @@ def read_image(index: CocoIndex, image: int) -> Tensor:
     """
     path = index.image_path(image)
     name = f"{path} (image id {index.image_ids[image]})"
-    picture = _open(path, name)
-    height, width = (int(v) for v in index.sizes_hw[image])
+    return decode(path, name, tuple(index.sizes_hw[image].tolist()), str(index.path))
+
+
+def decode(file: Any, name: str, size_hw: tuple[int, int], source: str) -> Tensor:
+    """Reads an image file as uint8 `[3, H, W]`; see `read_image`.
+
+    Args:
+        file: Path or stream.
+        name: For messages.
+        size_hw: Height and width that it has to have.
+        source: What says so.
+    """
+    picture = _open(file, name)
+    height, width = size_hw
     if (picture.height, picture.width) != (height, width):
         picture = ImageOps.exif_transpose(picture)
     if (picture.height, picture.width) != (height, width):
         raise DataError(
-            f"{name}: expected {width} x {height} pixels as in {index.path}, "
+            f"{name}: expected {width} x {height} pixels as in {source}, "
             f"got {picture.width} x {picture.height}; correct one of the two"
         )
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)

@@ -225,8 +225,7 @@ class Engine:
             "step": self.step,
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
-            "images_per_step": self.sampler.images_per_step,
-            "images": len(self.train_index),
+            **self._order(),
             "awaits_evaluation": self.awaits_evaluation,
             "best": self.best,
             "bad_in_a_row": self.bad_in_a_row,
@@ -241,17 +240,19 @@ class Engine:
         if self.is_main:
             save_checkpoint(self.folder / "checkpoints", self.step, state, self.config.keep)
 
+    def _order(self) -> dict[str, int]:
+        """What the order of the data depends on, besides seed and place."""
+        images = {"images_per_step": self.sampler.images_per_step, "images": len(self.train_index)}
+        return images | self.sampler.fixed
+
     def _load(self, path: Path) -> None:
         state = load_checkpoint(path)
-        for name, own in (
-            ("images_per_step", self.sampler.images_per_step),
-            ("images", len(self.train_index)),
-        ):
-            if state[name] != own:
+        for name, own in self._order().items():
+            if state.get(name) != own:
                 raise DataError(
-                    f"{path}: the run had {state[name]} {name.replace('_', ' ')}, now there are "
-                    f"{own}; resume with the same data, and the same product of batch_size, "
-                    "accumulate and processes"
+                    f"{path}: the run had {state.get(name)} {name.replace('_', ' ')}, now there "
+                    f"are {own}; resume with the same data, and the same product of batch_size, "
+                    "accumulate and processes; with shards, also the same processes and num_workers"
                 )
         load_sharded_or_plain_state(self.model, self.optimizer, self.accelerator, state)
         if self.accelerator.scaler is not None and "scaler" in state:

@@ -7,6 +7,7 @@ from typing import Any
 
 from cdetr_fast.training.coco import CocoIndex
 from cdetr_fast.training.config import TrainingConfig
+from cdetr_fast.training.shards import ShardSet
 
 _TEMPLATE = """---
 library_name: cdetr_fast
@@ -42,7 +43,10 @@ Classes: {classes}.
 
 
 def write_model_card(
-    config: TrainingConfig, train: CocoIndex, val: CocoIndex | None, result: dict[str, Any]
+    config: TrainingConfig,
+    train: CocoIndex | ShardSet,
+    val: CocoIndex | None,
+    result: dict[str, Any],
 ) -> str:
     """Returns the text of the card.
 
@@ -65,7 +69,7 @@ def write_model_card(
         train_name=train.path.stem,
         task="ForObjectDetection" if config.task == "detection" else "ForSegmentation",
         data="\n".join(
-            f"| {name} | {index.path.name} | {len(index)} | {len(index.labels)} |"
+            f"| {name} | {index.path.name} | {len(index)} | {index.num_objects} |"
             for name, index in rows
         ),
         classes=", ".join(train.classes),

@@ -7,7 +7,7 @@ goes on with the same images, and their augmentation does not depend on the work
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -48,7 +48,12 @@ class TrainingSampler(Sampler):
         rank: Of this process.
         processes: Number of processes.
         seed: Of the order and of the augmentation.
+
+    Attributes:
+        fixed: What else has to stay as it is for the order to do so: nothing.
     """
+
+    fixed: ClassVar[dict[str, int]] = {}
 
     def __init__(
         self,

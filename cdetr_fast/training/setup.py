@@ -18,6 +18,8 @@ from cdetr_fast.training.dataset import DetectionDataset, make_loader
 from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.label_checks import LabelReport, check_labels
 from cdetr_fast.training.sampling import EvaluationSampler, TrainingSampler
+from cdetr_fast.training.shard_stream import ShardStream, stream_loader
+from cdetr_fast.training.shards import ShardSet, is_shards, read_shards
 from cdetr_fast.training.transforms import EvaluationTransform, TrainingTransform
 
 
@@ -70,7 +72,9 @@ def make_accelerator(config: TrainingConfig) -> Any:
     return accelerator
 
 
-def read_data(config: TrainingConfig) -> tuple[CocoIndex, CocoIndex | None, list[LabelReport]]:
+def read_data(
+    config: TrainingConfig,
+) -> tuple[CocoIndex | ShardSet, CocoIndex | None, list[LabelReport]]:
     """Reads and checks the training and the validation set, with the classes of the first.
 
     Raises:
@@ -78,12 +82,18 @@ def read_data(config: TrainingConfig) -> tuple[CocoIndex, CocoIndex | None, list
     """
     if not config.train_annotations:
         raise DataError("train_annotations: expected a COCO JSON file, got none")
-    queries = config.model_options.get("num_queries")
-    train, report = check_labels(
-        read_coco(config.train_annotations, config.train_images, config.train_masks),
-        config.bad_labels,
-        queries if isinstance(queries, int) else None,
-    )
+    if is_shards(config.train_annotations):
+        if config.task == "segmentation":
+            raise DataError("task: segmentation needs a panoptic JSON file; shards hold boxes only")
+        train = read_shards(config.train_annotations)
+        report = train.report()
+    else:
+        queries = config.model_options.get("num_queries")
+        train, report = check_labels(
+            read_coco(config.train_annotations, config.train_images, config.train_masks),
+            config.bad_labels,
+            queries if isinstance(queries, int) else None,
+        )
     if config.val_annotations is None:
         return train, None, [report]
     val = read_coco(config.val_annotations, config.val_images, config.val_masks)
@@ -124,16 +134,10 @@ def pixel_statistics(
     return mean.to(device), std.to(device)
 
 
-def training_loader(config: TrainingConfig, index: CocoIndex, accelerator: Any) -> tuple[Any, Any]:
-    """Returns the sampler of the training set and the loader that asks it."""
-    sampler = TrainingSampler(
-        _aspect_ratios(index),
-        config.batch_size,
-        config.accumulate,
-        accelerator.process_index,
-        accelerator.num_processes,
-        config.seed,
-    )
+def training_loader(
+    config: TrainingConfig, index: CocoIndex | ShardSet, accelerator: Any
+) -> tuple[TrainingSampler | ShardStream, Any]:
+    """Returns what orders the training set, and the loader that asks it."""
     transform = TrainingTransform(
         config.scales,
         config.max_size,
@@ -144,9 +148,15 @@ def training_loader(config: TrainingConfig, index: CocoIndex, accelerator: Any) 
         config.vertical_flip_probability,
         config.color_jitter,
     )
+    workers, multiple = config.num_workers, config.pad_to_multiple
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    split = (config.batch_size, config.accumulate, rank, processes)
     pin = accelerator.device.type == "cuda"
-    dataset = DetectionDataset(index, transform)
-    return sampler, make_loader(dataset, sampler, config.num_workers, config.pad_to_multiple, pin)
+    if isinstance(index, ShardSet):
+        stream = ShardStream(index, transform, *split, workers, multiple, config.seed)
+        return stream, stream_loader(stream, workers, pin)
+    sampler = TrainingSampler(_aspect_ratios(index), *split, config.seed)
+    return sampler, make_loader(DetectionDataset(index, transform), sampler, workers, multiple, pin)
 
 
 def evaluation_loader(
