@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--threshold", type=float, default=0.5)
+    parser.add_argument("--threshold", type=float, default=0.0)
     parser.add_argument("--output", help="name of the file in benchmarks/results to write")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -116,6 +116,10 @@ def main() -> int:
             for name, call in calls.items()
         }
         times = interleaved(keeping, arguments.repeats, warmup=0)
+        found = sum(len(result["labels"]) for result in results["transformers"])
+        if found == 0:
+            print("--threshold: nothing is found above it, nothing is compared", file=sys.stderr)
+            return 1
         error = max(
             box_error(expected, result)
             for name in list(calls)[1:]
@@ -124,7 +128,6 @@ def main() -> int:
         if error > 0.5:
             print(f"the boxes disagree by {error} pixels: nothing is reported", file=sys.stderr)
             return 1
-    found = sum(len(result["labels"]) for result in results["transformers"])
     rows = [
         {
             "way": name,

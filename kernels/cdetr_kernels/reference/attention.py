@@ -24,7 +24,7 @@ from torch import Tensor
 
 # Bytes of spatial scores at a time, where torch's fused attention takes them as a bias on a CPU:
 # they stay in its cache.
-_PIECE = 2**21
+_PIECE = 2**22
 
 # The scores of some heads of some images, [B, N, Q, S].
 _Scores = Callable[[slice, slice], Tensor]
