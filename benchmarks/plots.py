@@ -1,9 +1,10 @@
-"""Draws what the microbenchmarks measured, a picture for each operator, dtype and mode.
+"""Draws what the benchmarks measured.
 
     python -m benchmarks.plots benchmarks/results/RESULT.json --folder output/plots
 
-RESULT.json is of `benchmarks.ops --output` or `benchmarks.gpu_check`. Needs matplotlib (the extra
-`benchmarks`).
+RESULT.json is of `benchmarks.ops --output` or `benchmarks.gpu_check` (a picture for each operator,
+dtype and mode) or of `benchmarks.model --output` (bars of all models; of a run with `--steps` also
+what each technique saves). Needs matplotlib (the extra `train`).
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
+from benchmarks.model import REFERENCE
 from benchmarks.ops import best_ms
 
 OURS = ("#08519c", "#3182bd", "#6baed6")
@@ -83,6 +85,71 @@ def draw(rows: list[dict[str, Any]], palette: dict[str, str], title: str, note: 
     return figure
 
 
+def draw_models(rows: list[dict[str, Any]], note: str):
+    """A bar for each model, from the fastest call to the 95th percentile around the median."""
+    figure, axes = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.3), layout="constrained")
+    for y, row in enumerate(rows):
+        ours = not row["model"].startswith("transformers")
+        axes.barh(y, row["ms"], 0.7, color=OURS[1] if ours else OTHERS[1])
+        axes.plot([row["min_ms"], row["p95_ms"]], [y, y], color="black", linewidth=1)
+        label = f"  {row['ms']:.0f} ms, {row['speed-up']:.2f}x"
+        axes.text(max(row["ms"], row["p95_ms"]), y, label, va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [row["model"] for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25 * max(row["p95_ms"] for row in rows))
+    axes.set_xlabel("median time of a call, ms; lines: fastest call to 95th percentile", fontsize=8)
+    _finish(figure, axes, note)
+    return figure
+
+
+def draw_waterfall(rows: list[dict[str, Any]], note: str):
+    """What each technique takes off the time of the one before; None without such rows."""
+    by_name = {row["model"]: row["ms"] for row in rows}
+    steps = [name for name in by_name if name.startswith("+ ")]
+    if not steps:
+        return None
+    names = [REFERENCE, "cdetr_fast", *steps, "optimize(cdetr_fast)"]
+    labels = [REFERENCE, "one import changed", *steps, "+ linear layers packed"]
+    figure, axes = plt.subplots(figsize=(8, 0.42 * (len(names) + 1) + 1.3), layout="constrained")
+    before = by_name[REFERENCE]
+    axes.barh(0, before, 0.7, color=OTHERS[1])
+    axes.text(before, 0, f"  {before:.0f} ms", va="center", fontsize=8)
+    for y, name in enumerate(names[1:], start=1):
+        ms = by_name[name]
+        axes.barh(y, before - ms, 0.7, left=ms, color=OURS[2] if ms <= before else OTHERS[0])
+        label = f"  {ms - before:+.0f} ms"
+        axes.text(max(before, ms), y, label, va="center", fontsize=8)
+        axes.plot([ms, ms], [y - 0.35, y + 1.35], color="gray", linewidth=0.8)
+        before = ms
+    axes.barh(len(names), before, 0.7, color=OURS[0])
+    share = by_name[REFERENCE] / before
+    axes.text(before, len(names), f"  {before:.0f} ms, {share:.2f}x", va="center", fontsize=8)
+    labels.append("optimize(model)")
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.18 * max(by_name[name] for name in names))
+    axes.set_xlabel("median time of a call, ms", fontsize=8)
+    _finish(figure, axes, note)
+    return figure
+
+
+def _finish(figure, axes, note: str) -> None:
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(note, x=0.99, ha="right", fontsize=7, color="gray")
+
+
+def model_pictures(path: Path, note: str) -> dict[str, Any]:
+    """The pictures of a file of `benchmarks.model` by name; none of another file."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    if not isinstance(rows, list) or not rows or "model" not in rows[0]:
+        return {}
+    pictures = {"models": draw_models(rows, note), "waterfall": draw_waterfall(rows, note)}
+    return {f"{path.stem}_{name}": figure for name, figure in pictures.items() if figure}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
@@ -90,13 +157,23 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     mpl.use("Agg")
     rows, environment = read(options.results)
-    if not rows:
-        print(f"{options.results}: no times of microbenchmarks", file=sys.stderr)
+    device = environment.get("device") or (
+        f"{environment['processor']}, {environment['threads']} threads"
+    )
+    note = f"{device}, torch {environment['torch']}, {environment['date']}"
+    pictures = model_pictures(options.results, note)
+    if not pictures and not rows:
+        print(f"{options.results}: no times of microbenchmarks or models", file=sys.stderr)
         return 1
     options.folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in pictures.items():
+        path = options.folder / f"{name}.png"
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+        print(path)
+    if pictures:
+        return 0
     palette = colours(sorted({row["provider"] for row in rows}))
-    device = environment.get("device") or f"{environment['processor']}, CPU"
-    note = f"{device}, torch {environment['torch']}, {environment['date']}"
     for key in dict.fromkeys((row["op"], row["dtype"], row["mode"]) for row in rows):
         group = [row for row in rows if (row["op"], row["dtype"], row["mode"]) == key]
         figure = draw(group, palette, ", ".join(key), note)

@@ -1,37 +1,112 @@
-"""Writes the README's tables of figures from the files in `benchmarks/results`.
+"""Writes the tables of README.md and docs/performance.md from the files in `benchmarks/results`.
 
-python -m benchmarks.tables          # rewrites README.md
-python -m benchmarks.tables --check  # fails if README.md is out of date
+python -m benchmarks.tables          # rewrites the pages
+python -m benchmarks.tables --check  # fails if a page is out of date
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.ops import summary
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- figures: python -m benchmarks.tables -->", "<!-- end of figures -->"
+ROOT = Path(__file__).parent.parent
+MARKS = "<!-- {}: python -m benchmarks.tables -->", "<!-- end of {} -->"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare, do not write")
     arguments = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    updated = f"{before}{BEGIN}\n{figures()}\n{END}{after}"
-    if arguments.check:
+    outdated = []
+    for page, parts in pages().items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        updated = text
+        for name, table in parts.items():
+            begin, end = (mark.format(name) for mark in MARKS)
+            before, rest = updated.split(begin)
+            updated = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
         if updated != text:
-            print("README.md is out of date: python -m benchmarks.tables", file=sys.stderr)
-            return 1
-        return 0
-    README.write_text(updated, encoding="utf-8")
+            outdated.append(page)
+            if not arguments.check:
+                (ROOT / page).write_text(updated, encoding="utf-8")
+    if arguments.check and outdated:
+        print(f"out of date: {', '.join(outdated)}; python -m benchmarks.tables", file=sys.stderr)
+        return 1
     return 0
+
+
+def pages() -> dict[str, dict[str, str]]:
+    """Returns the tables of each page by their marks."""
+    return {
+        "README.md": {"figures": figures()},
+        "docs/performance.md": {
+            "steps": _table("cpu_model_steps_800x1066", _steps),
+            "stages": _table("cpu_stages_800x1066", _stages),
+            "precision": _table("cpu_precision_demo", _precision),
+        },
+    }
+
+
+def _table(name: str, lines: Callable[[list[dict[str, Any]]], list[str]]) -> str:
+    """One file's rows as a table, and what it was made with; "not measured" if it is not there."""
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        return "Not measured yet."
+    content = json.loads(path.read_text(encoding="utf-8"))
+    environment = content["environment"]
+    note = (
+        f"{environment['processor']}, {environment['threads']} threads, torch "
+        f"{environment['torch']}, {environment['date']}: `{environment['command']}` ({name}.json)."
+    )
+    return "\n".join([*lines(content["rows"]), "", note])
+
+
+def _steps(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| model | ms | times as fast | dispatches | logits within |", "|---|---|---|---|---|"]
+    return lines + [
+        f"| {row['model']} | {row['ms']:.0f} | {row['speed-up']:.2f} | {row['dispatches'] or '-'} "
+        f"| {row['max |dlogit|']:.0e} |"
+        for row in rows
+    ]
+
+
+def _stages(rows: list[dict[str, Any]]) -> list[str]:
+    total = rows[-1]
+    lines = [
+        "| stage | ms | share | GFLOP | MB | roofline, ms | bound by | of the roofline |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['stage']} | {row['ms']:.1f} | {row['share']:.1%} | {row['GFLOP']:.1f} | "
+        f"{row['MB']:.0f} | {row['roofline, ms']:.1f} | {row['bound by']} | "
+        f"{row['of the roofline']:.2f} |"
+        for row in rows
+    ]
+    return [
+        *lines,
+        "",
+        f"Roofline: {total['GFLOP/s of products']:.0f} GFLOP/s of a large matrix product, "
+        f"{total['GB/s of copies']:.1f} GB/s of a large copy, measured in the same run.",
+    ]
+
+
+def _precision(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| `optimize(model)` in | times as fast | AP | AP lost | score error, mean and largest | "
+        "box error, mean and largest |",
+        "|---|---|---|---|---|---|",
+    ]
+    return lines + [
+        f"| {row['precision']} | {row['speed-up']:.2f} | {row['AP']:.1f} | {row['AP lost']:.1f} | "
+        f"{row['mean score error']:.4f}, {row['max score error']:.3f} | "
+        f"{row['mean box error, px']:.2f} px, {row['max box error, px']:.1f} px |"
+        for row in rows
+    ]
 
 
 def figures() -> str:
@@ -44,6 +119,7 @@ def figures() -> str:
         ("cpu_loss_b16", _loss),
         ("cpu_patching", _patching),
         ("cpu_topk", _detections),
+        ("cpu_folder_640x480", _folder),
     ):
         path = RESULTS / f"{name}.json"
         if not path.is_file():  # not measured yet
@@ -152,6 +228,20 @@ def _patching(rows: list[dict[str, Any]]) -> list[str]:
             f"{ours[field]:.0e} |"
         )
     return lines
+
+
+def _folder(rows: list[dict[str, Any]]) -> list[str]:
+    of = {row["way"]: row for row in rows}
+    theirs = of["transformers"]
+    return [
+        f"| {work}, {theirs['images']} JPEG files of 640x480 to boxes, ResNet-50 at 800x1066 | "
+        f"{theirs['images/s']:.2f} images/s | {ours['images/s']:.2f} images/s, "
+        f"{ours['speed-up']:.2f} times as fast | boxes within {ours['max box error, px']:.0e} px |"
+        for work, ours in (
+            ("`predict`", of["cdetr_fast"]),
+            ("`optimize(model).predict`", of["cdetr_fast, optimize(model)"]),
+        )
+    ]
 
 
 def _mask_head(rows: list[dict[str, Any]]) -> list[str]:

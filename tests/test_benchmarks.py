@@ -22,6 +22,7 @@ from benchmarks import (
     post_processing,
     precision,
     preprocessing,
+    stages,
     tables,
     topk,
     training_step,
@@ -55,6 +56,7 @@ def results(tmp_path, monkeypatch):
             post_processing,
             "--size 60 80 --input 80 100 --queries 20 --classes 9 --kept 4 --threads 1 --repeats 1",
         ),
+        (stages, "--backbone resnet18 --size 64 96 --threads 1 --repeats 1"),
         (precision, "--count 3 --threads 1 --precisions bf16"),
         (topk, "--batch 1 3 --head 30x9 --k 20 --threads 1 --repeats 1"),
     ],
@@ -193,6 +195,25 @@ def test_plots(tmp_path, capsys):
     assert picture.stat().st_size > 10_000
     path.write_text(json.dumps(content | {"rows": []}))
     assert plots.main([str(path), "--folder", str(tmp_path)]) == 1
+
+
+def test_plots_of_models(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    names = ["transformers sdpa", "cdetr_fast", "+ norms folded", "optimize(cdetr_fast)"]
+    rows = [
+        {"model": name, "ms": ms, "min_ms": ms, "p95_ms": ms, "speed-up": 9 / ms}
+        for name, ms in zip(names, (9.0, 6.0, 7.0, 4.0), strict=True)
+    ]
+    environment = {"processor": "x", "threads": 2, "torch": "2.11", "date": "2030-01-01"}
+    path = tmp_path / "run.json"
+    for count in (1, 2):  # without steps there is no waterfall
+        shown = rows if count == 2 else [row for row in rows if row["model"][0] != "+"]
+        path.write_text(json.dumps({"environment": environment, "rows": shown}))
+        assert plots.main([str(path), "--folder", str(tmp_path)]) == 0
+        assert len(capsys.readouterr().out.split()) == count
+    assert (tmp_path / "run_waterfall.png").stat().st_size > 10_000
 
 
 def test_numerics_page(tmp_path):
