@@ -21,6 +21,8 @@ def reason_against_device(tensor: Tensor) -> str | None:
             f"the tensors are on {tensor.device}, and triton kernels run on GPUs "
             "(on CPUs only under TRITON_INTERPRET=1)"
         )
+    if torch.onnx.is_in_onnx_export():
+        return "ONNX has no operator for the kernel; it gets PyTorch's own ones"
     return None
 
 

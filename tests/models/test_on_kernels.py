@@ -28,6 +28,7 @@ QUICK = (
     " or (test_outputs_and_losses and resnet18-aux-detection)"
     " or test_positions_that_the_training_example_reads"
     " or test_return_dict_of_the_configuration"
+    " or test_onnx"
 )
 
 
@@ -38,7 +39,7 @@ def test_the_numbers_in_the_interpreter(root):
 
 @in_this_process
 def test_the_drop_in_on_kernels(root):
-    files = [f"tests/models/test_{name}.py" for name in ("parity", "outputs")]
+    files = [f"tests/models/test_{name}.py" for name in ("parity", "outputs", "export")]
     run_in_the_interpreter(root, *files, "-k", QUICK, CDETR_FAST_BACKEND="triton")
 
 
