@@ -19,6 +19,7 @@ import torch
 
 from cdetr_fast.training.commands import leave_processes
 from cdetr_fast.training.run_state import checkpoint_files, load_checkpoint
+from cdetr_fast.training.signals import outlive_in_worker
 
 KILLS = int(os.environ.get("CDETR_FAST_TEST_KILLS", "2"))
 CASES = {
@@ -164,6 +165,35 @@ def test_killed_at_random_moments(settings, tmp_path):
         assert torch.equal(ours["model"][name], value), name
     for a, b in zip(ours["average"]["average"], expected["average"]["average"], strict=True):
         assert torch.equal(a, b)
+
+
+def load_forever(pipe):
+    loader = torch.utils.data.DataLoader(
+        range(10**9),
+        num_workers=1,
+        worker_init_fn=outlive_in_worker,
+        multiprocessing_context="forkserver",
+    )
+    batches = iter(loader)
+    next(batches)
+    pipe.send(batches._workers[0].pid)
+    time.sleep(600)
+
+
+def test_workers_end_with_a_killed_run():
+    """Also those of a fork server, whose parent process goes on."""
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=load_forever, args=(theirs,))
+    process.start()
+    worker = ours.recv()
+    assert Path(f"/proc/{worker}").exists()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    limit = time.monotonic() + 30
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < limit
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":
