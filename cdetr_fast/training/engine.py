@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,10 @@ from cdetr_fast.training.step import StepReport, TrainingStep
 
 logger = logging.getLogger(__name__)
 
+ModelBuilder = Callable[[TrainingConfig, Sequence[str]], nn.Module]
 
-def train(config: TrainingConfig) -> dict[str, Any]:
+
+def train(config: TrainingConfig, build: ModelBuilder = build_model) -> dict[str, Any]:
     """Trains a model, or goes on with a run.
 
     Writes to `config.output`: config.yaml, labels.txt, metrics.jsonl, curves.png, `checkpoints`
@@ -42,6 +45,9 @@ def train(config: TrainingConfig) -> dict[str, Any]:
 
     Args:
         config: All settings.
+        build: Makes the model of the settings and the class names. Any model serves that can be
+            called and saved as ours, has outputs of our names, and is made anew by its class from
+            its `config`.
 
     Returns:
         The figures of the last evaluation (empty without a validation set), and "step".
@@ -51,7 +57,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         TrainingStopped: The run has saved its state and ended early.
     """
     with StopSignals() as signals:
-        engine = Engine(config, signals)
+        engine = Engine(config, signals, build)
         try:
             return engine.run()
         finally:
@@ -64,9 +70,12 @@ class Engine:
     Args:
         config: All settings.
         signals: Tells whether the run is to end.
+        build: Makes the model; see `train`.
     """
 
-    def __init__(self, config: TrainingConfig, signals: StopSignals) -> None:
+    def __init__(
+        self, config: TrainingConfig, signals: StopSignals, build: ModelBuilder = build_model
+    ) -> None:
         self.config = config
         self.signals = signals
         self.accelerator = setup.make_accelerator(config)
@@ -83,7 +92,7 @@ class Engine:
         self.failure: str | None = None  # an image that could not be read
         self.stop_reason: str | None = None  # the same on all processes, at the same step
 
-        model = build_model(config, self.train_index.classes)
+        model = build(config, self.train_index.classes)
         self.processor = setup.make_processor(config, model)
         self.model_config = model.config
         self.model_class = type(model)
@@ -146,6 +155,7 @@ class Engine:
 
     def _run_epoch(self) -> None:
         self.sampler.start_at(self.epoch, self.step_in_epoch)
+        self.log.start_clock()
         self.batches = iter(self.loader)
         for batches in grouped(self.batches, self.config.accumulate):
             batches = [self._usable(batch) for batch in batches]

@@ -50,6 +50,8 @@ class RunLog:
         self.skipped = 0
         self.clock: float | None = None
         self.images, self.rate = 0, 0.0
+        self.seconds = 0.0  # in training steps; evaluation is not counted
+        self.step_clock = time.perf_counter()
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -63,6 +65,7 @@ class RunLog:
     def resume(self, step: int, state: dict[str, Any]) -> None:
         """Goes on after `step` steps: rows of later ones, which come anew, are removed."""
         self.window, self.skipped = list(state["window"]), state["skipped"]
+        self.seconds = state.get("seconds", 0.0)  # states of before it was counted
         self.progress.update(self.task, completed=step)
         if self.path is not None:
             rows = [row for row in read_rows(self.path) if row["step"] <= step]
@@ -71,7 +74,12 @@ class RunLog:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what `resume` takes."""
-        return {"window": [dict(row) for row in self.window], "skipped": self.skipped}
+        window = [dict(row) for row in self.window]
+        return {"window": window, "skipped": self.skipped, "seconds": self.seconds}
+
+    def start_clock(self) -> None:
+        """Leaves what has passed since the last step out of `seconds`."""
+        self.step_clock = time.perf_counter()
 
     def add(self, report: StepReport, rates: dict[str, float]) -> None:
         """Takes the report of a step."""
@@ -82,6 +90,8 @@ class RunLog:
         else:
             self.window.append(report.losses | {"grad_norm": report.grad_norm})
         self._measure_rate(report.images)
+        before, self.step_clock = self.step_clock, time.perf_counter()
+        self.seconds += self.step_clock - before
         self.progress.update(
             self.task,
             completed=report.step + 1,
@@ -120,6 +130,7 @@ class RunLog:
         """Appends a row, and passes its numbers to the trackers."""
         if self.path is None:
             return
+        values = values | {"seconds": round(self.seconds, 2)}
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
         try:
             with self.path.open("a", encoding="utf-8") as stream:
