@@ -133,14 +133,18 @@ def config_of(comparison: str, name: str, shared: TrainingConfig, options: Any) 
     return dataclasses.replace(shared, **changes)
 
 
-def train_arm(config: TrainingConfig, build: Builder) -> list[dict[str, Any]]:
-    """Trains an arm, or what is left of it; returns the rows of its evaluations."""
+def train_arm(config: TrainingConfig, build: Builder) -> None:
+    """Trains an arm, or what is left of it."""
     with StopSignals() as signals:
         engine = Engine(config, signals, build)
         try:
             engine.run()
         finally:
             engine.close()
+
+
+def evaluations(config: TrainingConfig) -> list[dict[str, Any]]:
+    """Returns the rows of an arm's evaluations so far."""
     rows = read_rows(Path(config.output) / "metrics.jsonl")
     return [row for row in rows if row["kind"] == "eval"]
 
@@ -192,10 +196,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--val-scenes", type=int, default=200)
     parser.add_argument("--checkpoint", default=str(DEMO), help='of the comparison "head"')
     parser.add_argument("--head-epochs", type=int, default=6)
-    parser.add_argument("--levels", type=float, nargs="+", default=(0.02, 0.05, 0.1, 0.2))
+    parser.add_argument("--levels", type=float, nargs="+", default=(0.05, 0.1, 0.2, 0.3, 0.4))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9, help="steps that are timed")
     parser.add_argument("--folder", type=Path, default=Path("output/convergence"))
+    parser.add_argument("--report", action="store_true", help="of what is there; train nothing")
     parser.add_argument("--output", help="name of the file in benchmarks/results to write")
     options = parser.parse_args(arguments)
     if bool(options.train) != bool(options.val):
@@ -212,8 +217,12 @@ def main(arguments: list[str] | None = None) -> int:
         }
         times = measure_steps(arms, options.repeats)
         for name, (config, build) in arms.items():
-            print(f"--- {comparison}: {name}, {config.output}", file=sys.stderr, flush=True)
-            rows.append(row_of(comparison, name, train_arm(config, build), times[name], options))
+            if not options.report:
+                print(f"--- {comparison}: {name}, {config.output}", file=sys.stderr, flush=True)
+                train_arm(config, build)
+            if not (curve := evaluations(config)):
+                continue
+            rows.append(row_of(comparison, name, curve, times[name], options))
             if options.output:  # also while it goes on
                 save(options.output, rows)
     print_table([{k: v for k, v in row.items() if k != "curve"} for row in rows])

@@ -76,7 +76,7 @@ def stages(lines: Path, rehearse: bool) -> dict[str, Stage]:
     common = ["benchmarks.ops", "--device", "cuda", "--into", str(lines)]
     theirs = ("transformers", "timm", "torchvision", "scipy")
     model = ["benchmarks.model", "--device", "cuda", "--repeats", "20"]
-    training = ["benchmarks.training_step", "--device", "cuda", "--repeats", "10"]
+    training = ["benchmarks.training", "--device", "cuda", "--repeats", "10"]
     return {
         # For the GPU that is here alone, which is quicker.
         "extension": Stage(["cdetr_kernels.build"], 120, env=_this_architecture()),
@@ -94,7 +94,8 @@ def stages(lines: Path, rehearse: bool) -> dict[str, Stage]:
             [*model, "--size", "800", "1333", "--dtype", "bfloat16"], 60, needs=theirs
         ),
         "training step": Stage(
-            [*training, "--batch", "8", "--autocast", "bfloat16", "--size", "800", "1066"],
+            [*training, "--backbone", "resnet50", "--targets", "7", "--autocast", "bfloat16",
+             "--size", "800", "1066"],
             60, needs=theirs,
         ),
         "loss": Stage(
@@ -146,7 +147,7 @@ def _rehearsed(lines: Path) -> dict[str, Stage]:
             120, env=interpreted, limited=True,
         ),
         "model": Stage(["benchmarks.model", *small], 120, needs=theirs),
-        "training step": Stage(["benchmarks.training_step", *small], 120, needs=theirs),
+        "training step": Stage(["benchmarks.training", *small], 120, needs=theirs),
     }  # fmt: skip
 
 
@@ -229,7 +230,7 @@ def run_stage(stage: Stage, seconds: float, log: Path) -> dict[str, Any]:
 def output_options(name: str, stage: Stage, folder: Path) -> Stage:
     """Has a benchmark write its rows beside the results, from where they are taken over."""
     program = stage.command[0].removeprefix("benchmarks.")
-    if program not in ("model", "training_step", "loss"):
+    if program not in ("model", "training", "loss"):
         return stage
     env = stage.env | {"CDETR_FAST_RESULTS": str(folder)}
     command = [*stage.command, "--output", _part(name)]

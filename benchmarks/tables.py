@@ -184,8 +184,13 @@ def gpu_figures(folder: Path) -> list[str]:
                 _compared(work, line.get("best other"), line.get("its ms"), line.get("ms"))
             )
     for name in ("model", "model bf16", "training step"):
-        times = {row["model"]: row["ms"] for row in rows.get(name, [])}
-        ours = [ms for model, ms in times.items() if model.startswith("cdetr_fast")]
+        times = {
+            row["model"]: row["ms"]
+            for row in rows.get(name, [])
+            if row.get("work") != "matching and loss"
+        }
+        same = (model for model in times if model.startswith("cdetr_fast") and "paper" not in model)
+        ours = [times[model] for model in same]
         their = times.get("transformers sdpa")
         lines.append(_compared(name, "transformers sdpa", their, min(ours, default=None)))
     versions = ", ".join(f"{x} {environment.get(x)}" for x in ("torch", "triton", "transformers"))

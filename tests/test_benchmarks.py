@@ -25,7 +25,7 @@ from benchmarks import (
     stages,
     tables,
     topk,
-    training_step,
+    training,
 )
 
 
@@ -42,7 +42,7 @@ def results(tmp_path, monkeypatch):
             model,
             "--backbone resnet18 --size 64 96 --padded --batch 2 --threads 1 --repeats 1 --steps",
         ),
-        (training_step, "--backbone resnet18 --size 64 96 --batch 2 --threads 1 --repeats 1"),
+        (training, "--backbone resnet18 --size 64 96 --batch 2 --threads 1 --repeats 1"),
         (decoder, "--map 3 4 --batch 2 --padded --threads 1 --repeats 1 --backward"),
         (mask_head, "--size 128 160 --queries 10 --threads 1 --repeats 1"),
         (loss, "--batch 2 --targets 3 --threads 1 --repeats 1"),
@@ -223,3 +223,51 @@ def test_numerics_page(tmp_path):
     assert page.read_text() == (
         "a\n<!-- x -->\n| name | error |\n|---|---|\n| n | 1.2e-05 |\n<!-- /x -->\nb\n"
     )
+
+
+def test_convergence_compares_and_draws(tmp_path, results, capsys):
+    pytest.importorskip("accelerate")
+    from benchmarks import convergence, convergence_plot
+
+    arguments = ["--scenes", "8", "--val-scenes", "3", "--epochs", "1", "--evaluate-every", "1",
+                 "--head-epochs", "1", "--repeats", "1", "--folder", str(tmp_path / "runs"),
+                 "--output", "trial"]  # fmt: skip
+    assert convergence.main(arguments) == 0
+    content = json.loads((results / "trial.json").read_text())
+    arms = {row["arm"]: row for row in content["rows"]}
+    assert len(arms) == 7
+    assert arms["paper"]["curve"] == arms["conditional"]["curve"]
+    # Without the focal prior the first class loss is far larger.
+    assert arms["transformers"]["first class loss"] > 3 * arms["paper"]["first class loss"]
+    assert arms["new head, zero bias"]["first class loss"] > 3
+    assert convergence.main([*arguments, "--report", "--comparisons", "attention"]) == 0
+    assert len(json.loads((results / "trial.json").read_text())["rows"]) == 3
+    capsys.readouterr()
+    assert convergence_plot.main([str(results / "trial.json")]) == 0
+    assert "not within 1 epochs" in capsys.readouterr().out
+    assert (results / "trial.png").stat().st_size > 5_000
+
+
+def test_plain_attention_is_that_of_transformers():
+    """In eval mode, where transformers has DETR as its authors do."""
+    import transformers
+
+    from benchmarks.plain_detr import PlainDetr, PlainDetrFocal, plain_twin
+    from cdetr_fast import ConditionalDetrConfig, ConditionalDetrForObjectDetection
+
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32,
+             "decoder_ffn_dim": 32, "num_queries": 6, "num_labels": 5}  # fmt: skip
+    config = ConditionalDetrConfig(backbone="test_resnet", auxiliary_loss=True, **sizes)
+    ours = ConditionalDetrForObjectDetection(config)
+    images = torch.randn(2, 3, 64, 96)
+    mask = torch.ones(2, 64, 96, dtype=torch.bool)
+    mask[1, :, 64:] = False
+    for kind, outputs in ((PlainDetr, 6), (PlainDetrFocal, 5)):
+        model = plain_twin(ours, kind, seed=0).eval()
+        with torch.no_grad():
+            theirs = transformers.DetrForObjectDetection.forward(model, images, mask)
+            got = model(images, mask)
+        scores = theirs.logits.softmax(-1)[..., :-1] if outputs == 6 else theirs.logits.sigmoid()
+        assert theirs.logits.shape == (2, 6, outputs)
+        torch.testing.assert_close(got.logits.sigmoid(), scores)
+        torch.testing.assert_close(got.pred_boxes, theirs.pred_boxes)

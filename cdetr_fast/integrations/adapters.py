@@ -25,6 +25,7 @@ from cdetr_fast.integrations.attention import (
     registered_mask,
 )
 from cdetr_fast.losses import detection_loss, segmentation_loss
+from cdetr_fast.models.backbone import frozen_batch_norm
 from cdetr_fast.models.segmentation import mask_logits
 from cdetr_kernels import sine_position_2d, sine_query
 
@@ -124,8 +125,8 @@ def batch_norm(original: Callable, modeling: ModuleType) -> Callable:
     def forward(self, x):
         if x.dtype != self.weight.dtype:
             return original(self, x)
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, 1e-5
+        return frozen_batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, 1e-5
         )
 
     return forward

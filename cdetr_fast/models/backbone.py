@@ -23,6 +23,38 @@ _RESNETS = {
 }
 
 
+class _FrozenNorm(torch.autograd.Function):
+    """Batch norm by fixed numbers, whose gradient needs nothing of the input.
+
+    torch's own keeps the input for the gradients of weight and bias, and computes them, although
+    nobody asks for them.
+    """
+
+    @staticmethod
+    def forward(x, mean, var, weight, bias, eps):
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, var, weight, _, ctx.eps = inputs
+        ctx.save_for_backward(var, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        var, weight = ctx.saved_tensors
+        scaled = F.batch_norm(gradient, torch.zeros_like(var), var, weight, eps=ctx.eps)
+        return scaled, None, None, None, None, None
+
+
+def frozen_batch_norm(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """Normalises `[B, C, H, W]` by fixed numbers `[C]`; gradients go to `x` alone."""
+    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _FrozenNorm.apply(x, mean, var, weight, bias, eps)
+    return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+
 class FrozenBatchNorm2d(nn.Module):
     """Batch norm with fixed statistics and affine parameters, all of them buffers.
 
@@ -46,8 +78,8 @@ class FrozenBatchNorm2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        return frozen_batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
         )
 
 

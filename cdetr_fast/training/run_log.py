@@ -78,8 +78,11 @@ class RunLog:
         return {"window": window, "skipped": self.skipped, "seconds": self.seconds}
 
     def start_clock(self) -> None:
-        """Leaves what has passed since the last step out of `seconds`."""
-        self.step_clock = time.perf_counter()
+        """Leaves what has passed since the last step out of `seconds` and the rate."""
+        now = time.perf_counter()
+        if self.clock is not None:
+            self.clock += now - self.step_clock
+        self.step_clock = now
 
     def add(self, report: StepReport, rates: dict[str, float]) -> None:
         """Takes the report of a step."""

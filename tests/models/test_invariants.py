@@ -5,6 +5,7 @@ import torch
 from oracle import leaves, make_ours, random_labels, randomise
 from torch import nn
 
+from cdetr_fast.models.backbone import FrozenBatchNorm2d
 from cdetr_fast.models.modeling import ImageFeatures
 
 SMALL = {
@@ -368,3 +369,31 @@ def test_positions_on_a_gpu_are_not_looked_at():
     embedding = random_model().model.position_embedding
     assert embedding.is_separable(None)
     assert not embedding.is_separable(torch.ones(1, 2, 2, dtype=torch.bool, device="meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_frozen_norms_keep_nothing_of_their_input(dtype):
+    """Numbers are those of torch's batch norm, which keeps its input for gradients of its own."""
+    norm = FrozenBatchNorm2d(5, eps=1e-3)
+    for buffer in norm.buffers():
+        torch.nn.init.uniform_(buffer, 0.5, 1.5)
+    images = torch.randn(2, 5, 3, 4).to(memory_format=torch.channels_last)
+    ours, theirs = (images.to(dtype).requires_grad_() for _ in range(2))
+    if dtype == torch.float64:
+        norm.double()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape), lambda x: x):
+        norm(ours)
+    assert kept == [(5,), (5,)]
+    statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    expected = torch.nn.functional.batch_norm(theirs, *statistics, eps=1e-3)
+    got = norm(ours)
+    upstream = torch.randn_like(got)
+    assert torch.equal(got, expected)
+    (gradient,) = torch.autograd.grad(got, ours, upstream)
+    (expected,) = torch.autograd.grad(expected, theirs, upstream)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, expected)
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(norm, ours)
+        assert torch.autograd.gradgradcheck(norm, ours)
