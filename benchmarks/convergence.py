@@ -35,7 +35,7 @@ from benchmarks.plain_detr import PlainDetr, PlainDetrFocal, plain_twin
 from cdetr_fast import ConditionalDetrForObjectDetection
 from cdetr_fast.assets import DEMO
 from cdetr_fast.scenes import TRAIN_SEED, write_coco_dataset
-from cdetr_fast.training import TrainingConfig, setup
+from cdetr_fast.training import TrainingConfig, TrainingStopped, setup
 from cdetr_fast.training.config import read_yaml
 from cdetr_fast.training.engine import Engine
 from cdetr_fast.training.initial_weights import build_model
@@ -219,7 +219,11 @@ def main(arguments: list[str] | None = None) -> int:
         for name, (config, build) in arms.items():
             if not options.report:
                 print(f"--- {comparison}: {name}, {config.output}", file=sys.stderr, flush=True)
-                train_arm(config, build)
+                try:
+                    train_arm(config, build)
+                except TrainingStopped as stopped:
+                    print(stopped, file=sys.stderr)
+                    return stopped.exit_code
             if not (curve := evaluations(config)):
                 continue
             rows.append(row_of(comparison, name, curve, times[name], options))

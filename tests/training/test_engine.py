@@ -39,7 +39,8 @@ def assert_same(state, expected):
     elif isinstance(expected, dict):
         assert state.keys() == expected.keys()
         for key, value in expected.items():
-            assert_same(state[key], value)
+            if key != "seconds":
+                assert_same(state[key], value)
     elif isinstance(expected, (list, tuple)):
         for a, b in zip(state, expected, strict=True):
             assert_same(a, b)
