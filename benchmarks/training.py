@@ -5,7 +5,7 @@
 
 Whole step: forward with labels, backward, clipping, fused AdamW (at a learning rate of 0, which
 takes as long and keeps the weights). Matching and loss: those of all decoder layers and their
-gradients, on the model's outputs. Six decoder layers with a loss each (`auxiliary_loss`), as in the
+gradients, on the model's outputs. Each decoder layer has a loss (`auxiliary_loss`), as in the
 paper. Both models have the same weights, images and labels, and compute what transformers computes
 (`compat="transformers"`); a row is printed only if losses and gradients agree. The row "paper" is
 what a new model of this package does: stem and first stage of the backbone do not train.
@@ -34,10 +34,10 @@ THEIRS, OURS, PAPER = "transformers sdpa", "cdetr_fast", "cdetr_fast, paper"
 Labels = list[dict[str, Tensor]]
 
 
-def make_models(backbone: str, device: torch.device) -> dict[str, nn.Module]:
+def make_models(backbone: str, layers: int, device: torch.device) -> dict[str, nn.Module]:
     """Returns the models, the first two with equal weights, in training mode without dropout."""
-    settings = {"backbone": backbone, "num_labels": 91, "auxiliary_loss": True,
-                "dropout": 0.0}  # fmt: skip
+    settings = {"backbone": backbone, "num_labels": 91, "auxiliary_loss": True, "dropout": 0.0,
+                "encoder_layers": layers, "decoder_layers": layers}  # fmt: skip
     torch.manual_seed(0)
     ours, paper = (
         cdetr_fast.ConditionalDetrForObjectDetection(
@@ -116,8 +116,7 @@ class Step:
         }
 
     def gradient(self) -> Tensor:
-        """All gradients in one vector, by the parameters' names."""
-        self.backward()
+        """All gradients of the last `backward` in one vector, by the parameters' names."""
         by_name = dict(sorted(self.model.named_parameters()))
         return torch.cat([p.grad.flatten().float() for p in by_name.values() if p.grad is not None])
 
@@ -224,6 +223,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, nargs=2, default=(256, 256), metavar=("H", "W"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--targets", type=int, default=20, help="objects in an image")
+    parser.add_argument("--layers", type=int, default=6, help="of the encoder and the decoder")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--autocast", choices=("bfloat16", "float16"))
     parser.add_argument("--threads", type=int, default=2)
@@ -234,7 +234,7 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     batch = make_batch(arguments)
-    models = make_models(arguments.backbone, batch[0].device)
+    models = make_models(arguments.backbone, arguments.layers, batch[0].device)
     calls = {**models, **on_kernels(models[OURS], batch[0])}
     steps = {
         name: Step(models[name.removesuffix(" triton")], call, batch, arguments.autocast)

@@ -42,7 +42,7 @@ def results(tmp_path, monkeypatch):
             model,
             "--backbone resnet18 --size 64 96 --padded --batch 2 --threads 1 --repeats 1 --steps",
         ),
-        (training, "--backbone resnet18 --size 64 96 --batch 2 --threads 1 --repeats 1"),
+        (training, "--size 64 96 --batch 2 --layers 2 --targets 3 --threads 1 --repeats 1"),
         (decoder, "--map 3 4 --batch 2 --padded --threads 1 --repeats 1 --backward"),
         (mask_head, "--size 128 160 --queries 10 --threads 1 --repeats 1"),
         (loss, "--batch 2 --targets 3 --threads 1 --repeats 1"),
