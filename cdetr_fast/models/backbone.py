@@ -42,7 +42,12 @@ class _FrozenNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         var, weight = ctx.saved_tensors
-        scaled = F.batch_norm(gradient, torch.zeros_like(var), var, weight, eps=ctx.eps)
+        # With fixed statistics the gradient of the input does not depend on the input, whose place
+        # any tensor of its form can take; nor on the mean.
+        (scaled, _, _) = torch.ops.aten.native_batch_norm_backward(
+            *(gradient, gradient.detach(), weight, var, var, None, None, False, ctx.eps),
+            [True, False, False],
+        )
         return scaled, None, None, None, None, None
 
 
