@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cdetr_fast
 from cdetr_fast import optimize
 from cdetr_fast.inference.backbone import InferenceBackbone
+from cdetr_fast.inference.convolution import FusedConv2d, has_onednn
 from cdetr_fast.models.backbone import freeze_batch_norm
 
 
 def random_model(task="detection", compat="paper", **config):
+    torch.manual_seed(0)  # some weights amplify rounding
     model = make_ours(task, compat, **({"backbone": "test_resnet"} | config))
     randomise(model)
     return model.eval()
@@ -315,6 +317,24 @@ def test_follows_loaded_weights(model, images, assign, part):
     assert error(fast(*images), original) > 1e-2
     assert_same(fast(*images), expected(*images))
     assert_same(model(*images), original, 0)  # the original keeps its weights
+
+
+def test_packed_convolutions(model, images):
+    """A size that comes again is packed for, and not mixed up with others or with old weights."""
+    fast = optimize(model)
+    convolutions = [m for m in fast.runner.engine.modules() if isinstance(m, FusedConv2d)]
+    sizes = [images[0][:1], images[0][:1, :, :64, :80]]
+    first = [fast(x).logits for x in sizes]
+    assert all(conv._packed is None for conv in convolutions)
+    for x, expected in zip(sizes, first, strict=True):
+        for _ in range(3):
+            assert torch.equal(fast(x).logits, expected)
+    if has_onednn(torch.float32):
+        assert all(conv._packed is not None for conv in convolutions)
+    for parameter in model.model.backbone.parameters():
+        parameter.mul_(1.1)
+    assert_same(fast(sizes[1]), model(sizes[1]))
+    assert not torch.equal(fast(sizes[1]).logits, first[1])
 
 
 def test_follows_changes_of_other_kinds(model, images):
