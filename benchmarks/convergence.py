@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--val-scenes", type=int, default=200)
     parser.add_argument("--checkpoint", default=str(DEMO), help='of the comparison "head"')
     parser.add_argument("--head-epochs", type=int, default=6)
-    parser.add_argument("--levels", type=float, nargs="+", default=(0.05, 0.1, 0.2, 0.3, 0.4))
+    parser.add_argument("--levels", type=float, nargs="+", default=(0.01, 0.05, 0.1, 0.2, 0.3, 0.4))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9, help="steps that are timed")
     parser.add_argument("--folder", type=Path, default=Path("output/convergence"))
