@@ -246,6 +246,7 @@ def main() -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
+    rows = [[{**row, "threads": arguments.threads} for row in part] for part in rows]
     for part in rows:
         print_table(part)
     if arguments.output:
