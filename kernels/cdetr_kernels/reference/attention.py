@@ -106,17 +106,19 @@ def _attend(
     if spatial_scores is not None:
         scores = scores + spatial_scores(_ALL, _ALL)
     statistics_dtype = torch.promote_types(scores.dtype, torch.float32)
-    if masked is None:
-        attention = torch.softmax(scores, dim=-1, dtype=statistics_dtype)
-    else:
-        # A finite fill keeps softmax and its gradient free of NaN where a whole row is masked; the
-        # second fill turns such a row into zeros and changes no other.
-        scores = scores.masked_fill(masked, torch.finfo(scores.dtype).min)
-        attention = torch.softmax(scores, dim=-1, dtype=statistics_dtype).masked_fill(masked, 0.0)
+    if masked is not None:
+        # A finite fill keeps softmax and its gradient free of NaN where a whole row is masked.
+        scores = scores.masked_fill_(masked, torch.finfo(scores.dtype).min)
+    attention = torch.softmax(scores, dim=-1, dtype=statistics_dtype)
     attention = attention.to(value.dtype)
     if dropout_p > 0.0:
         attention = attention * _dropout_multiplier(attention, dropout_p, seed)
     output = (attention @ value.transpose(1, 2)).transpose(1, 2)
+    if masked is not None:
+        # Such rows are zero. (Elsewhere softmax has made masked keys zero already.)
+        any_key = key_mask.any(dim=-1)[:, None, None, None].to(value.dtype)
+        output = output * any_key
+        attention = attention * any_key if return_attention else attention
     return output, attention if return_attention else None
 
 
