@@ -9,6 +9,7 @@ from timm.layers import Conv2dSame
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
+from cdetr_fast.inference.workspace import Workspace, worth_keeping
 from cdetr_fast.models.backbone import FrozenBatchNorm2d
 
 FOLDABLE = (nn.Conv2d, Conv2dSame)
@@ -107,6 +108,8 @@ class FusedConv2d(nn.Module):
         self.kernel_size = list(conv.kernel_size)
         self.activation: Activation | None = None
         self.in_place = False
+        self.slot: int | None = None
+        self.workspace: Workspace | None = None
         self.way = "plain"
         self._last_shape: torch.Size | None = None
         self._packed: tuple[torch.Size, int, Tensor] | None = None  # shape, version, weight
@@ -140,18 +143,32 @@ class FusedConv2d(nn.Module):
         name, scalars, algorithm = self.activation or ("none", (), None)
         where = (self.padding, self.stride, self.dilation, self.groups)
         weight = self._weight_for(x.shape)
+        in_place = self.in_place
+        if residual is None and self.slot is not None:
+            shape = self._result_shape(x)
+            if worth_keeping(shape, x.dtype):  # the operator takes no `out`, but writes over a sum
+                residual, in_place = self.workspace.zeros(self.slot, shape, x.dtype), True
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise(
                 x, weight, self.bias, *where, name, list(scalars), algorithm
             )
         unary = None if self.activation is None else name
-        if self.in_place:
+        if in_place:
             return torch.ops.mkldnn._convolution_pointwise_.binary(
                 residual, x, weight, self.bias, *where, "add", 1.0, unary, [], None
             )
         return torch.ops.mkldnn._convolution_pointwise.binary(
             x, residual, weight, self.bias, *where, "add", 1.0, unary, [], None
         )
+
+    def _result_shape(self, x: Tensor) -> tuple[int, int, int, int]:
+        height, width = (
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, padding, dilation, kernel, stride in zip(
+                x.shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True
+            )
+        )
+        return x.shape[0], self.weight.shape[0], height, width
 
     def _weight_for(self, shape: torch.Size) -> Tensor:
         """The weight, packed for a map's shape if the call before had it too."""

@@ -53,8 +53,7 @@ class Engine(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             self._prepare(model)
             if int8_calibration:
-                all_maps = self.mask_head is not None
-                self.int8 = quantize(self.backbone, int8_calibration, all_maps)
+                self.int8 = quantize(self.backbone, int8_calibration)
         self.eval()
         self._lock = threading.Lock()
         self._constants: OrderedDict[tuple, MapConstants] = OrderedDict()
@@ -138,7 +137,8 @@ class Engine(nn.Module):
         base = model if name == "ConditionalDetrModel" else detector.model
         config = model.config
         self.__dict__["_base"] = base  # for its checks; its weights are not the engine's
-        self.backbone = InferenceBackbone(base.backbone.model)
+        has_masks = name == "ConditionalDetrForSegmentation"
+        self.backbone = InferenceBackbone(base.backbone.model, all_maps=has_masks)
         self.input_projection = FusedConv2d(base.input_projection, None)
         self.input_projection.choose_way()
         self.position_embedding = base.position_embedding
@@ -155,7 +155,7 @@ class Engine(nn.Module):
             is_offset = name == "ConditionalDetrForObjectDetection" or config.compat == "paper"
             points = self.decoder.reference_points if is_offset else None
             self.heads = InferenceHeads(detector, points)
-        if name == "ConditionalDetrForSegmentation":
+        if has_masks:
             self.mask_attention, self.mask_head = model.bbox_attention, model.mask_head
 
     def forward(

@@ -135,13 +135,12 @@ class _Numbers(nn.Module):
 
 
 @torch.no_grad()
-def quantize(backbone: InferenceBackbone, images: Sequence[Tensor], all_maps: bool) -> str:
+def quantize(backbone: InferenceBackbone, images: Sequence[Tensor]) -> str:
     """Puts a backbone's convolutions into 8 bits, in place.
 
     Args:
         backbone: On a CPU in fp32.
         images: Batches `[B, 3, H, W]` on which the ranges of maps are found.
-        all_maps: Whether all maps are wanted; otherwise the finer ones become None.
 
     Returns:
         What was done, with the distance from fp32 on the last calibration batch.
@@ -154,10 +153,6 @@ def quantize(backbone: InferenceBackbone, images: Sequence[Tensor], all_maps: bo
         raise RuntimeError(f"int8_calibration: {'; '.join(backbone.notes)}")
     expected = backbone(images[-1])[-1]
     codes = _calibrate(body, images)
-    if not all_maps:
-        output = next(node for node in body.graph.nodes if node.op == "output")
-        (maps,) = output.args
-        output.args = ([None] * (len(maps) - 1) + [maps[-1]],)
     count = _rewrite(body, codes)
     got = backbone(images[-1])[-1]
     error = ((got - expected).norm() / expected.norm()).item()
