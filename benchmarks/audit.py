@@ -34,6 +34,7 @@ from cdetr_kernels.fused import (
     launching,
     matching_cost,
     normalize_and_pad,
+    residual_layer_norm,
     separable_attention,
     set_loss,
     sine_position_2d,
@@ -126,6 +127,18 @@ class ImageCase:
         return "image"
 
 
+@dataclasses.dataclass(frozen=True)
+class NormCase:
+    """One kind of call of the layer norm."""
+
+    precision: str  # "half" or "single"
+    channels: int = 256
+    size: int = 32  # of a head, of which there are 8
+
+    def __str__(self) -> str:
+        return f"norm {self.precision} {self.channels}"
+
+
 # Dropout, as in training, needs the most registers.
 CASES = (
     Case(32, "half"),
@@ -139,10 +152,12 @@ CASES = (
     *(LossCase(precision, n) for precision in ("half", "single") for n in (7, 100)),
     LossCase("single", classification="softmax"),
     ImageCase(),
+    *(NormCase(precision) for precision in ("half", "single")),
+    NormCase("single", 4096),
 )
 
 
-AnyCase = Case | SineCase | LossCase | ImageCase
+AnyCase = Case | SineCase | LossCase | ImageCase | NormCase
 
 
 def sine_launches(case: SineCase) -> dict[str, Launch]:
@@ -201,6 +216,15 @@ def image_launches() -> dict[str, Launch]:
     return {"normalize_and_pad": launch}
 
 
+def norm_launches(case: NormCase) -> dict[str, Launch]:
+    """Returns what the end of a decoder layer launches in inference, on meta tensors."""
+    dtype = torch.bfloat16 if case.precision == "half" else torch.float32
+    x = torch.empty(8, 300, case.channels, dtype=dtype, device="meta")
+    affine = torch.empty(case.channels, dtype=dtype, device="meta")
+    launch = residual_layer_norm.norm_launch(x, x, affine, affine, 1e-5, x)
+    return {"residual_layer_norm": launch}
+
+
 def separable_launches(
     queries_and_keys, value, mask, seed, options, logsumexp
 ) -> dict[str, Launch]:
@@ -226,6 +250,8 @@ def launches(case: AnyCase, architecture: str) -> dict[str, Launch]:
     """Returns what a training step at 800x1066 launches, and the map, on meta tensors."""
     if isinstance(case, ImageCase):
         return image_launches()
+    if isinstance(case, NormCase):
+        return norm_launches(case)
     if isinstance(case, LossCase):
         return loss_launches(case)
     if isinstance(case, SineCase):
@@ -394,7 +420,7 @@ def complaints(used: dict, launch: Launch, case: AnyCase, architecture: str) -> 
         found.append("no tensor cores")
     if not used["load16"] and launch.kernel not in NARROW:
         found.append("no 16-byte loads")
-    if not used["store16"] and isinstance(case, SineCase | ImageCase):
+    if not used["store16"] and isinstance(case, SineCase | ImageCase | NormCase):
         found.append("no 16-byte stores")
     if launch.tile.stages > 1 and not used["async"] and not architecture.startswith("gfx"):
         found.append("no asynchronous copies")

@@ -27,6 +27,7 @@ INTERPRETED = {
     "encoder_self_attention": {"batch": 1, "queries": None, "height": 7, "width": 9},
     "sine_position_2d": {"batch": 2, "height": 7, "width": 33},
     "sine_query": {"batch": 2, "queries": 67},
+    "residual_layer_norm": {"batch": 2, "rows": 67},
     "matching_cost": {"batch": 2, "queries": 67, "targets": 13},
     "set_loss": {"batch": 2, "queries": 67, "targets": 13},
 }
@@ -36,6 +37,7 @@ ON_A_GPU = {
     "encoder_self_attention": {"batch": 2, "queries": None, "height": 25, "width": 42},
     "sine_position_2d": {"batch": 8, "height": 25, "width": 42},
     "sine_query": {"batch": 8},
+    "residual_layer_norm": {"batch": 8},
     "matching_cost": {"batch": 8, "targets": 20},
     "set_loss": {"batch": 8, "targets": 20},
 }

@@ -62,6 +62,10 @@ WORKS: dict[str, tuple[Callable[..., Work], list[dict[str, Any]]]] = {
         [{"batch": batch, **MAPS[1050]} for batch in (1, 8, 32)],
     ),
     "sine_query": (works.sine_query, [{"batch": batch} for batch in (1, 8, 32)]),
+    "residual_layer_norm": (
+        works.residual_layer_norm,
+        [{"batch": batch, "rows": rows} for batch in (1, 8, 32) for rows in (300, 1050)],
+    ),
     "matching_cost": (
         criterion_works.matching_cost,
         [{"batch": 8, "targets": 7}, {"batch": 8, "targets": 100}],
@@ -80,6 +84,7 @@ TINY: dict[str, dict[str, Any]] = {
     "cross_attention_module": {"batch": 1, "queries": 20, "height": 5, "width": 8, "masked": True},
     "sine_position_2d": {"batch": 1, "height": 3, "width": 5},
     "sine_query": {"batch": 1, "queries": 9},
+    "residual_layer_norm": {"batch": 1, "rows": 9},
     "matching_cost": {"batch": 2, "queries": 20, "targets": 3},
     "set_loss": {"batch": 2, "queries": 20, "targets": 3},
     "detection_topk": {"batch": 1, "queries": 20, "k": 10},

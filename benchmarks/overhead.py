@@ -20,7 +20,15 @@ import torch
 import cdetr_kernels
 from benchmarks.measure import print_table, save
 from cdetr_kernels.ops import OPERATORS
-from cdetr_kernels.reference import attention, loss, matching, position, preprocessing, topk
+from cdetr_kernels.reference import (
+    attention,
+    loss,
+    matching,
+    norm,
+    position,
+    preprocessing,
+    topk,
+)
 
 LIMIT_US = 6.0
 CALLS = 100
@@ -41,6 +49,7 @@ def make_pairs() -> dict[str, tuple[Callable, Callable]]:
     matches = torch.zeros(1, 1, 1, dtype=torch.int64)
     sizes = torch.ones(1, 2)
     image = torch.rand(3, 2, 2)
+    affine = torch.randn(8), torch.randn(8)
     options = (scale, 0.0, None, False)
     circle = 6.283185307179586
     return {
@@ -63,6 +72,10 @@ def make_pairs() -> dict[str, tuple[Callable, Callable]]:
         "sine_query": (
             lambda: cdetr_kernels.sine_query(points, 8, query_scale),
             lambda: position.sine_query(points, 8, query_scale, 1e4, circle, torch.float32),
+        ),
+        "residual_layer_norm": (
+            lambda: cdetr_kernels.residual_layer_norm(query_scale, query_scale, *affine),
+            lambda: norm.residual_layer_norm(query_scale, query_scale, *affine, 1e-5),
         ),
         "detection_topk": (
             lambda: cdetr_kernels.detection_topk(logits[0], boxes[0], sizes, 2, backend="torch"),

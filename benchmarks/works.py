@@ -445,3 +445,39 @@ def sine_query(
         (moved, 2 * moved + _bytes(inputs["query_scale"])),
         tuple(inputs),
     )
+
+
+# ---------------------------------------------------------------------------------- layer norm
+
+
+def residual_layer_norm(
+    dtype: torch.dtype, device: torch.device, batch: int = 1, rows: int = 300
+) -> Work:
+    channels = HEADS * SIZE
+    normal, _ = _draw(device)
+    inputs: dict[str, Tensor | None] = {
+        name: normal(*shape).to(dtype)
+        for name, shape in (
+            ("x", (batch, rows, channels)),
+            ("residual", (batch, rows, channels)),
+            ("weight", (channels,)),
+            ("bias", (channels,)),
+        )
+    }
+
+    def run(x, residual, weight, bias, backend="torch"):
+        return cdetr_kernels.residual_layer_norm(x, residual, weight, bias, backend=backend)
+
+    return Work(
+        "residual_layer_norm",
+        f"B={batch} rows={rows} C={channels}",
+        dtype,
+        inputs,
+        run,
+        {
+            **_own("residual_layer_norm", inputs["x"], run),
+            "compiled eager": _compiled(run),
+        },
+        (0, 0),
+        (_bytes(*inputs.values(), inputs["x"]),) * 2,
+    )

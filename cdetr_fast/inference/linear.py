@@ -35,6 +35,11 @@ class FusedLinear(nn.Module):
         self._packed: Tensor | None = None
         self._packed_version = -1
 
+    @property
+    def adds_residual(self) -> bool:
+        """Whether a residual costs no pass over memory of its own here."""
+        return self.way == "onednn" and not torch.compiler.is_compiling()
+
     def forward(
         self,
         x: Tensor,
@@ -77,7 +82,7 @@ class FusedLinear(nn.Module):
         return y.relu_() if relu else y
 
     def _pack(self, x: Tensor) -> Tensor | None:
-        if self.way == "plain" or torch.compiler.is_compiling():
+        if not self.adds_residual:
             return None
         if self._packed is None or self._packed_version != self.weight._version:
             version = self.weight._version

@@ -17,7 +17,12 @@ from cdetr_fast.inference.linear import FusedLinear
 from cdetr_fast.models.decoder import ConditionalDetrDecoder, ConditionalDetrDecoderLayer
 from cdetr_fast.models.encoder import ConditionalDetrEncoderLayer
 from cdetr_fast.models.heads import ConditionalDetrMLPPredictionHead, inverse_sigmoid
-from cdetr_kernels import conditional_attention, conditional_attention_separable, sine_query
+from cdetr_kernels import (
+    conditional_attention,
+    conditional_attention_separable,
+    residual_layer_norm,
+    sine_query,
+)
 
 
 class MapConstants(NamedTuple):
@@ -40,6 +45,13 @@ class MapConstants(NamedTuple):
     keys: Tensor | None
 
 
+def _add_and_norm(linear: FusedLinear, norm: nn.LayerNorm, x: Tensor, residual: Tensor) -> Tensor:
+    """Layer norm of a linear layer's result and the state it updates: one pass over memory."""
+    if linear.adds_residual or torch.is_autocast_enabled(x.device.type):
+        return norm(linear(x, residual))
+    return residual_layer_norm(linear(x), residual, norm.weight, norm.bias, norm.eps)
+
+
 class _AfterAttention(nn.Module):
     """Output projection, residual and norm."""
 
@@ -52,7 +64,7 @@ class _AfterAttention(nn.Module):
         if torch.compiler.is_compiling():
             # Attention leaves its result in another order of memory once it is decomposed.
             attended = attended.clone(memory_format=torch.contiguous_format)
-        return self.norm(self.output(attended.flatten(2), residual))
+        return _add_and_norm(self.output, self.norm, attended.flatten(2), residual)
 
 
 class _FeedForward(nn.Module):
@@ -70,7 +82,7 @@ class _FeedForward(nn.Module):
         hidden = self.fc1(x, relu=self.activation is None)
         if self.activation is not None:
             hidden = self.activation(hidden)
-        return self.norm(self.fc2(hidden, x))
+        return _add_and_norm(self.fc2, self.norm, hidden, x)
 
 
 class _EncoderLayer(nn.Module):

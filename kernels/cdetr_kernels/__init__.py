@@ -11,7 +11,7 @@ from cdetr_kernels.attention_ops import (
 )
 from cdetr_kernels.image_ops import detection_topk, normalize_and_pad
 from cdetr_kernels.loss_ops import matching_cost, set_loss
-from cdetr_kernels.ops import sine_position_2d, sine_query
+from cdetr_kernels.ops import residual_layer_norm, sine_position_2d, sine_query
 
 __all__ = [
     "conditional_attention",
@@ -19,6 +19,7 @@ __all__ = [
     "detection_topk",
     "matching_cost",
     "normalize_and_pad",
+    "residual_layer_norm",
     "set_loss",
     "sine_position_2d",
     "sine_query",

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from cdetr_kernels.attention_ops import CONDITIONAL_ATTENTION, CONDITIONAL_ATTENTION_SEPARABLE
-from cdetr_kernels.checks import check_rank, describe
+from cdetr_kernels.checks import check_alike, check_rank, check_shape, describe
 from cdetr_kernels.dispatch import Operator, Path
 from cdetr_kernels.image_ops import DETECTION_TOPK, NORMALIZE_AND_PAD
 from cdetr_kernels.loss_ops import MATCHING_COST, SET_LOSS
-from cdetr_kernels.reference import position
+from cdetr_kernels.reference import norm, position
 from cdetr_kernels.triton_support import (
     held_back,
     reason_against_device,
@@ -32,6 +32,12 @@ def _sine_query_triton(*args):
     return sine_query(*args)
 
 
+def _residual_layer_norm_triton(*args):
+    from cdetr_kernels.fused.residual_layer_norm import residual_layer_norm
+
+    return residual_layer_norm(*args)
+
+
 def _no_triton_position(mask: Tensor, *rest) -> str | None:
     return reason_against_device(mask) or (reason_against_dtype(rest[-1]) if rest else None)
 
@@ -44,6 +50,20 @@ def _no_triton_query(points: Tensor, *rest) -> str | None:
         if reason is None and query_scale is not None:
             reason = reason_against_dtype(query_scale.dtype)
     return reason
+
+
+_MOST_CHANNELS = 4096
+
+
+def _no_triton_norm(x: Tensor, *rest) -> str | None:
+    reason = reason_against_device(x) or reason_against_dtype(x.dtype)
+    if reason is not None or not rest:
+        return reason
+    if x.shape[-1] > _MOST_CHANNELS:
+        return f"the kernel takes up to {_MOST_CHANNELS} channels"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *rest[:3])):
+        return "the kernel has no gradient"
+    return None
 
 
 _SINE_POSITION_2D = Operator(
@@ -60,11 +80,19 @@ _SINE_QUERY = Operator(
         "torch": Path(position.sine_query),
     },
 )
+_RESIDUAL_LAYER_NORM = Operator(
+    "residual_layer_norm",
+    {
+        "triton": held_back(_residual_layer_norm_triton, _no_triton_norm),
+        "torch": Path(norm.residual_layer_norm),
+    },
+)
 OPERATORS = (
     CONDITIONAL_ATTENTION,
     CONDITIONAL_ATTENTION_SEPARABLE,
     _SINE_POSITION_2D,
     _SINE_QUERY,
+    _RESIDUAL_LAYER_NORM,
     DETECTION_TOPK,
     NORMALIZE_AND_PAD,
     MATCHING_COST,
@@ -163,6 +191,42 @@ def sine_query(
     if dtype is None:
         dtype = (reference_points if query_scale is None else query_scale).dtype
     return _SINE_QUERY(backend, reference_points, channels, query_scale, temperature, scale, dtype)
+
+
+def residual_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """Layer norm of `x + residual`, the end of each part of a transformer layer.
+
+    Args:
+        x: `[..., C]`.
+        residual: Of the shape of `x`, or with 1 in the first place: shared by the batch.
+        weight: `[C]`.
+        bias: `[C]`.
+        eps: Added to the variance.
+        backend: "auto", "torch", "triton" or "native". The triton kernel is for inference: it has
+            no gradient.
+
+    Returns:
+        Of the shape of `x`; mean and variance in fp32 at least.
+
+    Raises:
+        TypeError: The inputs are of different dtypes.
+        ValueError: A shape or device does not fit.
+        RuntimeError: `backend` was named and cannot run.
+    """
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected [..., C], got {describe(x)}")
+    check_shape("residual", residual, tuple(x.shape), may_broadcast=True)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        check_shape(name, tensor, (x.shape[-1],))
+    check_alike("x", x, residual=residual, weight=weight, bias=bias)
+    return _RESIDUAL_LAYER_NORM(backend, x, residual, weight, bias, eps)
 
 
 def _broadcast(a: Tensor, b: Tensor) -> bool:

@@ -27,6 +27,7 @@ SIZES = {
                                         "masked": True},
     "sine_position_2d": {"batch": 3, "height": 13, "width": 21},
     "sine_query": {"batch": 3, "queries": 67},
+    "residual_layer_norm": {"batch": 3, "rows": 67},
     "matching_cost": {"batch": 3, "queries": 67, "targets": 13},
     "set_loss": {"batch": 3, "queries": 67, "targets": 13},
 }  # fmt: skip

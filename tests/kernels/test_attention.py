@@ -230,6 +230,7 @@ def test_report_names_every_operator():
         "detection_topk",
         "matching_cost",
         "normalize_and_pad",
+        "residual_layer_norm",
         "set_loss",
         "sine_position_2d",
         "sine_query",

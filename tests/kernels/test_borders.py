@@ -31,6 +31,7 @@ SIZES = {
     "conditional_attention_separable": {"batch": 2, "queries": 21, "height": 3, "width": 13},
     "sine_position_2d": {"batch": 2, "height": 3, "width": 17},
     "sine_query": {"batch": 2, "queries": 9},
+    "residual_layer_norm": {"batch": 2, "rows": 9},
     "matching_cost": {"batch": 2, "queries": 21, "targets": 3},
     "set_loss": {"batch": 2, "queries": 21, "targets": 3},
 }

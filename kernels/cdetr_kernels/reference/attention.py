@@ -17,6 +17,7 @@ Source: Meng et al., "Conditional DETR for Fast Training Convergence", section 3
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,21 @@ from torch import Tensor
 # they stay in its cache.
 _PIECE = 2**22
 
-# The scores of some heads of some images, [B, N, Q, S].
-_Scores = Callable[[slice, slice], Tensor]
-_ALL = slice(None)
+
+class _SpatialScores(NamedTuple):
+    """Scores [B, N, Q, S] that are made when and where they are needed.
+
+    Attributes:
+        parts: What they are made of, each [B, N, ...].
+        combine: Makes the scores of some images and heads from these of each part.
+    """
+
+    parts: tuple[Tensor, ...]
+    combine: Callable[..., Tensor]
+
+    def all(self) -> Tensor:
+        """Of all images and heads."""
+        return self.combine(*self.parts)
 
 
 def conditional_attention(
@@ -52,10 +65,8 @@ def conditional_attention(
     if q_spatial is not None:
         query = q_spatial * scale
         keys = k_spatial.expand(query.shape[0], -1, -1, -1)
-
-        def spatial_scores(images: slice, heads: slice) -> Tensor:
-            return _dot(query[images, :, heads], keys[images, :, heads])
-
+        parts = (query.transpose(1, 2), keys.permute(0, 2, 3, 1))
+        spatial_scores = _SpatialScores(parts, torch.matmul)
     options = (key_mask, scale, dropout_p, seed, return_attention)
     return _attend(q_content, k_content, value, spatial_scores, *options)
 
@@ -75,12 +86,12 @@ def conditional_attention_separable(
 ) -> tuple[Tensor, Tensor | None]:
     """Defines `cdetr_kernels.conditional_attention_separable`; see there for shapes."""
     query = q_spatial * scale
-    row_scores, column_scores = _dot(query, k_rows), _dot(query, k_columns)
+    rows, columns = _dot(query, k_rows)[..., :, None], _dot(query, k_columns)[..., None, :]
 
-    def spatial_scores(images: slice, heads: slice) -> Tensor:
-        rows, columns = row_scores[images, heads], column_scores[images, heads]
-        return (rows[..., :, None] + columns[..., None, :]).flatten(3)  # [B, N, Q, h * w]
+    def of_map(rows: Tensor, columns: Tensor) -> Tensor:
+        return (rows + columns).flatten(3)  # [B, N, Q, h * w]
 
+    spatial_scores = _SpatialScores((rows, columns), of_map)
     options = (key_mask, scale, dropout_p, seed, return_attention)
     return _attend(q_content, k_content, value, spatial_scores, *options)
 
@@ -89,7 +100,7 @@ def _attend(
     q_content: Tensor,
     k_content: Tensor,
     value: Tensor,
-    spatial_scores: _Scores | None,
+    spatial_scores: _SpatialScores | None,
     key_mask: Tensor | None,
     scale: float,
     dropout_p: float,
@@ -104,7 +115,7 @@ def _attend(
 
     scores = _dot(q_content * scale, k_content)
     if spatial_scores is not None:
-        scores = scores + spatial_scores(_ALL, _ALL)
+        scores = scores + spatial_scores.all()
     statistics_dtype = torch.promote_types(scores.dtype, torch.float32)
     if masked is not None:
         # A finite fill keeps softmax and its gradient free of NaN where a whole row is masked.
@@ -123,7 +134,7 @@ def _attend(
 
 
 def _takes_a_bias(
-    q_content: Tensor, k_content: Tensor, value: Tensor, spatial_scores: _Scores | None
+    q_content: Tensor, k_content: Tensor, value: Tensor, spatial_scores: _SpatialScores | None
 ) -> bool:
     """Whether torch's fused attention takes the spatial scores as a bias of the content scores.
 
@@ -134,42 +145,41 @@ def _takes_a_bias(
         return False
     if not torch.is_grad_enabled():
         return True
-    of_nobody = spatial_scores(slice(0, 0), _ALL)
-    return not any(x.requires_grad for x in (q_content, k_content, value, of_nobody))
+    inputs = (q_content, k_content, value, *spatial_scores.parts)
+    return not any(x.requires_grad for x in inputs)
 
 
 def _attend_with_bias(
     q_content: Tensor,
     k_content: Tensor,
     value: Tensor,
-    spatial_scores: _Scores,
+    spatial_scores: _SpatialScores,
     masked: Tensor | None,
     scale: float,
 ) -> Tensor:
     """Some heads of one image at a time, as many as have `_PIECE` bytes of spatial scores."""
 
-    def attend(images: slice, heads: slice) -> Tensor:
-        bias = spatial_scores(images, heads)
+    def attend(query, key, value, *parts, masked=masked) -> Tensor:  # all [B, N, ...]
+        bias = spatial_scores.combine(*parts)
         if masked is not None:
-            bias = bias.masked_fill_(masked[images], -torch.inf)
-        parts = (x[images, :, heads] for x in (q_content, k_content, value))
-        return _fused(*parts, bias, scale)
+            bias = bias.masked_fill_(masked, -torch.inf)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
-    if torch.compiler.is_compiling():
-        return attend(_ALL, _ALL)  # one graph for all batches and sizes
+    by_heads = [x.transpose(1, 2) for x in (q_content, k_content, value)]
+    inputs = (*by_heads, *spatial_scores.parts)
     batch, queries, heads, _ = q_content.shape
     bytes_of_head = queries * k_content.shape[1] * q_content.element_size()
     at_once = max(1, _PIECE // max(1, bytes_of_head))
-    if at_once >= batch * heads:
-        return attend(_ALL, _ALL)
-    images = []
-    for image in range(batch):
-        pieces = [
-            attend(slice(image, image + 1), slice(head, head + at_once))
-            for head in range(0, heads, at_once)
-        ]
-        images.append(torch.cat(pieces, dim=2))
-    return torch.cat(images)
+    # A compiled graph is one for all batches and sizes.
+    if torch.compiler.is_compiling() or at_once >= batch * heads:
+        return attend(*inputs).transpose(1, 2)
+    outputs = []
+    masks = [None] * batch if masked is None else masked.split(1)
+    for *image, mask in zip(*(x.split(1) for x in inputs), masks, strict=True):
+        pieces = zip(*(x.split(at_once, dim=1) for x in image), strict=True)
+        of_heads = [attend(*piece, masked=mask).transpose(1, 2) for piece in pieces]
+        outputs.append(torch.cat(of_heads, dim=2) if len(of_heads) > 1 else of_heads[0])
+    return torch.cat(outputs) if batch > 1 else outputs[0]
 
 
 def _dot(query: Tensor, key: Tensor) -> Tensor:

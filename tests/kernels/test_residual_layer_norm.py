@@ -1,0 +1,163 @@
+"""`residual_layer_norm`: the definition against fp64, and the triton kernel against both.
+
+The kernel is tested on a GPU, or in triton's interpreter in a process of its own.
+"""
+
+import math
+
+import pytest
+import torch
+from interpreter import INTERPRETED, run_in_the_interpreter
+from torch import Tensor
+
+from cdetr_kernels import residual_layer_norm
+
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+needs_kernels = pytest.mark.skipif(
+    not INTERPRETED and DEVICE == "cpu",
+    reason="run by test_in_the_interpreter, in a process of its own",
+)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
+def test_in_the_interpreter(root):
+    run_in_the_interpreter(root, __file__)
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, shared: bool = False) -> tuple[Tensor, ...]:
+    """x with a mean far from 0, residual, weight and bias."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).to(DEVICE, dtype)
+
+    residual_shape = (1, *shape[1:]) if shared else shape
+    return normal(*shape) + 3, normal(*residual_shape), normal(shape[-1]), normal(shape[-1])
+
+
+def exact(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    total = x.double() + residual.double()
+    centred = total - total.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1, keepdim=True)
+    return centred / (variance + eps).sqrt() * weight.double() + bias.double()
+
+
+SHAPES = {
+    "decoder": (2, 30, 256),
+    "one row": (1, 1, 256),
+    "odd width": (3, 7, 20),
+    "rows left over": (1, 13, 128),
+    "no batch": (9, 64),
+    "one value": (2, 3, 1),
+    "wide": (1, 3, 2500),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("case", SHAPES)
+def test_kernel(case, shared, dtype):
+    """At most twice the error of torch in the same dtype."""
+    inputs = draw(SHAPES[case], dtype, shared)
+    versions = [x._version for x in inputs]
+    got = residual_layer_norm(*inputs, 1e-5, backend="triton")
+    torchs = residual_layer_norm(*inputs, 1e-5, backend="torch")
+    wanted = exact(*inputs, 1e-5)
+    assert got.dtype == dtype
+    assert got.shape == wanted.shape
+    eps = torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
+    error = (got - wanted).abs().max()
+    assert error <= 2 * (torchs - wanted).abs().max() + eps * wanted.abs().max()
+    assert [x._version for x in inputs] == versions
+
+
+@needs_kernels
+def test_rows_without_variance():
+    x = torch.full((2, 5, 64), 1e4, device=DEVICE)
+    _, _, weight, bias = draw((1, 1, 64), torch.float32)
+    got = residual_layer_norm(x, torch.zeros_like(x), weight, bias, backend="triton")
+    torch.testing.assert_close(got, bias.expand_as(x), rtol=0, atol=1e-6)
+
+
+@needs_kernels
+def test_strided_inputs_and_what_lies_around_them():
+    x, residual, weight, bias = draw((2, 6, 32), torch.float32)
+    frames = [torch.full((2, 8, 70), math.nan, device=DEVICE) for _ in range(2)]
+    views = [frame[:, 1:7, 3:67:2].copy_(y) for frame, y in zip(frames, (x, residual), strict=True)]
+    expected = residual_layer_norm(x, residual, weight, bias, backend="triton")
+    assert expected.isfinite().all()
+    got = residual_layer_norm(*views, weight, bias, backend="triton")
+    assert torch.equal(got, expected)
+
+
+@needs_kernels
+def test_the_kernel_writes_all_of_its_output_and_nothing_else():
+    from cdetr_kernels.fused.residual_layer_norm import norm_launch
+
+    inputs = draw((1, 7, 20), torch.float32)
+    buffer = torch.full((1024 + 140 + 1024,), math.nan, device=DEVICE)
+    output = buffer[1024:-1024].view(1, 7, 20)
+    norm_launch(*inputs, 1e-5, output).run(output.device)
+    torch.testing.assert_close(output.double(), exact(*inputs, 1e-5), rtol=0, atol=1e-5)
+    assert buffer[:1024].isnan().all()
+    assert buffer[-1024:].isnan().all()
+
+
+@needs_kernels
+def test_empty_batch():
+    inputs = draw((0, 5, 16), torch.float32)
+    assert residual_layer_norm(*inputs, backend="triton").shape == (0, 5, 16)
+
+
+@needs_kernels
+def test_registration():
+    from cdetr_kernels.fused import residual_layer_norm as _registered  # noqa: F401
+
+    inputs = draw((2, 5, 16), torch.float32)
+    torch.library.opcheck(torch.ops.cdetr_fast.residual_layer_norm.default, (*inputs, 1e-5))
+
+
+@needs_kernels
+def test_what_the_kernel_refuses():
+    x, residual, weight, bias = draw((1, 2, 8), torch.float32)
+    with pytest.raises(RuntimeError, match="'triton' cannot run: the kernel has no gradient"):
+        residual_layer_norm(x, residual, weight.requires_grad_(), bias, backend="triton")
+    with torch.no_grad():
+        residual_layer_norm(x, residual, weight, bias, backend="triton")
+    with pytest.raises(RuntimeError, match="up to 4096 channels"):
+        residual_layer_norm(*draw((1, 1, 4097), torch.float32), backend="triton")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_definition(dtype, shared):
+    inputs = draw((2, 5, 24), dtype, shared)
+    got = residual_layer_norm(*inputs, 1e-3)
+    tolerance = 8 * torch.finfo(dtype).eps * (1 + exact(*inputs, 1e-3).abs().max())
+    torch.testing.assert_close(got.double(), exact(*inputs, 1e-3), rtol=0, atol=tolerance.item())
+
+
+def test_gradients_of_the_definition():
+    inputs = [x.requires_grad_() for x in draw((2, 3, 5), torch.float64, shared=True)]
+    assert torch.autograd.gradcheck(residual_layer_norm, inputs)
+
+
+X = torch.zeros(2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((X, X[:, :2], X[0, 0], X[0, 0]), ValueError, r"residual: expected \[2, 3, 4\]"),
+        ((X, X, X[0, 0, :3], X[0, 0]), ValueError, r"weight: expected \[4\], got \[3\]"),
+        ((X, X, X[0, 0], X[0]), ValueError, r"bias: expected \[4\], got \[3, 4\]"),
+        ((X, X.double(), X[0, 0], X[0, 0]), TypeError, r"residual: expected torch\.float32 as x"),
+        ((X[..., :0], X, X, X), ValueError, r"x: expected \[\.\.\., C\], got float32 \[2, 3, 0\]"),
+        ((X[0, 0, 0], X, X, X), ValueError, r"x: expected \[\.\.\., C\], got float32 \[\]"),
+    ],
+)
+def test_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        residual_layer_norm(*arguments)
