@@ -76,6 +76,7 @@ WORKS: dict[str, tuple[Callable[..., Work], list[dict[str, Any]]]] = {
     ),
     "detection_topk": (criterion_works.detection_topk, [{"batch": 1}, {"batch": 32}]),
 }
+WITHOUT_GRADIENT = ("sine_position_2d", "residual_layer_norm", "matching_cost", "detection_topk")
 # Sizes at which everything takes moments, also in triton's interpreter.
 TINY: dict[str, dict[str, Any]] = {
     "conditional_attention": {"batch": 1, "queries": 20, "height": 5, "width": 8, "masked": True},
@@ -187,8 +188,7 @@ def cells(
                 if i >= len(sizes) or (name == "detection_topk" and dtype != "fp32"):
                     continue  # halves tie, and then any order of labels is right
                 for mode in modes:
-                    if mode == "forward" or name not in ("sine_position_2d", "matching_cost",
-                                                         "detection_topk"):  # fmt: skip
+                    if mode == "forward" or name not in WITHOUT_GRADIENT:
                         yield name, sizes[i], dtype, mode
 
 

@@ -1,5 +1,6 @@
 """Runs from the first step to the model folder, and what happens when something goes wrong."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -220,7 +221,7 @@ def test_non_finite_steps_are_skipped(settings, monkeypatch, where, caplog):
 
 
 def test_stops_after_many_non_finite_steps(settings, monkeypatch):
-    config = TrainingConfig(**settings(max_nonfinite=3))
+    config = TrainingConfig(**settings(max_nonfinite=3, epochs=8))
     backward = TrainingStep._backward
 
     def spoiled(self, batch, num_boxes):
@@ -234,6 +235,9 @@ def test_stops_after_many_non_finite_steps(settings, monkeypatch):
     assert not state["optimizer"]["state"] or all(
         s["step"] == 0 for s in state["optimizer"]["state"].values()
     )
+    with pytest.raises(TrainingStopped, match="steps in a row were not finite"):
+        train(dataclasses.replace(config, resume=True))
+    assert final_state(config)["step"] <= state["step"] + 2
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-pure"])
