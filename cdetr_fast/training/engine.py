@@ -203,7 +203,7 @@ class Engine:
         self.bad_in_a_row = self.bad_in_a_row + 1 if report.skipped else 0
         if report.stop:
             self.stop_reason = "told to end"
-        elif self.bad_in_a_row >= self.config.max_nonfinite:
+        elif self.stop_reason is None and self.bad_in_a_row >= self.config.max_nonfinite:
             self.stop_reason = (
                 f"{self.bad_in_a_row} steps in a row were not finite, the last one in "
                 f"{'; '.join(report.problems) or 'another process'}; the weights are those before "
