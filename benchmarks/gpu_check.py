@@ -96,7 +96,7 @@ def stages(lines: Path, rehearse: bool) -> dict[str, Stage]:
         "training step": Stage(
             [*training, "--backbone", "resnet50", "--targets", "7", "--autocast", "bfloat16",
              "--size", "800", "1066"],
-            60, needs=theirs,
+            80, needs=theirs,
         ),
         "loss": Stage(
             ["benchmarks.loss", "--device", "cuda", "--repeats", "10"], 60, needs=theirs
@@ -177,7 +177,7 @@ def _missing_imports(path: Path) -> list[str]:
             names.add(node.module.split(".")[0])
     if "oracle" in names:
         names |= {"transformers", "timm"}
-    own = {"oracle", "interpreter", "topk_cases"}
+    own = {"oracle", "interpreter", "topk_cases", "training_cases"}
     return sorted(name for name in names - own if importlib.util.find_spec(name) is None)
 
 

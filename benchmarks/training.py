@@ -8,13 +8,15 @@ takes as long and keeps the weights). Matching and loss: those of all decoder la
 gradients, on the model's outputs. Each decoder layer has a loss (`auxiliary_loss`), as in the
 paper. Both models have the same weights, images and labels, and compute what transformers computes
 (`compat="transformers"`); a row is printed only if losses and gradients agree. The row "paper" is
-what a new model of this package does: stem and first stage of the backbone do not train.
+what a new model of this package does: stem and first stage of the backbone do not train. On a GPU
+there is a row with forward and backward as CUDA graphs (`cdetr_fast/training/graphs.py`).
 
 Dispatches and waits of the host are counted on a CPU as on a GPU (`benchmarks/counting.py`).
 """
 
 import argparse
 import contextlib
+import copy
 import sys
 from collections.abc import Callable
 
@@ -29,8 +31,10 @@ from benchmarks.measure import interleaved, print_table, save
 from benchmarks.model import on_kernels
 from benchmarks.timing import peak_mib
 from cdetr_fast.losses import detection_loss
+from cdetr_fast.training.graphs import use_graphs
 
 THEIRS, OURS, PAPER = "transformers sdpa", "cdetr_fast", "cdetr_fast, paper"
+GRAPHS = "cdetr_fast, CUDA graphs"
 Labels = list[dict[str, Tensor]]
 
 
@@ -119,6 +123,22 @@ class Step:
         """All gradients of the last `backward` in one vector, by the parameters' names."""
         by_name = dict(sorted(self.model.named_parameters()))
         return torch.cat([p.grad.flatten().float() for p in by_name.values() if p.grad is not None])
+
+
+def graphed_step(model: nn.Module, batch: tuple, autocast: str | None) -> Step | None:
+    """Returns the step of a copy of a model as CUDA graphs; None, with a message, if it fails."""
+    model = copy.deepcopy(model)
+    try:
+        graphs = use_graphs(model, eager_first=0)
+    except ValueError as error:
+        print(f"{GRAPHS}: {error}", file=sys.stderr)
+        return None
+    step = Step(model, model, batch, autocast)
+    step.backward()
+    if graphs.failures:
+        print(f"{GRAPHS}: {graphs.describe()}", file=sys.stderr)
+        return None
+    return step
 
 
 class LossStep:
@@ -240,6 +260,13 @@ def main() -> int:
         name: Step(models[name.removesuffix(" triton")], call, batch, arguments.autocast)
         for name, call in calls.items()
     }
+    status = 0
+    if batch[0].device.type == "cuda":
+        graphed = graphed_step(models[OURS], batch, arguments.autocast)
+        if graphed is None:
+            status = 1
+        else:
+            steps[GRAPHS] = graphed
     try:
         rows = [step_rows(steps, arguments.repeats, arguments.autocast)]
         rows.append(loss_rows(steps, arguments.repeats))
@@ -251,7 +278,7 @@ def main() -> int:
         print_table(part)
     if arguments.output:
         print("written to", save(arguments.output, [row for part in rows for row in part]))
-    return 0
+    return status
 
 
 if __name__ == "__main__":

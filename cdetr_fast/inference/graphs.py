@@ -148,8 +148,8 @@ class GraphCache:
     def describe(self) -> list[tuple[str, str]]:
         """Which shapes have graphs, and which do not, with the reason."""
         with self._lock:
-            rows = [("graph", _describe(key)) for key in self._graphs]
-            rows += [("no graph", f"{_describe(k)}: {r}") for k, r in self.failures.items()]
+            rows = [("graph", describe(key)) for key in self._graphs]
+            rows += [("no graph", f"{describe(k)}: {r}") for k, r in self.failures.items()]
         return rows
 
     def clear(self) -> None:
@@ -199,7 +199,8 @@ class GraphCache:
         return self._call(pixel_values, pixel_mask)
 
 
-def _describe(key: Key) -> str:
+def describe(key: Key) -> str:
+    """Says in words what a graph is for."""
     (batch, _, height, width), dtype, masked = key
     mask = "with a mask" if masked else "without mask"
     return f"{batch} x {height} x {width}, {str(dtype).removeprefix('torch.')}, {mask}"

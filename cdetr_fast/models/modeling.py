@@ -320,36 +320,64 @@ class ConditionalDetrForObjectDetection(DetectingModel):
             output_hidden_states,
             return_dict=True,
         )
-        outputs_class, outputs_coord = None, None
-        if labels is not None:
-            outputs_class, outputs_coord = self.predict_auxiliary(outputs)
-        if outputs_class is not None and self.config.compat == "paper":
-            logits, pred_boxes = outputs_class[-1], outputs_coord[-1]
-        else:  # transformers norms the last state once more
+        if labels is None:
             logits, pred_boxes = self.predict_from(
                 outputs.last_hidden_state, outputs.reference_points
             )
-        loss, loss_dict, auxiliary_outputs = None, None, None
-        if labels is not None:
-            loss, loss_dict, auxiliary_outputs = self.loss_function(
-                logits,
-                labels,
-                pixel_values.device,
-                pred_boxes,
-                self.config,
-                outputs_class,
-                outputs_coord,
-                **({} if num_boxes is None else {"num_boxes": num_boxes}),
-            )
-        output = ConditionalDetrObjectDetectionOutput(
-            loss=loss,
-            loss_dict=loss_dict,
-            logits=logits,
-            pred_boxes=pred_boxes,
-            auxiliary_outputs=auxiliary_outputs,
-            **_states(outputs),
-        )
+            found = {"logits": logits, "pred_boxes": pred_boxes}
+        else:
+            found = self.score(self.predict_layers(outputs), labels, num_boxes)
+        output = ConditionalDetrObjectDetectionOutput(**found, **_states(outputs))
         return self._output(output, return_dict)
+
+    def predict_layers(self, outputs: ConditionalDetrModelOutput) -> tuple[Tensor, ...]:
+        """Applies the heads to all that has a loss.
+
+        Args:
+            outputs: Of `self.model`.
+
+        Returns:
+            Without auxiliary loss class logits `[B, Q, K]` and boxes `[B, Q, 4]`; with it those of
+            every decoder layer, `[L, B, Q, ...]`; under `compat="transformers"`, which norms the
+            last state once more, the last layer's in front of them.
+        """
+        every_layer = self.predict_auxiliary(outputs) if self.config.auxiliary_loss else ()
+        if every_layer and self.config.compat == "paper":
+            return every_layer
+        last = self.predict_from(outputs.last_hidden_state, outputs.reference_points)
+        return (*last, *every_layer)
+
+    def score(
+        self, predictions: tuple[Tensor, ...], labels: Labels, num_boxes: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Computes the loss of what `predict_layers` returned; the others as in `forward`.
+
+        Returns:
+            The fields of the output from `loss` to `auxiliary_outputs`.
+        """
+        logits, pred_boxes = predictions[:2]
+        outputs_class, outputs_coord = None, None
+        if self.config.auxiliary_loss:
+            outputs_class, outputs_coord = predictions[-2:]
+            if len(predictions) == 2:
+                logits, pred_boxes = outputs_class[-1], outputs_coord[-1]
+        loss, loss_dict, auxiliary_outputs = self.loss_function(
+            logits,
+            labels,
+            logits.device,
+            pred_boxes,
+            self.config,
+            outputs_class,
+            outputs_coord,
+            **({} if num_boxes is None else {"num_boxes": num_boxes}),
+        )
+        return {
+            "loss": loss,
+            "loss_dict": loss_dict,
+            "logits": logits,
+            "pred_boxes": pred_boxes,
+            "auxiliary_outputs": auxiliary_outputs,
+        }
 
     def predict_from(
         self, hidden_states: Tensor, reference_points: Tensor | None

@@ -72,6 +72,9 @@ class TrainingConfig:
     )
     gradient_checkpointing: bool = _setting(False, "recompute layers to save memory", "model")
     compile: bool = _setting(False, "torch.compile the model", "model")
+    cuda_graphs: bool = _setting(
+        False, "forward and backward as CUDA graphs, one a shape of batches", "model"
+    )
 
     # augmentation
     scales: tuple[int, ...] = _setting(
@@ -164,6 +167,17 @@ class TrainingConfig:
         )
         if self.task == "segmentation" and not self.train_masks and self.train_annotations:
             raise DataError("train_masks: expected the folder of panoptic PNG files, got None")
+
+        if self.cuda_graphs:
+            for name, works in {
+                "task": "detection", "device": "auto", "compile": False,
+                "gradient_checkpointing": False, "fsdp": False,
+            }.items():  # fmt: skip
+                if getattr(self, name) != works:
+                    raise DataError(
+                        f"cuda_graphs: expected {name} {works!r} with it, "
+                        f"got {getattr(self, name)!r}"
+                    )
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

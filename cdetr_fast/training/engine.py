@@ -17,6 +17,7 @@ from cdetr_fast.training import setup
 from cdetr_fast.training.config import TrainingConfig
 from cdetr_fast.training.dataset import Batch, grouped
 from cdetr_fast.training.errors import DataError, TrainingStopped
+from cdetr_fast.training.graphs import use_graphs
 from cdetr_fast.training.initial_weights import build_model
 from cdetr_fast.training.optimization import LearningRates, WeightAverage, make_optimizer
 from cdetr_fast.training.panoptic import PanopticScorer
@@ -32,6 +33,8 @@ from cdetr_fast.training.signals import StopSignals
 from cdetr_fast.training.step import StepReport, TrainingStep
 
 logger = logging.getLogger(__name__)
+
+GRAPHS_RUN_ON = "cuda"
 
 ModelBuilder = Callable[[TrainingConfig, Sequence[str]], nn.Module]
 
@@ -100,6 +103,10 @@ class Engine:
             model.bfloat16()
         if config.compile:
             model.compile()
+        if config.cuda_graphs:
+            if (device := self.accelerator.device).type != GRAPHS_RUN_ON:
+                raise DataError(f"cuda_graphs: expected a GPU, the device is {device}")
+            self.graphs = use_graphs(model)
         self.sampler, self.loader = setup.training_loader(
             config, self.train_index, self.accelerator
         )
