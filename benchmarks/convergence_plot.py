@@ -1,6 +1,7 @@
 """Draws the curves of `benchmarks.convergence`, and writes its table into docs/training.md.
 
 python -m benchmarks.convergence_plot benchmarks/results/cpu_convergence_scenes.json --docs
+python -m benchmarks.convergence_plot benchmarks/results/cpu_convergence_bccd.json --docs
 """
 
 import argparse
@@ -72,14 +73,15 @@ def main(arguments: list[str] | None = None) -> int:
     content = json.loads(options.results.read_text(encoding="utf-8"))
     picture = options.picture or options.results.with_suffix(".png")
     if options.docs:
-        picture = DOCS / "convergence.png"
+        mark = options.results.stem.removeprefix("cpu_").removesuffix("_scenes")
+        picture = DOCS / f"{mark}.png"
         environment = content["environment"]
         note = (
             f"`{environment['command']}` ({options.results.name}): {environment['processor']}, "
             f"{environment['threads']} thread, torch {environment['torch']}, transformers "
             f"{environment['transformers']}."
         )
-        write(DOCS / "training.md", {"convergence": f"{table(content['rows'])}\n\n{note}"})
+        write(DOCS / "training.md", {mark: f"{table(content['rows'])}\n\n{note}"})
     else:
         print(table(content["rows"]))
     draw(content["rows"], picture)

@@ -13,6 +13,7 @@ from torch import Tensor
 _SMALLEST = 2**22
 # Memory that is kept costs, too.
 _LARGEST = 2**29
+_VIEWS = 256
 
 
 class Workspace(threading.local):
@@ -23,22 +24,33 @@ class Workspace(threading.local):
 
     def __init__(self) -> None:
         self.pieces: dict[int, Tensor] = {}
+        self._maps: dict[tuple, Tensor] = {}  # views of the pieces
 
     def __reduce__(self) -> tuple:
         return Workspace, ()
 
     def zeros(self, slot: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
         """Returns a channels-last map of zeros; the one before in that slot is overwritten."""
-        size = math.prod(shape)
-        size_in_bytes = size * dtype.itemsize
+        view = self._maps.get((slot, shape, dtype))
+        if view is None:
+            with torch.inference_mode(False):
+                view = self._make(slot, shape, dtype)
+        return view.zero_()
+
+    def _make(self, slot: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+        size_in_bytes = math.prod(shape) * dtype.itemsize
         piece = self.pieces.get(slot)
         if piece is None or piece.numel() < size_in_bytes:
-            self.pieces.pop(slot, None)  # frees it first
-            with torch.inference_mode(False):
-                piece = self.pieces[slot] = torch.empty(size_in_bytes, dtype=torch.uint8)
+            self._maps = {key: view for key, view in self._maps.items() if key[0] != slot}
+            self.pieces.pop(slot, None)  # the memory goes before the new one comes
+            piece = self.pieces[slot] = torch.empty(size_in_bytes, dtype=torch.uint8)
+        if len(self._maps) == _VIEWS:
+            self._maps.clear()
         batch, channels, height, width = shape
-        flat = piece[:size_in_bytes].view(dtype).zero_()
-        return flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        flat = piece[:size_in_bytes].view(dtype)
+        view = flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        self._maps[slot, shape, dtype] = view
+        return view
 
 
 def worth_keeping(shape: tuple[int, int, int, int], dtype: torch.dtype) -> bool:
