@@ -60,7 +60,7 @@ def norm_launch(
     channels = x.shape[-1]
     block = triton.next_power_of_2(channels)
     rows = max(1, _VALUES // block)
-    tile = Tile(rows, block, max(4, block // 1024), 1, registers=128, shared=2)
+    tile = Tile(rows, block, max(2, block // 1024), 1, registers=128, shared=2)
     arguments = {
         "p_x": x,
         "p_residual": residual,
