@@ -57,9 +57,13 @@ def settings(scenes, tmp_path):
 
 @pytest.fixture(autouse=True)
 def own_state():
-    """Accelerate keeps its settings for the whole process."""
-    yield
+    """Accelerate keeps its settings for the whole process, also those of other folders' tests."""
     from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
