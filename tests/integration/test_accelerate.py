@@ -23,10 +23,15 @@ COUNTS = (2, 0, 1, 3)
 
 @pytest.fixture(autouse=True)
 def own_state():
-    """Accelerate keeps its settings for the whole process."""
+    """Accelerate keeps its settings for the whole process, also those of other files' tests."""
+
+    def reset():
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+
+    reset()
     yield
-    state.AcceleratorState._reset_state(reset_partial_state=True)
-    state.GradientState._reset_state()
+    reset()
 
 
 def make_model():
