@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,16 @@ settings.load_profile("cdetr_fast")
 def root() -> Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerate_state():
+    """Accelerate keeps its settings for the whole process; each test leaves none behind."""
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,9 @@
 """`optimize()` on a GPU: CUDA graphs, fused convolutions, half precision."""
 
-import threading
-
 import pytest
 import torch
 from oracle import make_ours, padded_images, randomise
+from threads import in_threads
 
 from cdetr_fast import optimize
 
@@ -101,11 +100,7 @@ def test_streams_and_threads():
                 if error(fast(inputs[index]), expected[index]) > 1e-4:
                     wrong.append(index)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert not wrong
 
 

@@ -6,11 +6,11 @@ after it was dropped. What capture itself does is tested in `tests/gpu`.
 """
 
 import dataclasses
-import threading
 
 import pytest
 import torch
 from oracle import make_ours, padded_images, randomise
+from threads import in_threads
 
 from cdetr_fast import optimize
 from cdetr_fast.inference import runner as runner_module
@@ -168,11 +168,7 @@ def test_threads_share_graphs(capturer):
             if got != 12 * height * value:
                 wrong.append((seed, i, got))
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert not wrong
 
 

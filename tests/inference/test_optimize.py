@@ -3,11 +3,11 @@
 import copy
 import inspect
 import pickle
-import threading
 
 import pytest
 import torch
 from oracle import TINY, make_ours, padded_images, randomise
+from threads import in_threads
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -555,11 +555,7 @@ def test_threads(model, images):
                 if error(fast(inputs[index]), expected[index]) > 1e-4:
                     failures.append(index)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert not failures
 
 

@@ -2,11 +2,11 @@
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
 from oracle import make_ours, randomise
+from threads import in_threads
 from torch import nn
 
 from cdetr_fast import optimize
@@ -121,11 +121,7 @@ def test_threads_have_memory_of_their_own():
                 if not torch.equal(fast(images[index]).logits, expected[index]):
                     wrong.append(index)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 3)
     assert not wrong
 
 

@@ -9,7 +9,6 @@ from oracle import make_ours, random_labels, randomise
 from torch.utils.data import DataLoader
 
 accelerate = pytest.importorskip("accelerate")
-state = pytest.importorskip("accelerate.state")
 
 SMALL = {
     "backbone": "test_resnet",
@@ -19,19 +18,6 @@ SMALL = {
     "auxiliary_loss": True,
 }
 COUNTS = (2, 0, 1, 3)
-
-
-@pytest.fixture(autouse=True)
-def own_state():
-    """Accelerate keeps its settings for the whole process, also those of other files' tests."""
-
-    def reset():
-        state.AcceleratorState._reset_state(reset_partial_state=True)
-        state.GradientState._reset_state()
-
-    reset()
-    yield
-    reset()
 
 
 def make_model():

@@ -53,17 +53,3 @@ def settings(scenes, tmp_path):
         return values | changes
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def own_state():
-    """Accelerate keeps its settings for the whole process, also those of other folders' tests."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    def reset():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    reset()
-    yield
-    reset()
