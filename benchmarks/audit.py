@@ -133,7 +133,7 @@ class NormCase:
 
     precision: str  # "half" or "single"
     channels: int = 256
-    size: int = 32  # of a head, of which there are 8
+    size: int = 32  # of a head: unused
 
     def __str__(self) -> str:
         return f"norm {self.precision} {self.channels}"

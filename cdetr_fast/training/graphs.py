@@ -71,10 +71,10 @@ def use_graphs(
 
     Before the first batch the model has to be on the current CUDA device, and train what it will
     train; its parameters and buffers keep their addresses from then on. Wrap it in DDP or autocast
-    after this call. Outputs are the graphs' own
-    memory, which the next batch overwrites, and have no hidden states. Calls with other arguments
-    than images, mask, labels and `num_boxes` run without graphs, as do evaluation mode and
-    `torch.no_grad`. Hooks of modules inside the model run at capture only.
+    after this call. Outputs are the graphs' own memory, which the next batch overwrites, and have
+    no hidden states. Calls with other arguments than images, mask, labels and `num_boxes` run
+    without graphs, as do evaluation mode and `torch.no_grad`. Hooks of modules inside the model run
+    at capture only.
 
     Args:
         model: The model; its `forward` is replaced.

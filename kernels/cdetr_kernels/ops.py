@@ -17,6 +17,8 @@ from cdetr_kernels.triton_support import (
     reason_against_dtype,
 )
 
+_MOST_CHANNELS = 4096  # of a layer norm: a row is held in registers
+
 
 # Triton is imported at the first call only: it is slow to import, and not everywhere. Each import
 # is a statement, as torch.compile does not follow importlib.
@@ -50,9 +52,6 @@ def _no_triton_query(points: Tensor, *rest) -> str | None:
         if reason is None and query_scale is not None:
             reason = reason_against_dtype(query_scale.dtype)
     return reason
-
-
-_MOST_CHANNELS = 4096
 
 
 def _no_triton_norm(x: Tensor, *rest) -> str | None:

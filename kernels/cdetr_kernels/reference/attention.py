@@ -16,7 +16,6 @@ never NaN.
 Source: Meng et al., "Conditional DETR for Fast Training Convergence", section 3.3.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -174,10 +173,13 @@ def _attend_with_bias(
     # A compiled graph is one for all batches and sizes.
     if torch.compiler.is_compiling() or at_once >= batch * heads:
         return attend(*inputs).transpose(1, 2)
-    images = [inputs] if batch == 1 else zip(*(x.split(1) for x in inputs), strict=True)
-    masks = [masked] if batch == 1 or masked is None else masked.split(1)
+
+    def by_image(x: Tensor) -> tuple[Tensor, ...]:
+        return (x,) if batch == 1 else x.split(1)
+
+    masks = [None] * batch if masked is None else by_image(masked)
     outputs = []
-    for image, mask in zip(images, itertools.cycle(masks), strict=False):
+    for *image, mask in zip(*map(by_image, inputs), masks, strict=True):
         pieces = zip(*(x.split(at_once, dim=1) for x in image), strict=True)
         of_heads = [attend(*piece, masked=mask).transpose(1, 2) for piece in pieces]
         outputs.append(torch.cat(of_heads, dim=2) if len(of_heads) > 1 else of_heads[0])
