@@ -156,6 +156,8 @@ def _guarded(run: Callable[[], None]) -> None:
     except TrainingStopped as error:
         _fail(str(error), error.exit_code)
     except DataError as error:
+        if error.said_elsewhere:
+            sys.exit(1)
         _fail(str(error), 1)
 
 

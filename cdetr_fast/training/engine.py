@@ -10,17 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from cdetr_fast.files import write_atomically
-from cdetr_fast.training import setup
+from cdetr_fast.training import launch, setup
 from cdetr_fast.training.config import TrainingConfig
 from cdetr_fast.training.dataset import Batch, grouped
 from cdetr_fast.training.errors import DataError, TrainingStopped
 from cdetr_fast.training.graphs import use_graphs
 from cdetr_fast.training.initial_weights import build_model
+from cdetr_fast.training.label_checks import LabelReport
+from cdetr_fast.training.launch import everywhere, shared_errors
 from cdetr_fast.training.optimization import LearningRates, WeightAverage, make_optimizer
 from cdetr_fast.training.panoptic import PanopticScorer
+from cdetr_fast.training.run_identity import (
+    changed_settings,
+    require_one_folder,
+    require_same_run,
+    run_identity,
+)
 from cdetr_fast.training.run_log import RunLog
 from cdetr_fast.training.run_state import (
     checkpoint_files,
@@ -84,32 +93,38 @@ class Engine:
         self.accelerator = setup.make_accelerator(config)
         self.is_main = self.accelerator.is_main_process
         self.folder = Path(config.output)
-        if self.is_main:
-            self.folder = setup.prepare_folder(config)
-        self.accelerator.wait_for_everyone()
-        self.train_index, self.val_index, reports = setup.read_data(config)
+        self.agents = launch.agents(self.accelerator)
+        resumes = False
+        with shared_errors(self.accelerator):
+            if self.is_main:
+                resumes = setup.prepare_folder(config, self.agents)
+        resumes = everywhere(self.accelerator, resumes)[0]
         self.step = self.epoch = self.step_in_epoch = self.bad_in_a_row = 0
         self.best, self.result = -1.0, {}
         self.awaits_evaluation = False
         self.batches: Any = None
         self.failure: str | None = None  # an image that could not be read
+        self.unwritten: list[str] = []  # by the last evaluation
         self.stop_reason: str | None = None  # the same on all processes, at the same step
 
-        model = build(config, self.train_index.classes)
-        self.processor = setup.make_processor(config, model)
-        self.model_config = model.config
-        self.model_class = type(model)
-        if config.precision == "bf16-pure":
-            model.bfloat16()
-        if config.compile:
-            model.compile()
-        if config.cuda_graphs:
-            if (device := self.accelerator.device).type != GRAPHS_RUN_ON:
-                raise DataError(f"cuda_graphs: expected a GPU, the device is {device}")
-            self.graphs = use_graphs(model)
-        self.sampler, self.loader = setup.training_loader(
-            config, self.train_index, self.accelerator
-        )
+        with shared_errors(self.accelerator):
+            self.train_index, self.val_index, reports = setup.read_data(config)
+            model = build(config, self.train_index.classes)
+            self.processor = setup.make_processor(config, model)
+            self.model_config = model.config
+            self.model_class = type(model)
+            if config.precision == "bf16-pure":
+                model.bfloat16()
+            if config.compile:
+                model.compile()
+            if config.cuda_graphs:
+                if (device := self.accelerator.device).type != GRAPHS_RUN_ON:
+                    raise DataError(f"cuda_graphs: expected a GPU, the device is {device}")
+                self.graphs = use_graphs(model)
+            self.sampler, self.loader = setup.training_loader(
+                config, self.train_index, self.accelerator
+            )
+        self.identity = run_identity(config, self.train_index, self.sampler)
         self.total_steps = config.epochs * self.sampler.steps_per_epoch
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
@@ -123,23 +138,34 @@ class Engine:
             self.accelerator, self.model, self.optimizer, config, *self.statistics
         )
         if config.trackers:
-            self.accelerator.init_trackers("training", config={})
+            self.accelerator.init_trackers("training", config=setup.hyperparameters(config))
         path = self.folder / "metrics.jsonl" if self.is_main else None
         self.log = RunLog(path, config.log_every, self.total_steps, self.accelerator.log)
         torch.manual_seed(config.seed + 1 + self.accelerator.process_index)
-        self._start(reports)
+        self._start(resumes, reports)
 
-    def _start(self, reports: list) -> None:
-        newest = checkpoint_files(self.folder / "checkpoints")[-1:]
-        if setup.resumes(self.config) and newest:
+    def _start(self, resumes: bool, reports: list[LabelReport]) -> None:
+        newest = checkpoint_files(self.folder / "checkpoints")[-1:] if resumes else []
+        with shared_errors(self.accelerator):
+            require_one_folder(self.folder, everywhere(self.accelerator, [p.name for p in newest]))
+        if newest:
             self._load(newest[0])
-            return
-        if self.is_main:
+        with shared_errors(self.accelerator):
+            if self.is_main:
+                self._describe_run(begins=not newest, reports=reports)
+
+    def _describe_run(self, begins: bool, reports: list[LabelReport]) -> None:
+        text = "\n".join(line for report in reports for line in report.lines())
+        try:
+            changes = changed_settings(self.folder / "config.yaml", self.config)
             self.config.to_yaml(self.folder / "config.yaml")
-            text = "\n".join(line for report in reports for line in report.lines()) + "\n"
-            (self.folder / "labels.txt").write_text(text, encoding="utf-8")
-            logger.info(text.rstrip())
-            (self.folder / "metrics.jsonl").write_text("")
+            launch.remember(self.folder, self.agents)
+            if begins:
+                (self.folder / "labels.txt").write_text(text + "\n", encoding="utf-8")
+                (self.folder / "metrics.jsonl").write_text("")  # from here on there is a run
+        except OSError as error:
+            raise DataError(f"output: {self.folder} cannot be written ({error})") from error
+        logger.info(text if begins else "\n".join(changes))
 
     # the loop -------------------------------------------------------------------------------------
 
@@ -152,6 +178,11 @@ class Engine:
                 self._run_epoch()
         if self.config.trackers:
             self.accelerator.end_training()
+        if self.unwritten:
+            raise TrainingStopped(
+                f"trained to the last step, but {', '.join(self.unwritten)} in {self.folder} could "
+                "not be written; see above, make room, and pass --resume to write them"
+            )
         return self.result | {"step": self.step}
 
     def close(self) -> None:
@@ -233,16 +264,12 @@ class Engine:
     def _save(self) -> None:
         """Saves what the next step depends on; all processes take part."""
         self._read_reports(keep=0)
-        randoms = [random_state(self.accelerator.device)]
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            randoms = gather_object(randoms)
+        randoms = everywhere(self.accelerator, random_state(self.accelerator.device))
         state = {
             "step": self.step,
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
-            **self._order(),
+            "run": self.identity,
             "awaits_evaluation": self.awaits_evaluation,
             "best": self.best,
             "bad_in_a_row": self.bad_in_a_row,
@@ -257,25 +284,25 @@ class Engine:
         if self.is_main:
             save_checkpoint(self.folder / "checkpoints", self.step, state, self.config.keep)
 
-    def _order(self) -> dict[str, int]:
-        """What the order of the data depends on, besides seed and place."""
-        images = {"images_per_step": self.sampler.images_per_step, "images": len(self.train_index)}
-        return images | self.sampler.fixed
-
     def _load(self, path: Path) -> None:
-        state = load_checkpoint(path)
-        for name, own in self._order().items():
-            if state.get(name) != own:
+        with shared_errors(self.accelerator):
+            state = load_checkpoint(path)
+            require_same_run(path, state["run"], self.identity)
+        with shared_errors(self.accelerator):
+            try:
+                load_sharded_or_plain_state(self.model, self.optimizer, self.accelerator, state)
+            except (KeyError, RuntimeError, ValueError) as error:
                 raise DataError(
-                    f"{path}: the run had {state.get(name)} {name.replace('_', ' ')}, now there "
-                    f"are {own}; resume with the same data, and the same product of batch_size, "
-                    "accumulate and processes; with shards, also the same processes and num_workers"
-                )
-        load_sharded_or_plain_state(self.model, self.optimizer, self.accelerator, state)
+                    f"{path}: the weights are of another model than that of the settings "
+                    f"({' '.join(str(error).split())[:300]}); resume with the same backbone and "
+                    "model_options, or choose another output"
+                ) from error
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.average is not None and "average" in state:
-            self.average.load_state_dict(state["average"])
+        if self.average is not None:
+            self.average.restart()  # from the weights, if there was none
+            if "average" in state:
+                self.average.load_state_dict(state["average"])
         for name in ("step", "epoch", "step_in_epoch", "awaits_evaluation", "best", "bad_in_a_row"):
             setattr(self, name, state[name])
         self.log.resume(self.step, state["log"])
@@ -288,12 +315,13 @@ class Engine:
 
     def _finish_epoch(self) -> None:
         """Evaluates if it is time to, and writes the model and the pictures of the run."""
+        self.unwritten = []
         last = self.step >= self.total_steps
         due = last or self.epoch % self.config.evaluate_every == 0
         with self.average.applied() if self.average is not None else nullcontext():
             if due:
                 self._evaluate_and_export(last)
-        self.awaits_evaluation = False
+        self.awaits_evaluation = last and bool(self.unwritten)
         self._save()
 
     def _evaluate_and_export(self, last: bool) -> None:
@@ -320,17 +348,34 @@ class Engine:
             if segments is not None:
                 segments.gather(self.accelerator)
             if self.is_main:
-                self.result = reporting.report_epoch(self, found, segments, last)
+                evaluation = reporting.score_epoch(self, found, segments)
+                self.result = evaluation.stats
                 figure = self.result["AP" if segments is None else "PQ"]
                 is_best = figure >= self.best  # the newest of equals: PQ stays 0 for a while
                 self.best = figure if is_best else self.best
+                self._write("samples", lambda _: reporting.draw_samples(self, found))
+                if last:
+                    self._write(
+                        "evaluation",
+                        lambda path: reporting.write_evaluation(
+                            self.val_index, found, evaluation, path
+                        ),
+                    )
         weights = self.accelerator.get_state_dict(self.model)
         if self.is_main:
-            reporting.draw_run(self.folder)
-            self._export(weights, self.folder / "model")
+            self._write("curves.png", lambda _: reporting.draw_run(self.folder))
+            self._write("model", lambda path: self._export(weights, path))
             if is_best:
-                self._export(weights, self.folder / "best")
+                self._write("best", lambda path: self._export(weights, path))
         self.accelerator.wait_for_everyone()
+
+    def _write(self, name: str, write: Callable[[Path], None]) -> None:
+        """Writes what the run can do without for now: a full disk is reported, and it goes on."""
+        try:
+            write(self.folder / name)
+        except (OSError, SafetensorError) as error:
+            logger.error("%s could not be written (%s)", self.folder / name, error)
+            self.unwritten.append(name)
 
     def _export(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Writes a folder for `from_pretrained`, with a model card."""
@@ -342,16 +387,11 @@ class Engine:
         with torch.random.fork_rng(devices=[]):  # building a model draws its initial weights
             model: nn.Module = self.model_class(config)
         model.load_state_dict(weights)
-        try:
-            folder.mkdir(exist_ok=True)
-            model.float().save_pretrained(folder)
-            self.processor.save_pretrained(folder)
-            card = write_model_card(self.config, self.train_index, self.val_index, self.result)
-            write_atomically(folder / "README.md", lambda path: path.write_text(card, "utf-8"))
-        except (OSError, RuntimeError) as error:
-            if self.step >= self.total_steps:
-                raise
-            logger.error("%s: the model could not be written (%s)", folder, error)
+        folder.mkdir(exist_ok=True)
+        model.float().save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        card = write_model_card(self.config, self.train_index, self.val_index, self.result)
+        write_atomically(folder / "README.md", lambda path: path.write_text(card, "utf-8"))
 
 
 def sharded_or_plain_state(
@@ -374,7 +414,11 @@ def sharded_or_plain_state(
 def load_sharded_or_plain_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any, state: dict[str, Any]
 ) -> None:
-    """Loads what `sharded_or_plain_state` returned."""
+    """Loads what `sharded_or_plain_state` returned.
+
+    The settings of the optimiser's groups stay those of this start.
+    """
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     if accelerator.distributed_type.value == "FSDP":
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
@@ -385,6 +429,8 @@ def load_sharded_or_plain_state(
             optim_state_dict=state["optimizer"],
             options=StateDictOptions(full_state_dict=True),
         )
-        return
-    accelerator.unwrap_model(model).load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    else:
+        accelerator.unwrap_model(model).load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)

@@ -2,7 +2,16 @@
 
 
 class DataError(ValueError):
-    """Data or settings that cannot be used; the message names the file, the id and what to do."""
+    """Data or settings that cannot be used; the message names the file, the id and what to do.
+
+    Args:
+        message: See above.
+        said_elsewhere: Whether another process of the run says the same, and is the one to.
+    """
+
+    def __init__(self, message: str, *, said_elsewhere: bool = False) -> None:
+        super().__init__(message)
+        self.said_elsewhere = said_elsewhere
 
 
 class TrainingStopped(RuntimeError):

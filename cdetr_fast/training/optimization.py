@@ -82,6 +82,10 @@ class WeightAverage:
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
         self.parameters = list(parameters)
         self.decay = decay
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts anew from the parameters' values."""
         self.average = [p.detach().clone().float() for p in self.parameters]
         self._own_part = [_own_part(a) for a in self.average]
         self.updates = 0

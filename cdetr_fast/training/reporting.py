@@ -29,38 +29,34 @@ from cdetr_fast.training.run_log import read_rows
 if TYPE_CHECKING:
     from cdetr_fast.training.panoptic import PanopticScorer
 
-__all__ = ["draw_run", "predict", "report_epoch", "write_evaluation"]
+__all__ = ["draw_run", "draw_samples", "predict", "score_epoch", "write_evaluation"]
 
 _WORST = 8
 
 
-def report_epoch(
-    engine: Any, found: Detections, panoptic: PanopticScorer | None, last: bool
-) -> dict[str, float]:
-    """Scores the detections of an epoch, logs them, and draws sample images.
+def score_epoch(engine: Any, found: Detections, panoptic: PanopticScorer | None) -> Evaluation:
+    """Scores the detections of an epoch and logs the figures.
 
     Args:
         engine: The run.
         found: Detections on its validation set.
         panoptic: What scored the segments, if there are any.
-        last: Whether this is the last epoch, which also gets the tables and pictures.
-
-    Returns:
-        COCO's figures, with those of segments.
     """
-    index = engine.val_index
-    evaluation = evaluate_detections(index, found, panoptic)
+    evaluation = evaluate_detections(engine.val_index, found, panoptic)
     for failure in found.failures:
         print(f"not evaluated: {failure}")
     engine.log.write("eval", engine.step, {"epoch": engine.epoch} | plain(evaluation.stats))
+    return evaluation
+
+
+def draw_samples(engine: Any, found: Detections) -> None:
+    """Draws some validation images with what was found in this epoch."""
+    index = engine.val_index
     count = min(engine.config.sample_pictures, len(index))
     if count:
         chosen = np.linspace(0, len(index) - 1, count).round().astype(int).tolist()
         path = engine.folder / "samples" / f"epoch_{engine.epoch:04d}.jpg"
         draw_images(index, found, chosen, path, threshold=0.3)
-    if last:
-        write_evaluation(index, found, evaluation, engine.folder / "evaluation")
-    return evaluation.stats
 
 
 def draw_run(folder: Path) -> None:

@@ -18,6 +18,7 @@ from cdetr_fast.training.step import StepReport
 logger = logging.getLogger(__name__)
 
 _SECONDS_OF_RATE = 5.0  # images per second are an average over so long
+_SECONDS_OF_FIRST_RATE = 0.5  # reports of two steps may come at once
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -49,7 +50,8 @@ class RunLog:
         self.window: list[dict[str, float]] = []
         self.skipped = 0
         self.clock: float | None = None
-        self.images, self.rate = 0, 0.0
+        self.images = 0
+        self.rate: float | None = None  # images per second, once known
         self.seconds = 0.0  # in training steps; evaluation is not counted
         self.step_clock = time.perf_counter()
         self.progress = Progress(
@@ -98,7 +100,7 @@ class RunLog:
         self.progress.update(
             self.task,
             completed=report.step + 1,
-            description=f"loss {report.losses['loss']:.3f}  {self.rate:.1f} images/s",
+            description=f"loss {report.losses['loss']:.3f}  {self._rate_text()}",
         )
         if (report.step + 1) % self.every == 0:
             self._write_window(report, rates)
@@ -110,20 +112,24 @@ class RunLog:
             return
         self.images += images
         elapsed = now - self.clock
-        if elapsed > _SECONDS_OF_RATE or self.rate == 0:
-            self.rate = self.images / max(elapsed, 1e-9)
+        if elapsed > (_SECONDS_OF_FIRST_RATE if self.rate is None else _SECONDS_OF_RATE):
+            self.rate = self.images / elapsed
         if elapsed > _SECONDS_OF_RATE:
             self.clock, self.images = now, 0
+
+    def _rate_text(self) -> str:
+        return "" if self.rate is None else f"{self.rate:.1f} images/s"
 
     def _write_window(self, report: StepReport, rates: dict[str, float]) -> None:
         names = self.window[0] if self.window else {}
         means = {name: sum(row[name] for row in self.window) / len(self.window) for name in names}
-        extra = {"images_per_second": round(self.rate, 2), "skipped": self.skipped}
+        rate = None if self.rate is None else round(self.rate, 2)
+        extra = {"images_per_second": rate, "skipped": self.skipped}
         self.write("train", report.step + 1, means | rates | extra)
         if self.progress.disable and self.path is not None and means:
             print(
                 f"step {report.step + 1}: loss {means['loss']:.3f}, "
-                f"gradient {means['grad_norm']:.2f}, {self.rate:.1f} images/s",
+                f"gradient {means['grad_norm']:.2f}, {self._rate_text()}".rstrip(", "),
                 file=sys.stderr,
                 flush=True,
             )

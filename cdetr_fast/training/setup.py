@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cdetr_fast import ConditionalDetrImageProcessor
+from cdetr_fast.training import launch
 from cdetr_fast.training.coco import CocoIndex, read_coco
 from cdetr_fast.training.config import TrainingConfig
 from cdetr_fast.training.dataset import DetectionDataset, make_loader
@@ -35,6 +35,8 @@ def make_accelerator(config: TrainingConfig) -> Any:
         FullyShardedDataParallelPlugin,
         PartialState,
     )
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import GradientAccumulationPlugin
 
     plugin = None
     if config.fsdp:
@@ -55,9 +57,18 @@ def make_accelerator(config: TrainingConfig) -> Any:
             log_with=list(config.trackers) or None,
             project_dir=config.output,
             fsdp_plugin=plugin,
+            # We scale losses ourselves; left out, a variable of the environment would too.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
     except (ValueError, ImportError) as error:
         raise DataError(f"precision, trackers, fsdp: {error}") from error
+    available = {str(name) for name in get_available_trackers()} | {"all"}
+    if missing := [name for name in config.trackers if name not in available]:
+        # Accelerate leaves them out without a word.
+        raise DataError(
+            f"trackers: {', '.join(missing)} not installed (there are {sorted(available)}): "
+            f"pip install {' '.join(missing)}"
+        )
     if config.precision == "fp16" and not accelerator.native_amp:
         # Accelerate has neither autocast nor a scaler for it then, and would train in fp32.
         raise DataError(
@@ -191,8 +202,12 @@ def _aspect_ratios(index: CocoIndex) -> Any:
     return index.sizes_hw[:, 1] / index.sizes_hw[:, 0]
 
 
-def prepare_folder(config: TrainingConfig) -> Path:
-    """Makes the folder of a run.
+def prepare_folder(config: TrainingConfig, agents: list[dict[str, Any]]) -> bool:
+    """Makes the folder of a run; returns whether to go on with the run that is in it.
+
+    Args:
+        config: All settings.
+        agents: See `launch.agents`; what they have restarted goes on without being asked to.
 
     Raises:
         DataError: It has a run already and is not to be resumed, or it cannot be made.
@@ -202,13 +217,15 @@ def prepare_folder(config: TrainingConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"output: {folder} cannot be made ({error.strerror})") from error
-    if not resumes(config) and (folder / "metrics.jsonl").exists():
+    resumes = config.resume or launch.has_run(folder, agents)
+    if not resumes and (folder / "metrics.jsonl").exists():
         raise DataError(
             f"output: {folder} has a run already; pass --resume to go on with it, or another output"
         )
-    return folder
+    return resumes
 
 
-def resumes(config: TrainingConfig) -> bool:
-    """Whether to go on from a checkpoint: asked for, or restarted by torchrun after a failure."""
-    return config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def hyperparameters(config: TrainingConfig) -> dict[str, Any]:
+    """Returns the settings as trackers take them: numbers, booleans and text."""
+    values = config.to_dict()
+    return {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
 from cdetr_fast.training import DataError, TrainingConfig, TrainingStopped, train
@@ -142,14 +143,6 @@ def test_resumes_bitwise(settings, fails_at, tmp_path, crash):
     train(config)
     assert losses(config) == losses(whole)
     assert_same(final_state(config), final_state(whole))
-
-
-def test_resume_checks_that_it_is_the_same_run(settings):
-    config = TrainingConfig(**settings(max_steps=2))
-    train(config)
-    config.resume, config.batch_size, config.max_steps = True, 2, 4
-    with pytest.raises(DataError, match="had 4 images per step, now there are 2"):
-        train(config)
 
 
 def test_sigterm_saves_and_ends(settings, monkeypatch):
@@ -329,6 +322,38 @@ def test_full_disk_loses_nothing(tmp_path, caplog):
     assert torch.equal(load_checkpoint(old)["x"], torch.ones(10))
     new = save_checkpoint(tmp_path, 3, {"x": torch.ones(100_000)}, keep=1)
     assert list(tmp_path.iterdir()) == [new]
+
+
+@pytest.mark.parametrize("broken", ["samples", "evaluation", "curves", "model"])
+def test_what_cannot_be_written_is_written_after_resume(
+    settings, scenes, tmp_path, monkeypatch, caplog, broken
+):
+    """A full disk while results are written ends neither training nor its exit code well."""
+    raised = {
+        "samples": ("cdetr_fast.training.reporting.draw_images", OSError(28, "No space left")),
+        "evaluation": ("cdetr_fast.training.reporting.draw_confusion", OSError(28, "No space")),
+        "curves": ("cdetr_fast.training.reporting.draw_curves", OSError(28, "No space left")),
+        "model": ("safetensors.torch.save_file", SafetensorError("No space left on device")),
+    }
+    place, error = raised[broken]
+    val = str(scenes / "val" / "annotations.json")
+    config = TrainingConfig(**settings(val_annotations=val, evaluate_every=1, save_every=100))
+
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(place, full)
+    with pytest.raises(TrainingStopped, match=f"to the last step, but .*{broken}.*--resume"):
+        train(config)
+    assert "No space" in caplog.text
+    assert final_state(config)["step"] == 8
+    monkeypatch.undo()
+    result = train(dataclasses.replace(config, resume=True))
+    assert result["step"] == 8
+    run = tmp_path / "run"
+    names = ("samples/epoch_0002.jpg", "evaluation/confusion.png", "curves.png")
+    for name in (*names, "model/model.safetensors", "model/README.md", "best/model.safetensors"):
+        assert (run / name).exists(), name
 
 
 def test_broken_checkpoint(tmp_path):

@@ -136,7 +136,7 @@ def test_trains_and_resumes_bitwise(settings, shards, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="crash"):
         train(TrainingConfig(**broken))
     monkeypatch.undo()
-    with pytest.raises(DataError, match=r"had 1 loading workers, now there are 2"):
+    with pytest.raises(DataError, match=r"loading workers: 1 before, 2 now"):
         train(TrainingConfig(**(broken | {"resume": True, "num_workers": 2})))
     train(TrainingConfig(**(broken | {"resume": True})))
     losses = [
