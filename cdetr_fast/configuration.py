@@ -57,7 +57,12 @@ class ConditionalDetrConfig:
     """
 
     model_type: ClassVar[str] = "conditional_detr"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    # Trainer keeps all other outputs of an evaluation in memory; logits and boxes stay at 1 and 2.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        *("past_key_values", "auxiliary_outputs", "last_hidden_state"),
+        *("decoder_hidden_states", "decoder_attentions", "cross_attentions"),
+        *("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions"),
+    ]
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "num_attention_heads": "encoder_attention_heads",

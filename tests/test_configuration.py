@@ -72,7 +72,7 @@ def test_fields_equal_transformers(keywords):
 
 
 def test_class_attributes_equal_transformers():
-    for name in ("model_type", "attribute_map", "keys_to_ignore_at_inference"):
+    for name in ("model_type", "attribute_map"):
         expected = getattr(transformers.ConditionalDetrConfig, name)
         assert getattr(ConditionalDetrConfig, name) == expected
 

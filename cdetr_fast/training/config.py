@@ -55,7 +55,7 @@ class TrainingConfig:
         None, "checkpoint to start from: hub name, folder or the authors' .pth", "model"
     )
     head: Literal["auto", "keep", "new"] = _setting(
-        "auto", "class head of `model`: auto keeps it if the class names agree", "model"
+        "auto", "class head of `model`: auto keeps the rows of all classes if it has them", "model"
     )
     backbone: str = _setting("resnet50", "timm backbone of a new model", "model")
     backbone_weights: str = _setting(

@@ -30,6 +30,9 @@ _MODELS = {
 }
 
 
+_FROM_THE_DATA = ("num_labels", "id2label", "label2id")
+
+
 def build_model(config: TrainingConfig, classes: Sequence[str]) -> nn.Module:
     """Builds the model of a run, in training mode and fp32.
 
@@ -40,6 +43,12 @@ def build_model(config: TrainingConfig, classes: Sequence[str]) -> nn.Module:
     Raises:
         DataError: The checkpoint, the backbone's weights or an option cannot be used.
     """
+    for name in _FROM_THE_DATA:
+        if name in config.model_options:
+            raise DataError(
+                f"model_options: {name} comes from the categories of the training set "
+                f"({len(classes)}: {_short(classes)}); leave it out, or change the categories there"
+            )
     torch.manual_seed(config.seed)
     model = _from_checkpoint(config, classes) if config.model else _new(config, classes)
     if config.gradient_checkpointing:
@@ -85,21 +94,17 @@ def _from_checkpoint(config: TrainingConfig, classes: Sequence[str]) -> nn.Modul
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"model: {error}") from error
     names = [model.config.id2label.get(i) for i in range(model.config.num_labels)]
-    agrees = names == list(classes)
-    if config.head == "keep" and not agrees:
-        raise DataError(
-            f"head: expected the classes of {config.model} ({len(names)}: {_short(names)}) to be "
-            f"those of the training set ({len(classes)}: {_short(classes)}); pass --head new to "
-            "start with a new class head"
-        )
-    if config.head == "new" or not agrees:
-        logger.warning(
-            "%s: new class head for %d classes (the checkpoint has %d)",
-            config.model,
-            len(classes),
-            len(names),
-        )
-        _replace_head(model, classes)
+    if config.head == "keep" or (config.head == "auto" and set(classes) <= set(names)):
+        if names != list(classes):
+            _keep_rows(model, names, classes, config.model)
+        return model
+    logger.warning(
+        "%s: new class head for %d classes (the checkpoint has %d)",
+        config.model,
+        len(classes),
+        len(names),
+    )
+    _set_head(model, classes)
     return model
 
 
@@ -107,7 +112,30 @@ def _short(names: Sequence[str]) -> str:
     return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
-def _replace_head(model: nn.Module, classes: Sequence[str]) -> None:
+def _keep_rows(
+    model: nn.Module, names: Sequence[str | None], classes: Sequence[str], source: str
+) -> None:
+    """Gives the model a class head with the rows of its old one that are for the classes.
+
+    COCO's checkpoints have 91 names, 11 of them "N/A", for a set of 80 classes.
+    """
+    missing = [name for name in classes if name not in names]
+    if missing:
+        raise DataError(
+            f"head: expected the classes of {source} ({len(names)}: {_short(names)}) to have those "
+            f"of the training set ({len(classes)}), but there is no {_short(missing)}; pass --head "
+            "new to start with a new class head"
+        )
+    old = _detector(model).class_labels_classifier
+    rows = torch.tensor([names.index(name) for name in classes])
+    logger.info("%s: class head kept, %d of %d classes", source, len(classes), len(names))
+    head = _set_head(model, classes)
+    with torch.no_grad():
+        head.weight.copy_(old.weight[rows])
+        head.bias.copy_(old.bias[rows])
+
+
+def _set_head(model: nn.Module, classes: Sequence[str]) -> nn.Linear:
     """Gives the model a class head for other classes, which starts at the focal prior.
 
     With a bias of 0 every class would start at probability 0.5, and the first thousands of steps
@@ -119,6 +147,7 @@ def _replace_head(model: nn.Module, classes: Sequence[str]) -> None:
     detector.class_labels_classifier = head
     for name, value in _labels(classes).items():
         setattr(model.config, name, value)
+    return head
 
 
 def load_backbone(model: nn.Module, source: str) -> None:

@@ -76,3 +76,42 @@ def test_accelerate(root, scenes, checkpoint, tmp_path, accumulate):
     assert "epoch 1: loss " in out
     assert "'AP50': " in out.splitlines()[-1]
     assert_trained(checkpoint, tmp_path / "run")
+
+
+def test_trainer_keeps_little_of_an_evaluation(scenes, checkpoint, tmp_path):
+    """Loss parts, logits and boxes of each batch, where transformers' example looks for them."""
+    transformers = pytest.importorskip("transformers")
+    model = ConditionalDetrForObjectDetection.from_pretrained(checkpoint, auxiliary_loss=True)
+    model.config.output_attentions = model.config.output_hidden_states = True
+    labels = {"class_labels": torch.tensor([1]), "boxes": torch.full((1, 4), 0.5)}
+    items = [{"pixel_values": torch.randn(3, 64, 64), "labels": labels} for _ in range(3)]
+    kept = []
+
+    def compute_metrics(evaluated):
+        kept.extend(evaluated.predictions)
+        return {}
+
+    def collate(items):
+        pixels = torch.stack([x["pixel_values"] for x in items])
+        return {"pixel_values": pixels, "labels": [x["labels"] for x in items]}
+
+    trainer = transformers.Trainer(
+        model,
+        transformers.TrainingArguments(
+            str(tmp_path / "trainer"),
+            per_device_eval_batch_size=2,
+            eval_do_concat_batches=False,
+            remove_unused_columns=False,
+            use_cpu=True,
+            report_to="none",
+        ),
+        data_collator=collate,
+        eval_dataset=items,
+        compute_metrics=compute_metrics,
+    )
+    trainer.evaluate()
+    assert [len(batch) for batch in kept] == [3, 3]
+    for batch, images in zip(kept, (2, 1), strict=True):
+        assert isinstance(batch[0], dict)
+        assert batch[1].shape == (images, 12, 2)
+        assert batch[2].shape == (images, 12, 4)

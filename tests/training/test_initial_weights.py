@@ -58,5 +58,32 @@ def test_head_of_a_checkpoint(settings, tmp_path):
     # the focal prior: every class starts at 0.01
     assert new.class_labels_classifier.bias.sigmoid().tolist() == pytest.approx([0.01] * 3)
     assert torch.equal(kept.bbox_predictor.layers[0].weight, new.bbox_predictor.layers[0].weight)
-    with pytest.raises(DataError, match=r"head: expected the classes of .*--head new"):
-        build_model(TrainingConfig(**start, head="keep"), ["c", "d", "e"])
+    with pytest.raises(DataError, match=r"head: expected .* there is no c, e; pass --head new"):
+        build_model(TrainingConfig(**start, head="keep"), ["c", "b", "e"])
+
+
+@pytest.mark.parametrize("head", ["auto", "keep", "new"])
+def test_rows_of_a_larger_head(settings, tmp_path, head):
+    """As COCO's checkpoints, whose names have "N/A" in them, for COCO's 80 classes."""
+    names = ["N/A", "person", "bicycle", "N/A", "car"]
+    source = build_model(TrainingConfig(**settings()), [*names[:3], "x", "car"])
+    torch.nn.init.normal_(source.class_labels_classifier.bias)
+    source.config.id2label = dict(enumerate(names))
+    source.save_pretrained(tmp_path / "first")
+    start = settings(model=str(tmp_path / "first"), model_options={}, head=head)
+    model = build_model(TrainingConfig(**start), ["car", "person", "bicycle"])
+    assert model.config.id2label == {0: "car", 1: "person", 2: "bicycle"}
+    old, new = source.class_labels_classifier, model.class_labels_classifier
+    same = [
+        torch.equal(a[[4, 1, 2]], b) for a, b in ((old.weight, new.weight), (old.bias, new.bias))
+    ]
+    assert same == [head != "new"] * 2
+
+
+@pytest.mark.parametrize("name", ["num_labels", "id2label"])
+def test_number_of_classes_comes_from_the_data(settings, name):
+    options = settings()["model_options"] | {name: 91}
+    with pytest.raises(
+        DataError, match=f"model_options: {name} comes from the categories .*2: a, b"
+    ):
+        build_model(TrainingConfig(**settings(model_options=options)), CLASSES)
