@@ -56,7 +56,8 @@ class Record:
     def detections(self) -> Detections:
         images = np.repeat(np.arange(len(self.found)), [len(f[0]) for f in self.found])
         columns = (np.concatenate(column) for column in zip(*self.found, strict=True))
-        return Detections(images, *columns, failures=[])
+        evaluated = np.arange(len(self.found))
+        return Detections(images, *columns, failures=[], evaluated=evaluated)
 
 
 def run(models: dict[str, Any], processor: Any, index: CocoIndex) -> dict[str, Record]:

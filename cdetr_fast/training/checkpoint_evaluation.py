@@ -34,6 +34,7 @@ def evaluate(
     device: str = "auto",
     threshold: float = 0.5,
     bad_labels: str = "stop",
+    bad_images: str = "stop",
 ) -> Evaluation | None:
     """Evaluates a checkpoint, on all processes that `torchrun` started.
 
@@ -50,6 +51,8 @@ def evaluate(
         threshold: Lowest score that counts in the confusion, among the worst images and for a
             segment. AP and AR take all scores.
         bad_labels: "stop" or "drop", as in training.
+        bad_images: "stop" makes images that cannot be read an error; "skip" leaves them out of the
+            figures, and reports them.
 
     Returns:
         The figures; None on all processes but the first.
@@ -84,10 +87,13 @@ def evaluate(
     found = predict(network, loader, *statistics, accelerator, observe=segments)
     if segments is not None:
         segments.gather(accelerator)
+    if found.failures and bad_images == "stop":
+        raise DataError(found.described_failures())
+    index, found = found.without_failures(index)
     if not accelerator.is_main_process:
         return None
-    for failure in found.failures:
-        print(f"not evaluated: {failure}")
+    if found.failures:
+        print(f"{found.described_failures()}\nthey are left out of the figures")
     evaluation = evaluate_detections(index, found, segments)
     if output is not None:
         write_evaluation(index, found, evaluation, Path(output), threshold)

@@ -63,6 +63,12 @@ def evaluate_command(arguments: Sequence[str]) -> None:
         "--threshold", type=float, default=0.5, help="lowest score in confusion, pictures, segments"
     )
     parser.add_argument("--bad-labels", choices=("stop", "drop"), default="stop")
+    parser.add_argument(
+        "--bad-images",
+        choices=("stop", "skip"),
+        default="stop",
+        help="skip leaves images that cannot be read out of the figures",
+    )
     options = vars(parser.parse_args(arguments))
 
     def run() -> None:

@@ -45,7 +45,7 @@ class TrainingConfig:
         "stop", "what to do with labels that cannot be right", "data"
     )
     bad_images: Literal["stop", "skip"] = _setting(
-        "stop", "what to do with an image that cannot be read during training", "data"
+        "stop", "what to do with an image that cannot be read, in training or evaluation", "data"
     )
     num_workers: int = _setting(2, "processes that load images; 0 = the main one", "data")
 

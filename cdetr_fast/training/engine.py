@@ -251,13 +251,16 @@ class Engine:
     def _stop(self) -> None:
         """Saves the state and raises."""
         self._save()
-        where = f"Step {self.step} is saved in {self.folder / 'checkpoints'}; go on with --resume"
+        where = self._saved()
         received = self.signals.received
         if self.failure is not None:
             raise TrainingStopped(f"{self.failure}\n{where}")
         if received is not None:
             raise TrainingStopped(f"stopped by signal {received}\n{where}", 128 + received)
         raise TrainingStopped(f"{self.stop_reason}\n{where}")
+
+    def _saved(self) -> str:
+        return f"Step {self.step} is saved in {self.folder / 'checkpoints'}; go on with --resume"
 
     # state ----------------------------------------------------------------------------------------
 
@@ -345,21 +348,22 @@ class Engine:
             found = reporting.predict(
                 model, loader, *self.statistics, self.accelerator, observe=segments
             )
+            if found.failures and self.config.bad_images == "stop":  # on all processes
+                raise TrainingStopped(f"{found.described_failures()}\n{self._saved()}")
             if segments is not None:
                 segments.gather(self.accelerator)
+            index, found = found.without_failures(self.val_index)
             if self.is_main:
-                evaluation = reporting.score_epoch(self, found, segments)
+                evaluation = reporting.score_epoch(self, index, found, segments)
                 self.result = evaluation.stats
                 figure = self.result["AP" if segments is None else "PQ"]
                 is_best = figure >= self.best  # the newest of equals: PQ stays 0 for a while
                 self.best = figure if is_best else self.best
-                self._write("samples", lambda _: reporting.draw_samples(self, found))
+                self._write("samples", lambda _: reporting.draw_samples(self, index, found))
                 if last:
                     self._write(
                         "evaluation",
-                        lambda path: reporting.write_evaluation(
-                            self.val_index, found, evaluation, path
-                        ),
+                        lambda path: reporting.write_evaluation(index, found, evaluation, path),
                     )
         weights = self.accelerator.get_state_dict(self.model)
         if self.is_main:

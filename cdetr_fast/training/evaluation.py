@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torchvision.ops import box_iou
 from cdetr_fast.image_processing.post_processing import detections as to_detections
 from cdetr_fast.training.coco import CocoIndex
 from cdetr_fast.training.dataset import Batch
+from cdetr_fast.training.errors import DataError
 
 if TYPE_CHECKING:
     from cdetr_fast.training.panoptic import PanopticScorer
@@ -24,6 +25,7 @@ _STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 _STATS += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 
 _PER_IMAGE = 100  # detections, as COCO's rules have it
+_FAILURES_SHOWN = 20
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Detections:
         scores: fp32 `[n]`, falling within an image.
         boxes_xyxy: fp32 `[n, 4]`, pixels.
         failures: What was wrong with images that could not be read.
+        evaluated: int64 `[N]` indices of the images that could be read, rising.
     """
 
     images: np.ndarray
@@ -43,10 +46,44 @@ class Detections:
     scores: np.ndarray
     boxes_xyxy: np.ndarray
     failures: list[str]
+    evaluated: np.ndarray
 
     def of_image(self, image: int) -> slice:
         """Returns where the detections of an image are; images come in rising order."""
         return slice(*np.searchsorted(self.images, [image, image + 1]).tolist())
+
+    def without_failures(self, index: CocoIndex) -> tuple[CocoIndex, Detections]:
+        """Leaves images that could not be read out of the truth, where they would count as missed.
+
+        Args:
+            index: The truth on all images.
+
+        Returns:
+            The truth on the images that could be read, and the detections on it.
+
+        Raises:
+            DataError: No image could be read.
+        """
+        if not self.failures:
+            return index, self
+        if not len(self.evaluated):
+            first = self.failures[0]
+            raise DataError(f"{index.path}: not one image could be read; the first: {first}")
+        chosen = np.zeros(len(index), dtype=bool)
+        chosen[self.evaluated] = True
+        return index.select(chosen, np.ones(index.num_objects, dtype=bool)), replace(
+            self,
+            images=np.searchsorted(self.evaluated, self.images),
+            evaluated=np.arange(len(self.evaluated)),
+        )
+
+    def described_failures(self) -> str:
+        """Returns how many images could not be read, and why; one line for each of the first."""
+        total = len(self.evaluated) + len(self.failures)
+        lines = [f"{len(self.failures)} of {total} images could not be read:"]
+        lines += self.failures[:_FAILURES_SHOWN]
+        more = len(self.failures) - _FAILURES_SHOWN
+        return "\n".join(lines + ([f"and {more} more"] if more > 0 else []))
 
 
 @torch.no_grad()
@@ -58,7 +95,7 @@ def predict(
     accelerator: Any = None,
     observe: Callable[[Batch, Any], None] | None = None,
 ) -> Detections:
-    """Runs a model over batches and collects what all processes found.
+    """Runs a model over batches and collects what all processes found, the same on each of them.
 
     Args:
         model: A detection or segmentation model; left in the mode it came in.
@@ -74,6 +111,7 @@ def predict(
     columns: list[list[np.ndarray]] = [[np.zeros(0, np.int64)], [np.zeros(0, np.int64)]]
     columns += [[np.zeros(0, np.float32)], [np.zeros((0, 4), np.float32)]]
     failures: list[str] = []
+    evaluated: list[int] = []
     for batch in batches:
         failures += batch.failures
         batch.fill_if_empty()
@@ -86,6 +124,7 @@ def predict(
         for row, (image, counted) in enumerate(zip(batch.indices, batch.counted, strict=True)):
             if not counted:
                 continue
+            evaluated.append(image)
             count = counts[row]
             values = (np.full(count, image), labels[row], scores[row], boxes[row])
             for column, value in zip(columns, values, strict=True):
@@ -94,14 +133,20 @@ def predict(
             observe(batch, outputs)
     model.train(was_training)
     merged = [np.concatenate(column) for column in columns]
+    seen = np.array(evaluated, dtype=np.int64)
     if accelerator is not None and accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
-        parts = gather_object([(merged, failures)])
+        parts = gather_object([(merged, failures, seen)])
         merged = [np.concatenate(column) for column in zip(*(p[0] for p in parts), strict=True)]
         failures = list(itertools.chain.from_iterable(p[1] for p in parts))
+        seen = np.concatenate([p[2] for p in parts])
     order = np.argsort(merged[0], kind="stable")
-    return Detections(*(column[order] for column in merged), failures=sorted(set(failures)))
+    return Detections(
+        *(column[order] for column in merged),
+        failures=sorted(set(failures)),  # an image that fills up a batch may fail twice
+        evaluated=np.sort(seen),
+    )
 
 
 @dataclass

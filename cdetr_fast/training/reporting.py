@@ -34,24 +34,26 @@ __all__ = ["draw_run", "draw_samples", "predict", "score_epoch", "write_evaluati
 _WORST = 8
 
 
-def score_epoch(engine: Any, found: Detections, panoptic: PanopticScorer | None) -> Evaluation:
+def score_epoch(
+    engine: Any, index: CocoIndex, found: Detections, panoptic: PanopticScorer | None
+) -> Evaluation:
     """Scores the detections of an epoch and logs the figures.
 
     Args:
         engine: The run.
-        found: Detections on its validation set.
+        index: The validation set, as far as it could be read.
+        found: Detections on it.
         panoptic: What scored the segments, if there are any.
     """
-    evaluation = evaluate_detections(engine.val_index, found, panoptic)
-    for failure in found.failures:
-        print(f"not evaluated: {failure}")
+    evaluation = evaluate_detections(index, found, panoptic)
+    if found.failures:
+        print(f"{found.described_failures()}\nthey are left out of the figures")
     engine.log.write("eval", engine.step, {"epoch": engine.epoch} | plain(evaluation.stats))
     return evaluation
 
 
-def draw_samples(engine: Any, found: Detections) -> None:
+def draw_samples(engine: Any, index: CocoIndex, found: Detections) -> None:
     """Draws some validation images with what was found in this epoch."""
-    index = engine.val_index
     count = min(engine.config.sample_pictures, len(index))
     if count:
         chosen = np.linspace(0, len(index) - 1, count).round().astype(int).tolist()

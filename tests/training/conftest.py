@@ -1,6 +1,9 @@
 """Small scenes, small models, and settings that train them in seconds."""
 
+import shutil
+
 import pytest
+from PIL import Image
 
 from cdetr_fast.scenes import write_coco_dataset
 
@@ -23,6 +26,21 @@ def scenes(tmp_path_factory):
     write_coco_dataset(folder / "train", range(14), (64, 80))
     write_coco_dataset(folder / "val", range(100, 105), (64, 80))
     return folder
+
+
+@pytest.fixture
+def damage(scenes, tmp_path):
+    """Copies a split of the scenes, with one image cut short; returns the annotation file."""
+
+    def copy(split, name):
+        folder = tmp_path / f"damaged_{split}"
+        shutil.copytree(scenes / split, folder)
+        victim = folder / name
+        Image.open(victim).save(folder / "x.jpg")
+        victim.write_bytes((folder / "x.jpg").read_bytes()[:700])
+        return folder / "annotations.json"
+
+    return copy
 
 
 @pytest.fixture

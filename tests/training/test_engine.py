@@ -4,13 +4,13 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
@@ -280,16 +280,9 @@ def test_accumulation_is_one_large_batch(settings, tmp_path):
 
 
 @pytest.fixture
-def damaged(settings, scenes, tmp_path):
+def damaged(settings, damage):
     """Settings of a run in which one image is cut short."""
-    folder = tmp_path / "damaged"
-    folder.mkdir()
-    for path in (scenes / "train").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    victim = folder / "000003.png"
-    Image.open(victim).save(folder / "x.jpg")
-    victim.write_bytes((folder / "x.jpg").read_bytes()[:700])
-    return settings(train_annotations=str(folder / "annotations.json"), epochs=1)
+    return settings(train_annotations=str(damage("train", "000003.png")), epochs=1)
 
 
 def test_unreadable_image_stops_with_a_saved_state(damaged):
@@ -305,6 +298,41 @@ def test_unreadable_image_is_skipped(damaged, caplog):
     config = TrainingConfig(**damaged | {"bad_images": "skip", "batch_size": 1})
     assert train(config)["step"] == 14
     assert "000003.png (image id 3): cannot be read" in caplog.text
+
+
+def test_unreadable_validation_image(settings, scenes, damage, caplog, capsys):
+    """Stops with the state saved, and a resumed run evaluates before all else; or is left out."""
+    path = damage("val", "000002.png")
+    options = {"val_annotations": str(path), "epochs": 2, "evaluate_every": 1}
+    config = TrainingConfig(**settings(**options, output=str(path.parent / "run")))
+    message = r"1 of 5 images could not be read:\n.*000002.png \(image id 2\): .*\nStep 4 is saved"
+    with pytest.raises(TrainingStopped, match=message):
+        train(config)
+    assert rows(config, "eval") == []
+
+    skipping = TrainingConfig(**settings(**options, bad_images="skip"))
+    train(skipping)
+    assert "they are left out of the figures" in capsys.readouterr().out
+
+    shutil.copy(scenes / "val" / "000002.png", path.parent)
+    train(dataclasses.replace(config, resume=True))
+    assert [row["step"] for row in rows(config, "eval")] == [4, 8]
+    assert losses(config) == losses(skipping)  # the figures alone differ
+
+    content = json.loads(path.read_text())
+    content["images"] = [image for image in content["images"] if image["id"] != 2]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 2]
+    path.write_text(json.dumps(content))
+    without = TrainingConfig(**settings(**options, output=str(path.parent / "without")))
+    train(without)
+    skipped, whole, expected = (
+        json.loads((Path(c.output) / "evaluation" / "metrics.json").read_text())
+        for c in (skipping, config, without)
+    )
+    assert len(skipped["not_evaluated"]) == 1
+    for name in ("images", "stats", "classes"):
+        assert skipped[name] == expected[name]
+    assert (whole["images"], skipped["images"]) == (5, 4)
 
 
 def test_full_disk_loses_nothing(tmp_path, caplog):

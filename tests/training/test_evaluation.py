@@ -1,7 +1,9 @@
 """AP and AR as pycocotools has them; each image once; confusion by hand."""
 
 import contextlib
+import dataclasses
 import io
+import json
 
 import numpy as np
 import pytest
@@ -32,7 +34,12 @@ def noisy(index, seed=0):
     order = np.argsort(owner, kind="stable")
     scores = rng.random(len(owner)).astype(np.float32)
     return Detections(
-        owner[order], labels[order], scores[order], boxes[order].astype(np.float32), []
+        owner[order],
+        labels[order],
+        scores[order],
+        boxes[order].astype(np.float32),
+        failures=[],
+        evaluated=np.arange(len(index)),
     )
 
 
@@ -69,9 +76,8 @@ def test_figures_are_those_of_pycocotools(index):
 
 def test_no_detections(index):
     found = noisy(index)
-    none = Detections(
-        found.images[:0], found.labels[:0], found.scores[:0], found.boxes_xyxy[:0], []
-    )
+    names = ("images", "labels", "scores", "boxes_xyxy")
+    none = dataclasses.replace(found, **{name: getattr(found, name)[:0] for name in names})
     assert evaluate_detections(index, none).stats["AP"] == 0
 
 
@@ -99,7 +105,8 @@ def test_confusion():
         np.array(
             [[0, 0, 10, 9], [20, 20, 30, 30], [35, 35, 44, 44], [1, 1, 5, 5]], dtype=np.float32
         ),
-        [],
+        failures=[],
+        evaluated=np.arange(2),
     )
     first, second = confusion_matrices(index, found)
     assert first.tolist() == [[1, 0, 0], [1, 0, 1], [0, 0, 0]]  # the third was below the threshold
@@ -149,3 +156,38 @@ def test_evaluates_a_checkpoint(scenes, checkpoint, tmp_path):
     }
     with pytest.raises(DataError, match="model: nowhere"):
         evaluate("nowhere", scenes / "val" / "annotations.json", device="cpu")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_unreadable_images(checkpoint, damage, tmp_path, capsys, batch_size):
+    """They are an error, or left out of the figures: not objects that were missed."""
+    path = damage("val", "000003.png")
+    options = {"batch_size": batch_size, "num_workers": 0, "device": "cpu"}
+    message = r"1 of 5 images .*\n.*000003.png \(image id 3\): cannot be read .*--bad-images skip"
+    with pytest.raises(DataError, match=message):
+        evaluate(checkpoint, path, **options)
+    skipped = evaluate(checkpoint, path, output=tmp_path / "out", bad_images="skip", **options)
+    assert "1 of 5 images could not be read" in capsys.readouterr().out
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert written["images"] == 4
+    assert len(written["not_evaluated"]) == 1
+
+    content = json.loads(path.read_text())
+    content["images"] = [image for image in content["images"] if image["id"] != 3]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 3]
+    path.write_text(json.dumps(content))
+    without = evaluate(checkpoint, path, **options)
+    assert skipped.stats == pytest.approx(without.stats, abs=1e-6, nan_ok=True)
+    assert [c["objects"] for c in skipped.classes] == [c["objects"] for c in without.classes]
+
+
+def test_not_one_readable_image(checkpoint, scenes, tmp_path):
+    content = json.loads((scenes / "val" / "annotations.json").read_text())
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(content))
+    for image in content["images"]:
+        (tmp_path / image["file_name"]).write_text("no picture")
+    with pytest.raises(
+        DataError, match=r"annotations.json: not one image could be read; the first"
+    ):
+        evaluate(checkpoint, path, bad_images="skip", num_workers=0, device="cpu")
