@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -140,7 +141,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name, kind in _kinds().items():
-            setattr(self, name, _checked(name, getattr(self, name), kind))
+            value = _checked(name, getattr(self, name), kind)
+            setattr(self, name, value)
+            if isinstance(value, float):
+                self._require(name, math.isfinite(value), "a finite number")
         for name in (
             *("flip_probability", "vertical_flip_probability", "crop_probability"),
             *("color_jitter", "final_learning_rate"),

@@ -62,6 +62,8 @@ def test_round_trip(tmp_path):
         ("batch_size: two", "batch_size: expected int, got 'two'"),
         ("batch_size: 0", "batch_size: expected an integer of at least 1, got 0"),
         ("flip_probability: 2", "flip_probability: expected a number from 0 to 1, got 2.0"),
+        ("learning_rate: .inf", "learning_rate: expected a finite number, got inf"),
+        ("max_grad_norm: .nan", "max_grad_norm: expected a finite number, got nan"),
         ("scales: [a]", r"scales: expected a list of int, got \['a'\]"),
         ("crop_sizes: [9, 3]", "crop_sizes: expected two positive integers"),
         ("schedule: linear", r"schedule: expected one of \['step', 'cosine', 'constant'\]"),

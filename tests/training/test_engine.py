@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
 from cdetr_fast.training import DataError, TrainingConfig, TrainingStopped, train
 from cdetr_fast.training.engine import Engine
+from cdetr_fast.training.run_log import RunLog, read_rows
 from cdetr_fast.training.run_state import checkpoint_files, load_checkpoint, save_checkpoint
 from cdetr_fast.training.signals import StopSignals
-from cdetr_fast.training.step import TrainingStep
+from cdetr_fast.training.step import StepReport, TrainingStep
 
 
 def rows(config, kind="train"):
@@ -389,6 +390,67 @@ def test_broken_checkpoint(tmp_path):
     path.write_bytes(b"PK half of it")
     with pytest.raises(DataError, match=r"step-00000001.pt: broken .* remove it"):
         load_checkpoint(path)
+
+
+def test_a_variable_of_accelerate_does_not_scale_gradients(settings, tmp_path, monkeypatch):
+    runs = []
+    for steps in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        config = TrainingConfig(**settings(max_steps=2, output=str(tmp_path / steps)))
+        train(config)
+        runs.append([row["grad_norm"] for row in rows(config)])
+    assert runs[0] == runs[1]
+
+
+def test_trackers(settings, tmp_path, monkeypatch):
+    config = TrainingConfig(**settings(max_steps=1, trackers=["tensorboard"], ema_decay=0.5))
+    train(config)
+    (path,) = (tmp_path / "run" / "training").rglob("hparams.yml")
+    text = path.read_text()
+    assert "ema_decay: 0.5" in text
+    assert "learning_rate: 0.001" in text
+    monkeypatch.setattr("accelerate.tracking._available_trackers", ["tensorboard"])
+    with pytest.raises(DataError, match=r"trackers: wandb not installed .* pip install wandb"):
+        train(TrainingConfig(**settings(trackers=["wandb", "tensorboard"])))
+    with pytest.raises(DataError, match=r"trackers.*nonsense"):
+        train(TrainingConfig(**settings(trackers=["nonsense"])))
+
+
+def test_rate_is_not_that_of_two_reports_at_once(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    log = RunLog(tmp_path / "metrics.jsonl", 1, 10, lambda *a, **k: None)
+    report = StepReport(0, {"loss": 1.0}, 1.0, False, False, 8, 3, [])
+    rates = []
+    for number, seconds in enumerate((3.0, 1e-4, 1.0, 1.0)):
+        now[0] += seconds
+        log.add(dataclasses.replace(report, step=number), {})
+        rates.append(log.rate)
+    assert rates == [None, None, pytest.approx(16, rel=1e-3), pytest.approx(16, rel=1e-3)]
+    written = [row["images_per_second"] for row in read_rows(tmp_path / "metrics.jsonl")]
+    assert written[:2] == [None, None]
+    assert written[2] == pytest.approx(16, rel=1e-2)
+
+
+def test_compiled(settings, tmp_path, monkeypatch):
+    """The losses of a run without; torch traces it, the code generation is left out for its time."""
+    compiled = []
+
+    def compile_quickly(model, original=torch.nn.Module.compile):
+        compiled.append(model)
+        original(model, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    found = []
+    for compile in (False, True):
+        config = TrainingConfig(
+            **settings(max_steps=2, compile=compile, output=str(tmp_path / str(compile)))
+        )
+        train(config)
+        found.append(losses(config))
+    assert len(compiled) == 1
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    ConditionalDetrForObjectDetection.from_pretrained(tmp_path / "True" / "model", strict=True)
 
 
 def test_fp16_on_a_cpu_is_refused(settings):
