@@ -6,7 +6,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
+
+from cdetr_fast import (
+    ConditionalDetrConfig,
+    ConditionalDetrForObjectDetection,
+    ConditionalDetrImageProcessor,
+)
+from cdetr_fast.key_maps import to_authors
+from cdetr_fast.scenes import CLASSES
+from cdetr_fast.training.run_state import checkpoint_files, load_checkpoint
 
 
 @pytest.fixture
@@ -98,6 +108,68 @@ def test_from_a_yolo_folder_to_figures(cdetr_fast, yolo, settings, scenes, tmp_p
     done = cdetr_fast("train", "--config", "settings.yaml", *flags, "--output", "run")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("cdetr-fast: output: run has a run already")
+
+
+def test_from_a_file_of_the_authors(cdetr_fast, scenes, tmp_path):
+    """A class head for the data; all other weights are those of the file, while nothing learns."""
+    options = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 32, "num_queries": 7}
+    options |= {f"{x}_ffn_dim": 32 for x in ("encoder", "decoder")}
+    model = ConditionalDetrForObjectDetection(
+        ConditionalDetrConfig(backbone="resnet18", num_labels=91, **options)
+    )
+    source = tmp_path / "work" / "authors.pth"
+    torch.save({"model": to_authors(model.state_dict()), "epoch": 49}, source)
+    done = cdetr_fast(
+        *(
+            "train",
+            "--model",
+            source.name,
+            "--train-annotations",
+            scenes / "train/annotations.json",
+        ),
+        *("--max-steps", 1, "--batch-size", 2, "--device", "cpu", "--num-workers", 0),
+        *("--scales", 64, "--crop-probability", 0, "--learning-rate", 0),
+        *("--backbone-learning-rate", 0, "--output", "run"),
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "work" / "run" / "model"
+    trained = ConditionalDetrForObjectDetection.from_pretrained(folder, strict=True)
+    assert list(trained.config.id2label.values()) == list(CLASSES)
+    for name, value in model.state_dict().items():
+        if not name.startswith("class_labels_classifier"):
+            assert torch.equal(trained.state_dict()[name], value), name
+    size = ConditionalDetrImageProcessor.from_pretrained(folder).size
+    assert size == {"shortest_edge": 800, "longest_edge": 1333}
+
+
+def test_accelerate_launch(root, settings, tmp_path):
+    """Two processes by Accelerate's launcher do one run."""
+    values = settings(output=str(tmp_path / "run"), max_steps=2, batch_size=2)
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
+    done = subprocess.run(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "accelerate.commands.launch",
+                "--multi_gpu",
+                "--num_processes",
+                "2",
+            ),
+            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            *("--main_process_port", "0", "-m", "cdetr_fast.training"),
+            *("--config", str(tmp_path / "settings.yaml")),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("2 steps") == 1
+    state = load_checkpoint(checkpoint_files(tmp_path / "run" / "checkpoints")[-1])
+    assert state["run"]["images per step"] == 4
+    assert len(state["random"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -433,7 +433,7 @@ def test_rate_is_not_that_of_two_reports_at_once(tmp_path, monkeypatch):
 
 
 def test_compiled(settings, tmp_path, monkeypatch):
-    """The losses of a run without; torch traces it, the code generation is left out for its time."""
+    """The losses of a run without. Torch traces it; code generation is left out, for its time."""
     compiled = []
 
     def compile_quickly(model, original=torch.nn.Module.compile):
