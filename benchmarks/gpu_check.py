@@ -177,7 +177,15 @@ def _missing_imports(path: Path) -> list[str]:
             names.add(node.module.split(".")[0])
     if "oracle" in names:
         names |= {"transformers", "timm"}
-    own = {"oracle", "interpreter", "threads", "topk_cases", "training_cases"}
+    own = {
+        "oracle",
+        "interpreter",
+        "threads",
+        "topk_cases",
+        "training_cases",
+        "training_settings",
+        "accelerate_state",
+    }
     return sorted(name for name in names - own if importlib.util.find_spec(name) is None)
 
 

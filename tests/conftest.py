@@ -1,11 +1,11 @@
 """What several test files share."""
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate_state import forget_accelerate_state
 from hypothesis import settings
 from PIL import Image
 
@@ -26,10 +26,7 @@ def root() -> Path:
 def _own_accelerate_state():
     """Accelerate keeps its settings for the whole process; each test leaves none behind."""
     yield
-    state = sys.modules.get("accelerate.state")
-    if state is not None:
-        state.AcceleratorState._reset_state(reset_partial_state=True)
-        state.GradientState._reset_state()
+    forget_accelerate_state()
 
 
 @pytest.fixture(scope="session")

@@ -1,31 +1,17 @@
-"""Small scenes, small models, and settings that train them in seconds."""
+"""Fixtures of `training_settings`."""
 
+import functools
 import shutil
 
 import pytest
 from PIL import Image
-
-from cdetr_fast.scenes import write_coco_dataset
-
-MODEL = {
-    "d_model": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "num_queries": 12,
-}
+from training_settings import short_run, write_scenes
 
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """A folder with `train` (14 scenes) and `val` (5 scenes), 64 x 80 pixels."""
-    folder = tmp_path_factory.mktemp("scenes")
-    write_coco_dataset(folder / "train", range(14), (64, 80))
-    write_coco_dataset(folder / "val", range(100, 105), (64, 80))
-    return folder
+    return write_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 @pytest.fixture
@@ -46,28 +32,4 @@ def damage(scenes, tmp_path):
 @pytest.fixture
 def settings(scenes, tmp_path):
     """Settings of a run of two epochs with four steps each; keyword arguments change them."""
-
-    def make(**changes):
-        values = {
-            "train_annotations": str(scenes / "train" / "annotations.json"),
-            "output": str(tmp_path / "run"),
-            "backbone": "test_resnet",
-            "backbone_weights": "none",
-            "model_options": MODEL,
-            "scales": [48, 64],
-            "crop_scales": [64],
-            "crop_sizes": [40, 64],
-            "eval_size": 64,
-            "max_size": 96,
-            "epochs": 2,
-            "batch_size": 4,
-            "num_workers": 0,
-            "device": "cpu",
-            "log_every": 1,
-            "evaluate_every": 100,  # and at the end
-            "learning_rate": 1e-3,
-            "backbone_learning_rate": 1e-4,
-        }
-        return values | changes
-
-    return make
+    return functools.partial(short_run, scenes, tmp_path / "run")

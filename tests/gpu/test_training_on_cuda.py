@@ -1,0 +1,96 @@
+"""`train` on a GPU: every precision learns, graphs too, and a run that was broken off goes on."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate_state import forget_accelerate_state
+from training_settings import short_run, write_scenes
+
+pytest.importorskip("accelerate")
+pytest.importorskip("faster_coco_eval")
+
+from cdetr_fast.training import TrainingConfig, TrainingStopped, train
+from cdetr_fast.training.run_state import checkpoint_files, load_checkpoint
+from cdetr_fast.training.step import TrainingStep
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerate_state():
+    """Also where the tests' conftest.py cannot be imported."""
+    yield
+    forget_accelerate_state()
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+def config_of(scenes, output, **changes):
+    """40 steps on whole images, evaluated at the end."""
+    values = short_run(scenes, output, device="auto", epochs=20, batch_size=7, num_workers=1)
+    values |= {"scales": [64], "crop_probability": 0.0, "flip_probability": 0.0}
+    values |= {"val_annotations": str(scenes / "val" / "annotations.json")}
+    return TrainingConfig(**values | changes)
+
+
+def train_rows(config):
+    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == "train"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "fp32"},
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"precision": "bf16-pure"},
+        {"precision": "bf16", "cuda_graphs": True},
+        {"precision": "fp16", "cuda_graphs": True},
+        {"precision": "bf16", "gradient_checkpointing": True, "accumulate": 2, "batch_size": 3},
+        {"precision": "bf16", "ema_decay": 0.9},
+    ],
+    ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
+)
+def test_learns_and_evaluates(scenes, tmp_path, changes):
+    config = config_of(scenes, tmp_path / "run", **changes)
+    result = train(config)
+    assert result["step"] == len(train_rows(config)) > 40 - 1
+    assert {"AP", "AP50"} < set(result)
+    rows = train_rows(config)
+    early, late = ([row["loss"] for row in part] for part in (rows[:5], rows[-5:]))
+    assert sum(late) < 0.9 * sum(early)
+    # The scaler of fp16 finds its factor by steps that overflow.
+    assert rows[-1]["skipped"] <= (8 if config.precision == "fp16" else 0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_stopped_run_goes_on(scenes, tmp_path, monkeypatch, precision):
+    """With the same images; sums on a GPU may be taken in another order each time."""
+    whole = config_of(scenes, tmp_path / "whole", epochs=4, precision=precision)
+    train(whole)
+    broken = dataclasses.replace(whole, output=str(tmp_path / "broken"))
+    original = TrainingStep.__call__
+
+    def told_to_end(self, step, batches, stop=False):
+        original(self, step, batches, stop or step == 3)
+
+    monkeypatch.setattr(TrainingStep, "__call__", told_to_end)
+    with pytest.raises(TrainingStopped, match="go on with --resume"):
+        train(broken)
+    monkeypatch.undo()
+    train(dataclasses.replace(broken, resume=True))
+    ours, expected = ([row["loss"] for row in train_rows(x)] for x in (broken, whole))
+    assert ours == pytest.approx(expected, rel=2e-2)
+    state = load_checkpoint(checkpoint_files(Path(broken.output) / "checkpoints")[-1])
+    assert "cuda" in state["random"][0]
+    assert ("scaler" in state) == (precision == "fp16")
