@@ -65,7 +65,8 @@ class FusedLinear(nn.Module):
             )
             return y.relu_() if relu else y
         if residual is not None:
-            residual = residual.expand(*x.shape[:-1], -1)
+            if residual.shape[:-1] != x.shape[:-1]:
+                residual = residual.expand(*x.shape[:-1], -1)
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, "add")
         name = "relu" if relu else "none"
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], None)

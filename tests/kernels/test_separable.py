@@ -72,6 +72,21 @@ def test_equals_the_general_form(monkeypatch, mask, shared, gradients, at_once):
         assert (got[0] == 0).all()
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_some_images_at_a_time(monkeypatch, masked):
+    """Two of three, the rest after; rows shared by the batch, columns not."""
+    tensors = inputs(batch=3, shared=3)
+    tensors["k_rows"] = tensors["k_rows"][:1]
+    key_mask = torch.arange(12) < torch.tensor([[12], [5], [0]]) if masked else None
+    expected = conditional_attention_separable(**tensors, key_mask=key_mask)
+    heads = tensors["value"].shape[2]
+    monkeypatch.setattr(reference, "_PIECE", 2 * heads * 5 * 12 * 8)
+    got = conditional_attention_separable(**tensors, key_mask=key_mask)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    general, _ = with_spatial_keys(**tensors, key_mask=key_mask, return_attention=True)
+    torch.testing.assert_close(got, general, rtol=0, atol=1e-12)
+
+
 def test_gradients():
     leaves = [x.requires_grad_() for x in inputs(queries=3, height=2, width=3).values()]
     mask = MASKS["holes"][:, :6]

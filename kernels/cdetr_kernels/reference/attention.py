@@ -16,7 +16,7 @@ never NaN.
 Source: Meng et al., "Conditional DETR for Fast Training Convergence", section 3.3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Bytes of spatial scores at a time, where torch's fused attention takes them as a bias on a CPU:
-# they stay in its cache.
-_PIECE = 2**22
+# two images of 800x1333. Pieces of 8 to 20 MiB take the same time (Zen 4), one of 24 a tenth more,
+# one of 40 half as long again, as glibc gives memory of that size back to the system.
+_PIECE = 20 * 2**20
 
 
 class _SpatialScores(NamedTuple):
@@ -33,15 +34,18 @@ class _SpatialScores(NamedTuple):
 
     Attributes:
         parts: What they are made of, each [B, N, ...].
-        combine: Makes the scores of some images and heads from these of each part.
+        combine: Makes the scores of some images and heads from these of each part, into `out` if
+            it is given, in shape [b, n, Q, *map_shape].
+        map_shape: Shape of the map of S positions.
     """
 
     parts: tuple[Tensor, ...]
     combine: Callable[..., Tensor]
+    map_shape: tuple[int, ...]
 
     def all(self) -> Tensor:
-        """Of all images and heads."""
-        return self.combine(*self.parts)
+        """Of all images and heads, [B, N, Q, S]."""
+        return self.combine(*self.parts).flatten(3)
 
 
 def conditional_attention(
@@ -59,14 +63,14 @@ def conditional_attention(
     """Defines `cdetr_kernels.conditional_attention`; see there for shapes."""
     if q_spatial is None and not return_attention and seed is None:
         # Without a spatial half this is torch's fused attention, which knows masked rows.
-        mask = None if key_mask is None else key_mask[:, None, None, :]
+        mask = None if key_mask is None else _over_queries(key_mask)
         return _fused(q_content, k_content, value, mask, scale, dropout_p), None
     spatial_scores = None
     if q_spatial is not None:
         query = q_spatial * scale
         keys = k_spatial.expand(query.shape[0], -1, -1, -1)
         parts = (query.transpose(1, 2), keys.permute(0, 2, 3, 1))
-        spatial_scores = _SpatialScores(parts, torch.matmul)
+        spatial_scores = _SpatialScores(parts, torch.matmul, k_spatial.shape[1:2])
     options = (key_mask, scale, dropout_p, seed, return_attention)
     return _attend(q_content, k_content, value, spatial_scores, *options)
 
@@ -85,13 +89,13 @@ def conditional_attention_separable(
     return_attention: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Defines `cdetr_kernels.conditional_attention_separable`; see there for shapes."""
-    query = q_spatial * scale
-    rows, columns = _dot(query, k_rows)[..., :, None], _dot(query, k_columns)[..., None, :]
-
-    def of_map(rows: Tensor, columns: Tensor) -> Tensor:
-        return (rows + columns).flatten(3)  # [B, N, Q, h * w]
-
-    spatial_scores = _SpatialScores((rows, columns), of_map)
+    if len(k_rows) != len(k_columns):
+        k_rows, k_columns = (x.expand(len(value), -1, -1, -1) for x in (k_rows, k_columns))
+    keys = torch.cat([k_rows, k_columns], dim=1)
+    scores = _dot(q_spatial * scale, keys)  # [B, N, Q, h + w], in one product
+    rows, columns = scores.split([k_rows.shape[1], k_columns.shape[1]], dim=-1)
+    parts = (rows[..., :, None], columns[..., None, :])
+    spatial_scores = _SpatialScores(parts, torch.add, (k_rows.shape[1], k_columns.shape[1]))
     options = (key_mask, scale, dropout_p, seed, return_attention)
     return _attend(q_content, k_content, value, spatial_scores, *options)
 
@@ -108,24 +112,24 @@ def _attend(
     return_attention: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Adds the content scores to the spatial ones, already scaled, and attends."""
-    masked = None if key_mask is None else ~key_mask[:, None, None, :]
     inputs = (q_content, k_content, value, spatial_scores)
     if not return_attention and dropout_p == 0.0 and _takes_a_bias(*inputs):
-        return _attend_with_bias(*inputs, masked, scale), None
+        return _attend_with_bias(*inputs, key_mask, scale), None
 
     scores = _dot(q_content * scale, k_content)
     if spatial_scores is not None:
         scores = scores + spatial_scores.all()
     statistics_dtype = torch.promote_types(scores.dtype, torch.float32)
-    if masked is not None:
+    if key_mask is not None:
         # A finite fill keeps softmax and its gradient free of NaN where a whole row is masked.
+        masked = ~_over_queries(key_mask)
         scores = scores.masked_fill_(masked, torch.finfo(scores.dtype).min)
     attention = torch.softmax(scores, dim=-1, dtype=statistics_dtype)
     attention = attention.to(value.dtype)
     if dropout_p > 0.0:
         attention = attention * _dropout_multiplier(attention, dropout_p, seed)
     output = (attention @ value.transpose(1, 2)).transpose(1, 2)
-    if masked is not None:
+    if key_mask is not None:
         # Such rows are zero. (Elsewhere softmax has made masked keys zero already.)
         any_key = key_mask.any(dim=-1)[:, None, None, None].to(value.dtype)
         output = output * any_key
@@ -154,36 +158,64 @@ def _attend_with_bias(
     k_content: Tensor,
     value: Tensor,
     spatial_scores: _SpatialScores,
-    masked: Tensor | None,
+    key_mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Some heads of one image at a time, as many as have `_PIECE` bytes of spatial scores."""
-
-    def attend(query, key, value, *parts, masked=masked) -> Tensor:  # all [B, N, ...]
-        bias = spatial_scores.combine(*parts)
-        if masked is not None:
-            bias = bias.masked_fill_(masked, -torch.inf)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
-
-    by_heads = [x.transpose(1, 2) for x in (q_content, k_content, value)]
-    inputs = (*by_heads, *spatial_scores.parts)
+    """Some images at a time, or some heads of one, as many as have `_PIECE` bytes of scores."""
     batch, queries, heads, _ = q_content.shape
-    bytes_of_head = queries * k_content.shape[1] * q_content.element_size()
-    at_once = max(1, _PIECE // max(1, bytes_of_head))
+    keys = k_content.shape[1]
+    parts, combine, map_shape = spatial_scores
+    tensors = [*(x.transpose(1, 2) for x in (q_content, k_content, value)), *parts]
+    if key_mask is not None:
+        # The logarithm is 0 or minus infinity. It is added, as `masked_fill_` takes four times as
+        # long.
+        fill = _over_queries(key_mask.to(parts[0].dtype).log_())
+        tensors.append(fill.expand(-1, heads, -1, -1))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor, out=None) -> Tensor:
+        """All [b, n, ...] -> [b, Q, n, D]."""
+        bias = combine(*rest[: len(parts)], out=out).flatten(3)
+        if key_mask is not None:
+            bias = bias.add_(rest[-1])
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+        return output.transpose(1, 2)
+
+    heads_at_once = max(1, _PIECE // max(1, queries * keys * value.element_size()))
     # A compiled graph is one for all batches and sizes.
-    if torch.compiler.is_compiling() or at_once >= batch * heads:
-        return attend(*inputs).transpose(1, 2)
+    if torch.compiler.is_compiling() or heads_at_once >= batch * heads:
+        return attend(*tensors)
+    images_at_once, heads_at_once = max(1, heads_at_once // heads), min(heads_at_once, heads)
+    buffer = parts[0].new_empty(images_at_once, heads_at_once, queries, *map_shape)
 
-    def by_image(x: Tensor) -> tuple[Tensor, ...]:
-        return (x,) if batch == 1 else x.split(1)
+    def part_of_buffer(query: Tensor) -> Tensor:
+        size = query.shape[:2]
+        return buffer if size == buffer.shape[:2] else buffer[: size[0], : size[1]]
 
-    masks = [None] * batch if masked is None else by_image(masked)
     outputs = []
-    for *image, mask in zip(*map(by_image, inputs), masks, strict=True):
-        pieces = zip(*(x.split(at_once, dim=1) for x in image), strict=True)
-        of_heads = [attend(*piece, masked=mask).transpose(1, 2) for piece in pieces]
-        outputs.append(torch.cat(of_heads, dim=2) if len(of_heads) > 1 else of_heads[0])
-    return torch.cat(outputs) if batch > 1 else outputs[0]
+    for images in _pieces(tensors, images_at_once, dim=0):
+        of_heads = [
+            attend(*piece, out=part_of_buffer(piece[0]))
+            for piece in _pieces(images, heads_at_once, dim=1)
+        ]
+        outputs.append(_joined(of_heads, dim=2))
+    return _joined(outputs, dim=0)
+
+
+def _pieces(tensors: Sequence[Tensor], size: int, dim: int) -> Iterable[Sequence[Tensor]]:
+    """Splits tensors of one length along a dimension into pieces of `size`."""
+    if tensors[0].shape[dim] <= size:
+        return [tensors]
+    return zip(*(x.split(size, dim) for x in tensors), strict=True)
+
+
+def _joined(pieces: list[Tensor], dim: int) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def _over_queries(key_mask: Tensor) -> Tensor:
+    """[B, S] -> [B, 1, 1, S]."""
+    batch, keys = key_mask.shape
+    return key_mask.view(batch, 1, 1, keys)  # one view, not an index of two
 
 
 def _dot(query: Tensor, key: Tensor) -> Tensor:
