@@ -36,7 +36,8 @@ def scenes(tmp_path_factory):
 
 def config_of(scenes, output, **changes):
     """40 steps on whole images, evaluated at the end."""
-    values = short_run(scenes, output, device="auto", epochs=20, batch_size=7, num_workers=1)
+    values = short_run(scenes, output)
+    values |= {"device": "auto", "epochs": 20, "batch_size": 7, "num_workers": 1}
     values |= {"scales": [64], "crop_probability": 0.0, "flip_probability": 0.0}
     values |= {"val_annotations": str(scenes / "val" / "annotations.json")}
     return TrainingConfig(**values | changes)

@@ -1,6 +1,5 @@
 """Fixtures of `training_settings`."""
 
-import functools
 import shutil
 
 import pytest
@@ -32,4 +31,8 @@ def damage(scenes, tmp_path):
 @pytest.fixture
 def settings(scenes, tmp_path):
     """Settings of a run of two epochs with four steps each; keyword arguments change them."""
-    return functools.partial(short_run, scenes, tmp_path / "run")
+
+    def make(**changes):
+        return short_run(scenes, tmp_path / "run") | changes
+
+    return make
