@@ -13,6 +13,7 @@ from cdetr_fast import (
     ConditionalDetrForSegmentation,
     ConditionalDetrImageProcessor,
 )
+from cdetr_fast import validation as check
 from cdetr_fast.training import setup
 from cdetr_fast.training.coco import read_coco
 from cdetr_fast.training.errors import DataError
@@ -58,10 +59,24 @@ def evaluate(
         The figures; None on all processes but the first.
 
     Raises:
-        DataError: The model or the data cannot be used.
+        DataError: An argument, the model or the data cannot be used.
     """
     from accelerate import Accelerator
 
+    try:
+        check.integer(1)("batch_size", batch_size)
+        check.integer(0)("num_workers", num_workers)
+        check.number(0, 1)("threshold", threshold)
+        check.choice("auto", "cpu")("device", device)
+        check.choice("stop", "drop")("bad_labels", bad_labels)
+        check.choice("stop", "skip")("bad_images", bad_images)
+    except (TypeError, ValueError) as error:
+        raise DataError(str(error)) from error
+    if output is not None:  # before an hour of work, not after it
+        try:
+            Path(output).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"output: {output} cannot be made ({error.strerror})") from error
     accelerator = Accelerator(cpu=device == "cpu")
     try:
         network_class = ConditionalDetrForObjectDetection

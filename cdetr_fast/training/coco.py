@@ -8,15 +8,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from cdetr_fast.training.errors import DataError
+from cdetr_fast.training.json_fields import (
+    BOX,
+    FLAG,
+    LIST,
+    NAME,
+    NUMBER,
+    PIXELS,
+    TEXT,
+    WHOLE,
+    Place,
+    read_field,
+)
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What PIL raises for files that are missing, damaged or absurdly large."""
+
+NO_ID = -1
+"""Of objects whose annotation has no id."""
 
 _CLASS_SHOWN = 12
 
@@ -33,7 +52,7 @@ class CocoIndex:
         file_names: N names relative to `images`.
         sizes_hw: int32 `[N, 2]`, pixels, as the file has them.
         offsets: int64 `[N + 1]`; the objects of image i are `offsets[i]:offsets[i + 1]`.
-        object_ids: int64 `[M]`, as the file has them (segment ids in panoptic files).
+        object_ids: int64 `[M]`, as the file has them (segment ids in panoptic files); or `NO_ID`.
         boxes_xywh: float64 `[M, 4]`, left, top, width, height in pixels.
         areas: float64 `[M]`.
         labels: int64 `[M]` indices into `classes`; -1 where the category is not in the file.
@@ -42,7 +61,7 @@ class CocoIndex:
         category_ids: int64 `[K]`.
         mask_names: N names relative to `masks`, or None.
         stuff: Names of classes that are stuff (`isthing` 0), not things.
-        strays: Ids of annotations whose image is not in the file.
+        strays: Ids of annotations whose image is not in the file; in panoptic files, of the image.
     """
 
     path: Path
@@ -61,7 +80,7 @@ class CocoIndex:
     category_ids: np.ndarray
     mask_names: list[str] | None = None
     stuff: frozenset[str] = frozenset()
-    strays: list[Any] = field(default_factory=list)
+    strays: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -127,10 +146,12 @@ class CocoIndex:
         )
 
     def coco_dictionary(self) -> dict[str, Any]:
-        """Returns a COCO dictionary for evaluation; category ids are labels, ids count from 1."""
-        owner = self.image_ids[self.image_of_object()].tolist()
+        """Returns a COCO dictionary for evaluation; ids of images and categories are our indices.
+
+        Evaluation takes ids as fp64, which does not hold all that a file may have.
+        """
         rows = zip(
-            owner,
+            self.image_of_object().tolist(),
             self.labels.tolist(),
             self.boxes_xywh.tolist(),
             self.areas.tolist(),
@@ -141,7 +162,7 @@ class CocoIndex:
             "info": {},
             "images": [
                 {"id": i, "height": h, "width": w}
-                for i, (h, w) in zip(self.image_ids.tolist(), self.sizes_hw.tolist(), strict=True)
+                for i, (h, w) in enumerate(self.sizes_hw.tolist())
             ],
             "annotations": [
                 {
@@ -180,69 +201,41 @@ def read_coco(
     """
     path = Path(annotations)
     content = _read(path)
-    categories = sorted(content["categories"], key=lambda c: _get(c, "id", path, "category"))
-    ids = [c["id"] for c in categories]
-    classes = tuple(str(_get(c, "name", path, f"category {c['id']}")) for c in categories)
-    _require_unique(ids, path, "category id")
-    _require_unique(classes, path, "category name")
-    label_of = {category: label for label, category in enumerate(ids)}
-
+    ids, classes, stuff = read_categories(content["categories"], path)
     records = content["images"]
-    image_ids = [_get(record, "id", path, "image") for record in records]
+    places = [Place(str(path), "image", i) for i in range(len(records))]
+    rows = list(zip(records, places, strict=True))
+    image_ids = [read_field(record, "id", WHOLE, place) for record, place in rows]
     _require_unique(image_ids, path, "image id")
-    file_names = [str(_get(r, "file_name", path, f"image {r['id']}")) for r in records]
+    file_names = [read_field(record, "file_name", TEXT, place) for record, place in rows]
     folder = _find_images(path, images, file_names)
+    sizes = [_size(record, folder / record["file_name"], place) for record, place in rows]
     position = {image: i for i, image in enumerate(image_ids)}
-    grouped: list[list[dict]] = [[] for _ in records]
-    strays = []
+    grouped: list[list[_Object]] = [[] for _ in records]
     mask_names = None
     if masks is None:
-        for item in content["annotations"]:
-            name = f"annotation {item.get('id', item)}"
-            where = position.get(_get(item, "image_id", path, name))
-            _get(item, "category_id", path, name)
-            _get(item, "bbox", path, name)
-            if where is None:
-                strays.append(item.get("id"))
-            else:
-                grouped[where].append(item)
+        strays = _group_annotations(content["annotations"], path, position, grouped)
     else:
-        mask_names = [""] * len(records)
-        for item in content["annotations"]:
-            name = f"annotation of image {_get(item, 'image_id', path, 'annotation')}"
-            where = position.get(item["image_id"])
-            if where is None:
-                strays.append(item["image_id"])
-                continue
-            mask_names[where] = _get(item, "file_name", path, name)
-            grouped[where] = _get(item, "segments_info", path, name)
-            for segment in grouped[where]:
-                _get(segment, "category_id", path, name)
-        for record, name in zip(records, mask_names, strict=True):
-            if not name:
-                raise DataError(f"{path}: image {record['id']} has no panoptic annotation")
+        mask_names, strays = _group_segments(content["annotations"], path, position, grouped)
     flat = [item for group in grouped for item in group]
-    boxes = _boxes(flat, path)
+    label_of = {category: label for label, category in enumerate(ids)}
     return CocoIndex(
         path=path,
         images=folder,
         masks=None if masks is None else Path(masks),
         image_ids=np.array(image_ids, dtype=np.int64),
         file_names=file_names,
-        sizes_hw=np.array([_size(r, folder, path) for r in records], np.int32).reshape(-1, 2),
+        sizes_hw=np.array(sizes, np.int32).reshape(-1, 2),
         offsets=np.cumsum([0, *(len(group) for group in grouped)]),
-        object_ids=np.array([item.get("id", -1) for item in flat], dtype=np.int64),
-        boxes_xywh=boxes,
-        areas=np.array(
-            [item.get("area", w * h) for item, (_, _, w, h) in zip(flat, boxes, strict=True)],
-            dtype=np.float64,
-        ),
-        labels=np.array([label_of.get(item["category_id"], -1) for item in flat], dtype=np.int64),
-        crowd=np.array([bool(item.get("iscrowd", 0)) for item in flat], dtype=bool),
+        object_ids=np.array([item.id for item in flat], dtype=np.int64),
+        boxes_xywh=np.array([item.box for item in flat], dtype=np.float64).reshape(-1, 4),
+        areas=np.array([item.area for item in flat], dtype=np.float64),
+        labels=np.array([label_of.get(item.category, -1) for item in flat], dtype=np.int64),
+        crowd=np.array([item.crowd for item in flat], dtype=bool),
         classes=classes,
         category_ids=np.array(ids, dtype=np.int64),
         mask_names=mask_names,
-        stuff=frozenset(str(c["name"]) for c in categories if c.get("isthing", 1) == 0),
+        stuff=stuff,
         strays=strays,
     )
 
@@ -252,7 +245,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; expected a COCO JSON file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # the second for thousands of nested brackets
         raise DataError(f"{path}: broken JSON ({error}); write the file anew") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
@@ -263,13 +256,103 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _get(item: Any, key: str, path: Path, what: str) -> Any:
-    if not isinstance(item, dict) or key not in item:
-        raise DataError(f"{path}: {what}: expected the key {key!r}, got {str(item)[:200]}")
-    return item[key]
+def read_categories(
+    records: list[Any], path: Path | str
+) -> tuple[list[int], tuple[str, ...], frozenset[str]]:
+    """Returns ids and names in the order of the ids, and the names of those that are stuff.
+
+    Args:
+        records: COCO's list of categories, not empty.
+        path: The file, for messages.
+
+    Raises:
+        DataError: One of them has no id or name, or the same as another one.
+    """
+    found = []
+    for i, record in enumerate(records):
+        place = Place(str(path), "category", i)
+        found.append(
+            (
+                read_field(record, "id", WHOLE, place),
+                read_field(record, "name", NAME, place),
+                read_field(record, "isthing", FLAG, place, True),
+            )
+        )
+    _require_unique([category for category, _, _ in found], path, "category id")
+    _require_unique([name for _, name, _ in found], path, "category name")
+    ids, names, things = zip(*sorted(found), strict=True)
+    stuff = frozenset(name for name, thing in zip(names, things, strict=True) if not thing)
+    return list(ids), names, stuff
 
 
-def _require_unique(values: Sequence, path: Path, what: str) -> None:
+class _Object(NamedTuple):
+    id: int
+    category: int
+    box: list[float]
+    area: float
+    crowd: bool
+
+
+def _read_object(item: Any, place: Place) -> _Object:
+    box = read_field(item, "bbox", BOX, place)
+    return _Object(
+        read_field(item, "id", WHOLE, place, NO_ID),
+        read_field(item, "category_id", WHOLE, place),
+        box,
+        read_field(item, "area", NUMBER, place, box[2] * box[3]),
+        read_field(item, "iscrowd", FLAG, place, False),
+    )
+
+
+def _group_annotations(
+    items: list[Any], path: Path, position: dict[int, int], grouped: list[list[_Object]]
+) -> list[int]:
+    """Adds the objects of a detection file to their images; returns ids of those without one."""
+    strays = []
+    for i, item in enumerate(items):
+        place = Place(str(path), "annotation", i)
+        where = position.get(read_field(item, "image_id", WHOLE, place))
+        found = _read_object(item, place)
+        if where is None:
+            strays.append(found.id)
+        else:
+            grouped[where].append(found)
+    return strays
+
+
+def _group_segments(
+    items: list[Any], path: Path, position: dict[int, int], grouped: list[list[_Object]]
+) -> tuple[list[str], list[int]]:
+    """Adds the segments of a panoptic file to their images.
+
+    Returns:
+        Of each image the name of its PNG file; and ids of images that the file does not list.
+    """
+    names: dict[int, str] = {}
+    strays = []
+    for i, item in enumerate(items):
+        place = Place(str(path), "panoptic annotation", i)
+        image_id = read_field(item, "image_id", WHOLE, place)
+        where = position.get(image_id)
+        if where is None:
+            strays.append(image_id)
+            continue
+        if where in names:
+            raise DataError(
+                f"{path}: image {image_id} has two panoptic annotations; leave one of them"
+            )
+        names[where] = read_field(item, "file_name", TEXT, place)
+        for k, segment in enumerate(read_field(item, "segments_info", LIST, place)):
+            inner = Place(f"{path}: image {image_id}", "segment", k)
+            read_field(segment, "id", WHOLE, inner)  # which pixels are its own
+            grouped[where].append(_read_object(segment, inner))
+    for image_id, where in position.items():
+        if where not in names:
+            raise DataError(f"{path}: image {image_id} has no panoptic annotation")
+    return [names[i] for i in range(len(position))], strays
+
+
+def _require_unique(values: Sequence, path: Path | str, what: str) -> None:
     seen = set()
     for value in values:
         if value in seen:
@@ -277,29 +360,17 @@ def _require_unique(values: Sequence, path: Path, what: str) -> None:
         seen.add(value)
 
 
-def _boxes(items: list[dict], path: Path) -> np.ndarray:
-    boxes = np.full((len(items), 4), np.nan)
-    for row, item in zip(boxes, items, strict=True):
-        try:
-            row[:] = item["bbox"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{path}: annotation {item.get('id')}: expected bbox = [left, top, width, height], "
-                f"got {item.get('bbox')!r}"
-            ) from error
-    return boxes
-
-
-def _size(record: dict, folder: Path, path: Path) -> tuple[int, int]:
+def _size(record: dict, image: Path, place: Place) -> tuple[int, int]:
     if "height" in record and "width" in record:
-        return int(record["height"]), int(record["width"])
+        height, width = (read_field(record, key, PIXELS, place) for key in ("height", "width"))
+        return height, width
     try:
-        with Image.open(folder / record["file_name"]) as image:
-            return image.height, image.width
-    except OSError as error:
+        with Image.open(image) as picture:
+            return picture.height, picture.width
+    except UNREADABLE as error:
         raise DataError(
-            f"{path}: image {record['id']} has no width and height, and "
-            f"{folder / record['file_name']} cannot be read ({error})"
+            f"{place.describe(record)} has no width and height, and {image} cannot be read "
+            f"({error}); write them into the file, or take the image out of it"
         ) from error
 
 
@@ -313,7 +384,7 @@ def _find_images(path: Path, images: str | Path | None, file_names: list[str]) -
     tried = [parent / name for parent in parents for name in ("", split, "images")]
     tried += [parent / "images" / split for parent in parents]
     for folder in tried:
-        if any((folder / name).is_file() for name in file_names[:20]):
+        if any(os.path.isfile(folder / name) for name in file_names[:20]):
             return folder
     raise DataError(
         f"images of {path}: not found in {', '.join(map(str, tried))}; name their folder "

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from cdetr_fast.files import write_atomically
+from cdetr_fast.training.coco import UNREADABLE
 from cdetr_fast.training.config import read_yaml
 from cdetr_fast.training.errors import DataError
 
@@ -204,7 +205,7 @@ def _read_yolo_file(source: Path, image: Path, labels: Path, names: dict[int, st
             # Labels are drawn on the turned picture.
             if picture.getexif().get(_ORIENTATION, 1) >= _TURNED_BY_A_QUARTER:
                 width, height = height, width
-    except OSError as error:
+    except UNREADABLE as error:
         raise DataError(
             f"{image}: cannot be read ({error}); replace the file, or take it out of the folder"
         ) from error

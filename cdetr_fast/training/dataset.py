@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 
-from cdetr_fast.training.coco import CocoIndex
+from cdetr_fast.training.coco import UNREADABLE, CocoIndex
 from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.sampling import Draw
 from cdetr_fast.training.signals import outlive_in_worker
@@ -255,8 +255,7 @@ def _open(path: Any, name: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    # PIL raises the last three for damaged or absurdly large files.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise DataError(
             f"{name}: cannot be read ({error}); replace the file, take the image out of the "
             "annotations, or pass --bad-images skip"

@@ -185,7 +185,7 @@ def evaluate_detections(
     left, top, right, bottom = detections.boxes_xyxy.astype(np.float64).T
     rows = np.stack(
         [
-            index.image_ids[detections.images].astype(np.float64),
+            detections.images.astype(np.float64),
             *(left, top, right - left, bottom - top),
             detections.scores.astype(np.float64),
             detections.labels.astype(np.float64),

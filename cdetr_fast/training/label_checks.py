@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from cdetr_fast.training.coco import CocoIndex
+from cdetr_fast.training.coco import NO_ID, CocoIndex
 from cdetr_fast.training.errors import DataError
 
 _OVERSHOOT = 1.0  # pixels; annotation tools round
@@ -27,7 +28,7 @@ class LabelReport:
 
     path: Path
     counts: dict[str, int] = field(default_factory=dict)
-    bad: dict[str, list[int]] = field(default_factory=dict)
+    bad: dict[str, list[int | str]] = field(default_factory=dict)
     notes: dict[str, list[int]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
@@ -79,14 +80,15 @@ def check_labels(
         "boxes of negative width or height": inverted,
         "boxes of zero area": flat,
         "boxes outside of their image": outside,
+        "annotations with an id that came before": _repeated(index),
     }
-    present = np.array([index.image_path(i).is_file() for i in range(len(index))])
+    present = np.array([os.path.isfile(index.image_path(i)) for i in range(len(index))])
     sized = (index.sizes_hw > 0).all(1)
 
     report = LabelReport(index.path)
     for kind, bad in defects.items():
         if bad.any():
-            report.bad[f"{kind}, annotation ids"] = index.object_ids[bad].tolist()
+            report.bad[f"{kind}, annotation ids"] = _names(index, bad)
     if index.strays:
         report.bad["annotations of images that the file does not list, ids"] = index.strays
     if not present.all():
@@ -131,3 +133,23 @@ def check_labels(
     if len(kept) == 0:
         raise DataError("\n".join(report.lines()) + "\nnothing is left to train on")
     return kept, report
+
+
+def _repeated(index: CocoIndex) -> np.ndarray:
+    """Which objects have the id of an earlier one, bool `[M]`; segments, of one of their image."""
+    owner = index.image_of_object() if index.masks is not None else np.zeros(index.num_objects)
+    order = np.lexsort((index.object_ids, owner))  # stable: the first one of equals comes first
+    ids, owner = index.object_ids[order], owner[order]
+    again = np.zeros(index.num_objects, dtype=bool)
+    again[order[1:]] = (ids[1:] == ids[:-1]) & (owner[1:] == owner[:-1]) & (ids[1:] != NO_ID)
+    return again
+
+
+def _names(index: CocoIndex, objects: np.ndarray) -> list[int | str]:
+    """Returns the ids of objects; of those that have none, that of their image."""
+    images = index.image_ids[index.image_of_object()[objects]].tolist()
+    ids = index.object_ids[objects].tolist()
+    return [
+        f"one of image {image}" if number == NO_ID else number
+        for number, image in zip(ids, images, strict=True)
+    ]

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from cdetr_fast.files import write_atomically
-from cdetr_fast.training.coco import CocoIndex, read_coco
+from cdetr_fast.training.coco import CocoIndex, read_categories, read_coco
 from cdetr_fast.training.errors import DataError
+from cdetr_fast.training.json_fields import LIST, TEXT, WHOLE, Place, read_field
 from cdetr_fast.training.label_checks import LabelReport, check_labels
 
 _INDEX = "shards.json"
@@ -88,22 +89,33 @@ def read_shards(annotations: str) -> ShardSet:
     folder, _, name = head.rpartition("/")
     place = f"{folder}/" if "/" in head else ""
     where = place + _INDEX
+    whole = Place(where, "content", 0)
     try:
         with library.gopen(where, "rb") as stream:
             content = json.loads(stream.read())
-        categories = sorted(content["categories"], key=lambda c: c["id"])
-        counts = {str(s["name"]): int(s["images"]) for s in content["shards"]}
-        objects = sum(int(s["objects"]) for s in content["shards"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        ids, classes, _ = read_categories(read_field(content, "categories", LIST, whole), where)
+        listed = read_field(content, "shards", LIST, whole)
+        places = [Place(where, "shard", i) for i in range(len(listed))]
+        names, images, objects = (
+            [read_field(shard, key, kind, at) for shard, at in zip(listed, places, strict=True)]
+            for key, kind in (("name", TEXT), ("images", WHOLE), ("objects", WHOLE))
+        )
+    except (OSError, ValueError, RecursionError) as error:  # DataError is a ValueError
         raise DataError(
             f"{where}: expected the index that `cdetr-fast convert shards` writes beside its "
             f"shards ({type(error).__name__}: {error})"
         ) from error
+    counts = dict(zip(names, images, strict=True))
     wanted = list(counts)
     if not annotations.endswith(_INDEX):
         from braceexpand import braceexpand  # comes with webdataset
 
-        wanted = list(braceexpand(name + slash + tail))
+        try:
+            wanted = list(braceexpand(name + slash + tail))
+        except ValueError as error:
+            raise DataError(
+                f"{annotations}: expected a pattern as train-{{000000..000099}}.tar ({error})"
+            ) from error
     for shard in wanted:
         # The index is data: a name in it must not reach other places, or be a command.
         if shard not in counts or "/" in shard or ":" in shard:
@@ -124,9 +136,9 @@ def read_shards(annotations: str) -> ShardSet:
         place=place,
         names=wanted,
         images=[counts[shard] for shard in wanted],
-        num_objects=objects,
-        classes=tuple(str(c["name"]) for c in categories),
-        label_of={c["id"]: label for label, c in enumerate(categories)},
+        num_objects=sum(objects),
+        classes=classes,
+        label_of={category: label for label, category in enumerate(ids)},
     )
 
 

@@ -56,9 +56,7 @@ def test_figures_are_those_of_pycocotools(index):
     found = noisy(index)
     ours = evaluate_detections(index, found)
     x0, y0, x1, y1 = found.boxes_xyxy.astype(np.float64).T
-    rows = np.stack(
-        [index.image_ids[found.images], x0, y0, x1 - x0, y1 - y0, found.scores, found.labels], 1
-    )
+    rows = np.stack([found.images, x0, y0, x1 - x0, y1 - y0, found.scores, found.labels], 1)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = coco.COCO()
         truth.dataset = index.coco_dictionary()
@@ -191,3 +189,18 @@ def test_not_one_readable_image(checkpoint, scenes, tmp_path):
         DataError, match=r"annotations.json: not one image could be read; the first"
     ):
         evaluate(checkpoint, path, bad_images="skip", num_workers=0, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: expected an integer >= 1, got 0"),
+        ({"num_workers": -1}, "num_workers: expected an integer >= 0, got -1"),
+        ({"threshold": 7.0}, r"threshold: expected a number in \[0, 1\], got 7.0"),
+        ({"bad_images": "drop"}, "bad_images: expected one of 'stop', 'skip', got 'drop'"),
+        ({"output": __file__}, "output: .*test_evaluation.py cannot be made"),
+    ],
+)
+def test_bad_arguments(checkpoint, scenes, arguments, message):
+    with pytest.raises(DataError, match=message):
+        evaluate(checkpoint, scenes / "val" / "annotations.json", **arguments)

@@ -229,6 +229,33 @@ def test_patterns_and_what_is_missing(copies, monkeypatch):
         read_shards(str(copies / "shards.json"))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: [], "content at position 0 .*: expected an object with the key 'categories'"),
+        (lambda c: c | {"shards": [3]}, "shard at position 0 .*: expected an object .*, got 3"),
+        (lambda c: c | {"shards": [{"name": "a.tar", "images": "4"}]}, "images: expected a whole"),
+        (
+            lambda c: c | {"categories": [{"id": [1], "name": "x"}]},
+            "category at position 0 .*: id:",
+        ),
+        (lambda c: c | {"categories": [{"id": 1}]}, "category 1: expected an object .* 'name'"),
+        (lambda c: c | {"categories": []}, "expected the index"),
+    ],
+)
+def test_broken_index(copies, change, message):
+    path = copies / "shards.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(DataError, match=message) as caught:
+        read_shards(str(path))
+    assert f"{path}: expected the index that `cdetr-fast convert shards`" in str(caught.value)
+
+
+def test_broken_pattern(copies):
+    with pytest.raises(DataError, match=r"train-\{0\.\.: expected a pattern as train-\{000000"):
+        read_shards(f"{copies}/train-{{0..")
+
+
 def test_too_few_shards(batches):
     with pytest.raises(DataError, match="at least one shard for each loading process, 3 x 2, got"):
         batches(processes=3, num_workers=2)
