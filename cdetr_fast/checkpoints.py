@@ -138,8 +138,14 @@ def load_pretrained(
         files = find_weights(name_or_path, variant, use_safetensors, **download)
     state_dict = read_weights(files)
     if is_authors(state_dict):
-        state_dict = from_authors(state_dict)
-        known = fields_of(state_dict)
+        try:
+            state_dict = from_authors(state_dict)
+            known = fields_of(state_dict)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise OSError(
+                f"{name_or_path}: the names of weights are those of the authors, their shapes are "
+                f"not ({error})"
+            ) from error
         config = config or _config_of_authors(known, config_overrides)
         _compare(config, known, name_or_path, ignore_mismatched_sizes)
     else:

@@ -232,6 +232,10 @@ def fields_of(state_dict: StateDict) -> dict[str, Any]:
     """Reads configuration fields off weights (v5 names).
 
     Heads, dilation, dropout and the weights of the loss cannot be told from them.
+
+    Raises:
+        ValueError: There is no layer of the encoder, or of the decoder.
+        TypeError: A weight is a number.
     """
     state_dict = to_level(state_dict, "model.")
     sizes = {
@@ -248,6 +252,9 @@ def fields_of(state_dict: StateDict) -> dict[str, Any]:
         "decoder_layers": _count(state_dict, r"model\.decoder\.layers\.\d+\."),
         "position_embedding_type": "learned" if learned else "sine",
     }
+    for stack in ("encoder", "decoder"):
+        if fields[f"{stack}_layers"] == 0:
+            raise ValueError(f"no layer of the {stack}")
     stages = [rf"model\.backbone\.model\.layer{stage}\.\d+\." for stage in (1, 2, 3, 4)]
     blocks = tuple(_count(state_dict, stage) for stage in stages)
     wide = "model.backbone.model.layer1.0.conv3.weight" in state_dict

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,15 +88,20 @@ def _read_file(file: Path) -> StateDict:
         # the authors save their command line too: a namespace of strings and numbers
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except OSError as error:
+        raise OSError(f"{file}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # torch's unpickler raises a dozen kinds for bytes that are no file
         raise OSError(
-            f"{file}: broken, incomplete, or not a file of plain weights ({error})"
+            f"{file}: broken, incomplete, or not a file of plain weights "
+            f"({type(error).__name__}: {error})"
         ) from error
     for name in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     if not isinstance(content, Mapping) or not all(
-        isinstance(v, torch.Tensor) for v in content.values()
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()
     ):
         raise OSError(f"{file}: expected a state_dict, or one under 'model'")
+    if not content:
+        raise OSError(f"{file}: expected weights, got an empty state_dict")
     return dict(content)

@@ -87,3 +87,12 @@ def test_number_of_classes_comes_from_the_data(settings, name):
         DataError, match=f"model_options: {name} comes from the categories .*2: a, b"
     ):
         build_model(TrainingConfig(**settings(model_options=options)), CLASSES)
+
+
+@pytest.mark.parametrize("setting", ["model", "backbone_weights"])
+@pytest.mark.parametrize("content", [b"", b"no weights", b"\x80\x02K\x03."])
+def test_files_that_are_no_weights(settings, tmp_path, setting, content):
+    path = tmp_path / "junk.pth"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{setting}: {path}: broken, incomplete, or not a file"):
+        build_model(TrainingConfig(**settings(**{setting: str(path)})), CLASSES)
