@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -102,6 +103,8 @@ def settings_of(options: argparse.Namespace) -> TrainingConfig:
         "save_every": 10**9,
         "accumulate": 1,
     }
+    if options.queries:
+        values["model_options"] |= {"num_queries": options.queries}
     if options.max_steps:
         values["max_steps"] = options.max_steps
     return TrainingConfig.from_dict(values)
@@ -114,13 +117,26 @@ def _draw_scenes(options: argparse.Namespace) -> dict[str, Any]:
         ("val", range(options.val_scenes)),
     ):
         folder = options.folder / f"{name}-{len(seeds)}"
-        paths[f"{name}_annotations"] = str(folder / "annotations.json")
-        if not (folder / "annotations.json").is_file():
+        path = folder / "annotations.json"
+        paths[f"{name}_annotations"] = str(path)
+        if not path.is_file():
             write_coco_dataset(folder, seeds)
+            if options.classes:
+                _add_classes(path, options.classes)
     backbone = options.folder / "backbone.safetensors"
     demo = ConditionalDetrForObjectDetection.from_pretrained(DEMO, dtype=torch.float32)
     save_file(demo.model.backbone.model.state_dict(), backbone)
     return paths | {"backbone_weights": str(backbone)}
+
+
+def _add_classes(path: Path, classes: int) -> None:
+    content = json.loads(path.read_text())
+    known = len(content["categories"])
+    first = max(category["id"] for category in content["categories"]) + 1
+    content["categories"] += [
+        {"id": first + i, "name": f"never drawn {i}"} for i in range(classes - known)
+    ]
+    path.write_text(json.dumps(content))
 
 
 def config_of(comparison: str, name: str, shared: TrainingConfig, options: Any) -> TrainingConfig:
@@ -194,6 +210,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-steps", type=int, help="of each arm, to try a set out")
     parser.add_argument("--scenes", type=int, default=512, help="different training scenes")
     parser.add_argument("--val-scenes", type=int, default=200)
+    parser.add_argument(
+        "--classes", type=int, help="of the scenes' files; those that are not drawn have no objects"
+    )
+    parser.add_argument("--queries", type=int, help="of the scenes' models, but for a checkpoint's")
     parser.add_argument("--checkpoint", default=str(DEMO), help='of the comparison "head"')
     parser.add_argument("--head-epochs", type=int, default=6)
     parser.add_argument("--levels", type=float, nargs="+", default=(0.01, 0.05, 0.1, 0.2, 0.3, 0.4))
@@ -205,6 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if bool(options.train) != bool(options.val):
         parser.error("--train and --val: expected both files or none")
+    if options.train and (options.classes or options.queries):
+        parser.error("--classes and --queries: expected drawn scenes, not --train")
 
     torch.set_num_threads(options.threads)
     options.folder.mkdir(parents=True, exist_ok=True)

@@ -247,6 +247,12 @@ def test_convergence_compares_and_draws(tmp_path, results, capsys):
     assert "not within 1 epochs" in capsys.readouterr().out
     assert (results / "trial.png").stat().st_size > 5_000
 
+    wide = [*arguments, "--folder", str(tmp_path / "wide"), "--classes", "91", "--queries", "40"]
+    assert convergence.main([*wide, "--comparisons", "head"]) == 0
+    rows = json.loads((results / "trial.json").read_text())["rows"]
+    zero_bias = {row["arm"]: row for row in rows}["new head, zero bias"]
+    assert zero_bias["first class loss"] > 5 * arms["new head, zero bias"]["first class loss"]
+
 
 def test_plain_attention_is_that_of_transformers():
     """In eval mode, where transformers has DETR as its authors do."""
