@@ -225,6 +225,20 @@ def test_numerics_page(tmp_path):
     )
 
 
+def test_loading_compares(results):
+    pytest.importorskip("accelerate")
+    from benchmarks import loading
+
+    arguments = ["--images", "4", "--workers", "0", "--repeats", "1", "--output", "trial"]
+    assert loading.main(arguments) == 0
+    rows = json.loads((results / "trial.json").read_text())["rows"]
+    assert [row["way"] for row in rows] == [
+        *("transformers, 800", "cdetr_fast, 800"),
+        "cdetr_fast, augmented",
+    ]
+    assert all(row["images/s"] == pytest.approx(4e3 / row["ms"]) for row in rows)
+
+
 def test_convergence_compares_and_draws(tmp_path, results, capsys):
     pytest.importorskip("accelerate")
     from benchmarks import convergence, convergence_plot
