@@ -19,6 +19,7 @@ from huggingface_hub import CommitInfo, HfApi, split_torch_state_dict_into_shard
 from torch import Tensor, nn
 
 from cdetr_fast import validation as check
+from cdetr_fast.authors_files import config_of_authors
 from cdetr_fast.configuration import CONFIG_NAME, ConditionalDetrConfig
 from cdetr_fast.departures import departure_of
 from cdetr_fast.files import make_folder, replace_all, write_json
@@ -88,8 +89,8 @@ def load_pretrained(
     Args:
         model_class: Class to build.
         name_or_path: A folder, the id of a model on the hub, or one file of weights. The authors'
-            .pth files need no configuration beyond what cannot be read off the weights (the number
-            of heads, `dilation`, ...), given as keyword arguments.
+            .pth files need no configuration, but as keyword arguments what neither the weights nor
+            the command line in the file tell (the number of heads, `dilation`, ...).
         config: Configuration, or where to read it; default the config.json beside the weights.
         revision: Branch, tag or commit on the hub.
         subfolder: Folder inside the folder or repository.
@@ -146,7 +147,7 @@ def load_pretrained(
                 f"{name_or_path}: the names of weights are those of the authors, their shapes are "
                 f"not ({error})"
             ) from error
-        config = config or _config_of_authors(known, config_overrides)
+        config = config or config_of_authors(files[0], known, config_overrides)
         _compare(config, known, name_or_path, ignore_mismatched_sizes)
     else:
         state_dict = to_v5(state_dict)
@@ -188,16 +189,6 @@ def _find_config(
     if not beside.is_file():
         raise FileNotFoundError(f"config: expected one, or {beside}, to go with {name_or_path}")
     return ConditionalDetrConfig.from_pretrained(beside, **overrides)
-
-
-def _config_of_authors(known: dict[str, Any], given: dict[str, Any]) -> ConditionalDetrConfig:
-    """Completes given fields by those that the weights tell."""
-    fields = known | given
-    if "id2label" in given and "num_labels" not in given:
-        fields.pop("num_labels", None)
-    if {"backbone_config", "use_timm_backbone"} & given.keys() and "backbone" not in given:
-        fields.pop("backbone", None)
-    return ConditionalDetrConfig(**fields)
 
 
 def _compare(

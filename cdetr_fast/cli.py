@@ -59,7 +59,7 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="Folder or hub name. Default: the checkpoint in the package.",
+        help="Folder, hub name or the authors' .pth. Default: the checkpoint in the package.",
         show_default=False,
     ),
 ]
@@ -413,16 +413,15 @@ class _Detector:
         import torch
 
         import cdetr_fast
+        from cdetr_fast.models.auto import class_of_checkpoint
 
         self.name = "embedded" if name is None else name
         self.device = _pick_device(device)
         source = str(assets.DEMO) if name is None else name
         options = {} if revision is None else {"revision": revision}
         try:
-            config = cdetr_fast.ConditionalDetrConfig.from_pretrained(source, **options)
-            self.segments = "ConditionalDetrForSegmentation" in (config.architectures or ())
-            task = "Segmentation" if self.segments else "ObjectDetection"
-            model_class = getattr(cdetr_fast, f"ConditionalDetrFor{task}")
+            model_class = class_of_checkpoint(source, **options)
+            self.segments = model_class is cdetr_fast.ConditionalDetrForSegmentation
             model = model_class.from_pretrained(source, dtype=torch.float32, **options)
             model.image_processor  # noqa: B018 - read here, where its errors are reported
         except (OSError, ValueError, RuntimeError) as error:

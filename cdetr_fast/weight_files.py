@@ -78,23 +78,24 @@ def read_weights(files: list[Path]) -> StateDict:
     return state_dict
 
 
+def read_arguments(file: Path) -> dict[str, Any]:
+    """Returns the command line of the authors' training, if a file of theirs has it, else nothing.
+
+    Raises:
+        OSError: As `read_weights`.
+    """
+    content = {} if file.suffix == ".safetensors" else _load(file)
+    arguments = content.get("args") if isinstance(content, Mapping) else None
+    return vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+
+
 def _read_file(file: Path) -> StateDict:
     if file.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(file)
         except SafetensorError as error:
             raise OSError(f"{file}: broken or incomplete safetensors file ({error})") from error
-    try:
-        # the authors save their command line too: a namespace of strings and numbers
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise OSError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # torch's unpickler raises a dozen kinds for bytes that are no file
-        raise OSError(
-            f"{file}: broken, incomplete, or not a file of plain weights "
-            f"({type(error).__name__}: {error})"
-        ) from error
+    content = _load(file)
     for name in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -105,3 +106,17 @@ def _read_file(file: Path) -> StateDict:
     if not content:
         raise OSError(f"{file}: expected weights, got an empty state_dict")
     return dict(content)
+
+
+def _load(file: Path) -> Any:
+    try:
+        # the authors save their command line too: a namespace of strings and numbers
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise OSError(f"{file}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # torch's unpickler raises a dozen kinds for bytes that are no file
+        raise OSError(
+            f"{file}: broken, incomplete, or not a file of plain weights "
+            f"({type(error).__name__}: {error})"
+        ) from error

@@ -16,6 +16,7 @@ import transformers
 import cdetr_fast
 from cdetr_fast import checkpoints
 from cdetr_fast.key_maps import from_authors, level_of, to_authors, to_level, to_v4, to_v5
+from cdetr_fast.models.auto import class_of_checkpoint
 
 SMALL = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
 RESNET = {
@@ -293,9 +294,9 @@ def test_authors_file(learned, tmp_path):
     model = _ours(position_embedding_type="learned" if learned else "sine")
     path = tmp_path / "ConditionalDETR_r18_epoch50.pth"
     if learned:
-        torch.save({"model": to_authors(model.state_dict())}, path)
+        torch.save({"model": to_authors(model.state_dict()), "args": _arguments()}, path)
     else:
-        args = argparse.Namespace(lr=1e-4, backbone="resnet18", masks=False, output_dir="")
+        args = _arguments(lr=1e-4, backbone="resnet18", masks=False, output_dir="")
         _save_authors(model, path, args=args, optimizer={"state": {}, "param_groups": []})
     loaded = _class("detection").from_pretrained(path)
     for field in ("d_model", "num_queries", "num_labels", "encoder_layers", "decoder_ffn_dim"):
@@ -307,9 +308,49 @@ def test_authors_file(learned, tmp_path):
     assert names.config.id2label[6] == "c6"
     given = _class("detection").from_pretrained(path, config=model.config, auxiliary_loss=True)
     assert given.config.auxiliary_loss is True
-    # strides are not among the weights, so DC5 must be said
     dilated = _class("detection").from_pretrained(path, dilation=True)
     assert dilated.config.backbone_config.output_stride == 16
+
+
+def _arguments(**others) -> argparse.Namespace:
+    """The authors' command line, as far as the configuration depends on it."""
+    return argparse.Namespace(**({"dilation": False, "nheads": 8, "dropout": 0.1} | others))
+
+
+@pytest.mark.usefixtures("quiet")
+def test_authors_command_line_counts(tmp_path):
+    """What the weights do not tell: dilation (DC5) and heads."""
+    path = tmp_path / "dc5.pth"
+    args = _arguments(dilation=True, nheads=4, dropout=0.0)
+    _save_authors(_ours(), path, args=args)
+    config = _class("detection").from_pretrained(path).config
+    assert config.backbone_config.output_stride == 16
+    assert config.encoder_attention_heads == config.decoder_attention_heads == 4
+    assert config.dropout == 0.0
+    given = _class("detection").from_pretrained(path, dilation=False, encoder_attention_heads=2)
+    assert given.config.backbone_config.output_stride is None
+    assert given.config.encoder_attention_heads == 2
+
+
+def test_authors_file_without_a_command_line(tmp_path):
+    path = tmp_path / "dc5.pth"
+    _save_authors(_ours(), path)
+    with pytest.warns(UserWarning, match=r"dc5\.pth: does not say .* dilated.*save_pretrained"):
+        _class("detection").from_pretrained(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        _class("detection").from_pretrained(path, dilation=True)
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_class_of_a_checkpoint(task, tmp_path):
+    model = _ours(task)
+    model.save_pretrained(tmp_path)
+    torch.save({"model": to_authors(model.state_dict())}, tmp_path / "x.pth")
+    for source in (tmp_path, tmp_path / "model.safetensors", tmp_path / "x.pth"):
+        assert class_of_checkpoint(source) is _class(task)
+    with pytest.raises(OSError, match="nowhere"):
+        class_of_checkpoint(tmp_path / "nowhere")
 
 
 @pytest.mark.filterwarnings("ignore:num_labels=91 does not fit")

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 import cdetr_fast
 from cdetr_fast import ConditionalDetrForObjectDetection, cli
+from cdetr_fast.key_maps import to_authors
 from cdetr_fast.results import DetectionResult
 from cdetr_fast.scenes import CLASSES, TRAIN_SEED, coco_ground_truth, draw_scene
 
@@ -85,6 +87,19 @@ def pictures(tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def authors_file(checkpoint, tmp_path_factory) -> Path:
+    """The weights of `checkpoint` in a file as the paper's authors save them."""
+    model = ConditionalDetrForObjectDetection.from_pretrained(checkpoint)
+    path = tmp_path_factory.mktemp("authors") / "checkpoint.pth"
+    args = Namespace(dilation=False, nheads=2)
+    torch.save({"model": to_authors(model.state_dict()), "args": args}, path)
+    (path.parent / "preprocessor_config.json").write_text(
+        (checkpoint / "preprocessor_config.json").read_text()
+    )
+    return path
+
+
 def read(path: Path) -> object:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -101,6 +116,26 @@ def test_help_is_quick_and_names_the_commands():
     assert done.stdout.splitlines()[-1] == "[]"
     for command in ("detect", "demo", "train", "evaluate", "convert", "info"):
         assert re.search(rf"^\s+{command} ", done.stdout, flags=re.MULTILINE)
+
+
+def test_authors_file(run, checkpoint, authors_file, pictures):
+    """Detections are those of the folder with the same weights."""
+    found = {}
+    for model in (checkpoint, authors_file):
+        arguments = ("--model", model, "--threshold", 0.0, "--device", "cpu")
+        done = run("detect", pictures / "a.png", *arguments, "--output", "found")
+        assert done.code == 0, done.err
+        found[model] = read(pictures.parent / "work" / "found" / "detections.json")
+    assert len(found[checkpoint]) == 21
+    for ours, theirs in zip(found[authors_file], found[checkpoint], strict=True):
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
+        assert ours["bbox"] == pytest.approx(theirs["bbox"], abs=1e-3)
+
+
+def test_file_that_is_no_checkpoint(run, pictures):
+    done = run("detect", pictures / "a.png", "--model", pictures / "notes.txt")
+    assert done.code == 1
+    assert f"--model {pictures / 'notes.txt'}: {pictures / 'notes.txt'}: broken" in done.err
 
 
 def test_module_is_the_same_command(root):

@@ -14,8 +14,9 @@ from cdetr_fast import (
     ConditionalDetrImageProcessor,
 )
 from cdetr_fast import validation as check
+from cdetr_fast.models.auto import class_of_checkpoint
 from cdetr_fast.training import setup
-from cdetr_fast.training.coco import read_coco
+from cdetr_fast.training.coco import CocoIndex, read_coco
 from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.evaluation import Evaluation, evaluate_detections, predict
 from cdetr_fast.training.label_checks import check_labels
@@ -40,8 +41,9 @@ def evaluate(
     """Evaluates a checkpoint, on all processes that `torchrun` started.
 
     Args:
-        model: Folder or hub name, with its image processor.
-        annotations: COCO JSON file, whose categories the model knows by name.
+        model: Folder or hub name, with its image processor; or the authors' .pth file.
+        annotations: COCO JSON file, whose categories the model knows by name; by id if it is one
+            of the authors' files, which have no names.
         images: Folder of its images; None looks where they usually lie.
         output: Folder for tables and pictures; None writes none.
         masks: Folder of panoptic PNG files, with a panoptic JSON file and a segmentation
@@ -83,13 +85,17 @@ def evaluate(
         if masks is not None:
             network_class = _segmentation_class(model)
         network = network_class.from_pretrained(model, dtype=torch.float32)
-        processor = ConditionalDetrImageProcessor.from_pretrained(model)
+        processor = (
+            network.image_processor  # there may be one beside the file, else the default one
+            if os.path.isfile(model)
+            else ConditionalDetrImageProcessor.from_pretrained(model)
+        )
     except DataError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"model: {error}") from error
-    names = [network.config.id2label.get(i, str(i)) for i in range(network.config.num_labels)]
-    index = read_coco(annotations, images, masks).with_classes(names, f"the model {model}")
+    index = read_coco(annotations, images, masks)
+    index = index.with_classes(_class_names(network.config, model, index), f"the model {model}")
     index, report = check_labels(index, bad_labels)
     if accelerator.is_main_process:
         print("\n".join(report.lines()))
@@ -116,10 +122,27 @@ def evaluate(
 
 
 def _segmentation_class(model: str | os.PathLike) -> type:
-    made_for = ConditionalDetrConfig.from_pretrained(model).architectures or ()
-    if "ConditionalDetrForSegmentation" not in made_for:
+    found = class_of_checkpoint(model)
+    if found is not ConditionalDetrForSegmentation:
         raise DataError(
-            f"masks: {model} is no segmentation checkpoint (its config.json names "
-            f"{list(made_for)}); leave masks out to score its boxes"
+            f"masks: {model} is no segmentation checkpoint but one of {found.__name__}; leave "
+            "masks out to score its boxes"
         )
-    return ConditionalDetrForSegmentation
+    return found
+
+
+def _class_names(
+    config: ConditionalDetrConfig, model: str | os.PathLike, index: CocoIndex
+) -> list[str]:
+    """Returns the names of a model's classes; those of the authors' files are category ids."""
+    names = [config.id2label.get(i, str(i)) for i in range(config.num_labels)]
+    if not os.path.isfile(model) or names != [f"LABEL_{i}" for i in range(len(names))]:
+        return names
+    for category, name in zip(index.category_ids.tolist(), index.classes, strict=True):
+        if not 0 <= category < len(names):
+            raise DataError(
+                f"{index.path}: category {category} ({name!r}): expected an id from 0 to "
+                f"{len(names) - 1}, as {model} has {len(names)} classes, which go by category ids"
+            )
+        names[category] = name
+    return names

@@ -51,7 +51,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
         "cdetr-fast evaluate",
         description="Score a checkpoint by COCO's rules; writes tables and pictures.",
     )
-    parser.add_argument("--model", required=True, help="folder or hub name")
+    parser.add_argument("--model", required=True, help="folder, hub name or the authors' .pth")
     parser.add_argument("--annotations", required=True, help="COCO JSON file")
     parser.add_argument("--images", help="folder of its images, if not found beside the file")
     parser.add_argument("--masks", help="folder of panoptic PNG files: panoptic quality too")

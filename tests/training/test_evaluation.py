@@ -1,5 +1,6 @@
 """AP and AR as pycocotools has them; each image once; confusion by hand."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from cdetr_fast import ConditionalDetrForObjectDetection
-from cdetr_fast.training import DataError, evaluate
+from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
+from cdetr_fast.key_maps import to_authors
+from cdetr_fast.training import DataError, TrainingConfig, evaluate
 from cdetr_fast.training.coco import read_coco
 from cdetr_fast.training.evaluation import (
     Detections,
@@ -18,7 +20,8 @@ from cdetr_fast.training.evaluation import (
     evaluate_detections,
     predict,
 )
-from cdetr_fast.training.setup import evaluation_loader
+from cdetr_fast.training.initial_weights import build_model
+from cdetr_fast.training.setup import evaluation_loader, make_processor
 
 
 def noisy(index, seed=0):
@@ -113,10 +116,6 @@ def test_confusion():
 
 @pytest.fixture
 def checkpoint(index, settings, tmp_path):
-    from cdetr_fast.training import TrainingConfig
-    from cdetr_fast.training.initial_weights import build_model
-    from cdetr_fast.training.setup import make_processor
-
     config = TrainingConfig(**settings())
     model = build_model(config, index.classes)
     model.save_pretrained(tmp_path / "model")
@@ -204,3 +203,57 @@ def test_not_one_readable_image(checkpoint, scenes, tmp_path):
 def test_bad_arguments(checkpoint, scenes, arguments, message):
     with pytest.raises(DataError, match=message):
         evaluate(checkpoint, scenes / "val" / "annotations.json", **arguments)
+
+
+@pytest.fixture
+def authors(settings, scenes, tmp_path):
+    """A folder and a file of the authors with the same weights, and one scene.
+
+    As the authors have it, classes are category ids, here 1 to 6 of 9 classes.
+    """
+    config = TrainingConfig(**settings(backbone="resnet18"))
+    model = build_model(config, [f"LABEL_{i}" for i in range(9)])
+    args = argparse.Namespace(dilation=False, nheads=4)
+    torch.save({"model": to_authors(model.state_dict()), "args": args}, tmp_path / "authors.pth")
+    content = json.loads((scenes / "val" / "annotations.json").read_text())
+    content["images"] = content["images"][:1]
+    content["annotations"] = [
+        a | {"category_id": a["category_id"] + 1}
+        for a in content["annotations"]
+        if a["image_id"] == content["images"][0]["id"]
+    ]
+    for category in content["categories"]:
+        category["id"] += 1
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    model.config.id2label = {i: names.get(i, "none") for i in range(9)}
+    model.save_pretrained(tmp_path / "folder")
+    ConditionalDetrImageProcessor().save_pretrained(tmp_path / "folder")
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(content))
+    return tmp_path / "folder", tmp_path / "authors.pth", path
+
+
+def test_evaluates_a_file_of_the_authors(authors, scenes):
+    """As the folder with these weights and the default image processor."""
+    folder, file, path = authors
+    options = {"images": scenes / "val", "num_workers": 0, "device": "cpu"}
+    expected = evaluate(folder, path, **options)
+    with pytest.warns(UserWarning, match="images are prepared with default settings"):
+        found = evaluate(file, path, **options)
+    assert found.stats == pytest.approx(expected.stats, abs=1e-6, nan_ok=True)
+    assert found.stats["AR100"] > 0
+    named = {one["class"]: one["objects"] for one in expected.classes if one["objects"]}
+    assert {one["class"]: one["objects"] for one in found.classes if one["objects"]} == named
+
+    content = json.loads(path.read_text())
+    content["categories"][-1]["id"] = 90
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"category 90 \(.*\): expected an id from 0 to 8, as"):
+        evaluate(file, path, **options)
+
+
+def test_processor_of_a_folder_has_to_be_there(authors, scenes):
+    folder, _, path = authors
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(DataError, match=r"model: .*preprocessor_config.json"):
+        evaluate(folder, path, scenes / "val", device="cpu")
