@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ from PIL import Image
 
 from cdetr_fast.files import write_atomically
 from cdetr_fast.training.coco import CocoIndex
+from cdetr_fast.training.dataset import read_image
+from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.evaluation import Detections, Evaluation, true_boxes
 from cdetr_fast.visualization import contact_sheet, draw_detections
+
+logger = logging.getLogger(__name__)
 
 _SHEET_EDGE = 480  # pixels of a picture's longest edge on a sheet
 _MOST_CLASSES = 12  # lines, or rows with a name, that a picture can hold
@@ -137,10 +142,11 @@ def draw_images(
     pairs = []
     for image in images:
         try:
-            with Image.open(index.image_path(image)) as file:
-                picture = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError):
-            continue  # reported where it was to be evaluated
+            pixels = read_image(index, image)
+        except DataError as error:  # it could be read when it was evaluated
+            logger.warning("not drawn: %s", error)
+            continue
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         zoom = _SHEET_EDGE / max(picture.size)
         picture = picture.resize([max(1, round(side * zoom)) for side in picture.size])
         boxes, labels = true_boxes(index, image)
