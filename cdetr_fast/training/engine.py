@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -357,8 +358,9 @@ class Engine:
                 evaluation = reporting.score_epoch(self, index, found, segments)
                 self.result = evaluation.stats
                 figure = self.result["AP" if segments is None else "PQ"]
-                is_best = figure >= self.best  # the newest of equals: PQ stays 0 for a while
-                self.best = figure if is_best else self.best
+                # The newest of equals: PQ stays 0 for a while. NaN is a set without objects.
+                is_best = math.isnan(figure) or figure >= self.best
+                self.best = max(self.best, figure)  # NaN is not greater
                 self._write("samples", lambda _: reporting.draw_samples(self, index, found))
                 if last:
                     self._write(

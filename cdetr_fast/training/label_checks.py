@@ -104,10 +104,13 @@ def check_labels(
     counts = np.bincount(owner[~index.crowd], minlength=len(index))
     ids = np.sort(index.category_ids[index.category_ids >= 0])
     before_gaps = ids[:-1][np.diff(ids) > 1]
+    without = "images without objects"
+    if not counts.any():
+        without += ", which is all of them: AP cannot be measured on this set, nor objects learnt"
     for kind, found in (
         ("boxes that reach out of their image and are clipped, ids", index.object_ids[overshoot]),
         ("crowds, not trained on, ids", index.object_ids[index.crowd]),
-        ("images without objects, ids", index.image_ids[counts == 0]),
+        (f"{without}, ids", index.image_ids[counts == 0]),
         ("gaps in the category ids, after ids", before_gaps),
     ):
         if len(found):

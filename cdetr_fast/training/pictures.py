@@ -82,10 +82,10 @@ def draw_precision(evaluation: Evaluation, path: Path) -> None:
     if seen:
         mean = evaluation.precision[:, seen].mean(1)
         axes.plot(recall, mean, "k", linewidth=2, label=f"all classes ({mean.mean():.2f})")
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes.set(title="precision at IoU 0.5 (AP50)", xlabel="recall", ylabel="precision")
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _save(figure, path)
 
 

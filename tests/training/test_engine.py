@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import shutil
@@ -457,3 +458,28 @@ def test_fp16_on_a_cpu_is_refused(settings):
     """Accelerate would train in fp32 without a word."""
     with pytest.raises(DataError, match="precision: fp16 needs a GPU, the device is cpu"):
         train(TrainingConfig(**settings(precision="fp16")))
+
+
+def test_validation_set_without_objects(settings, scenes, tmp_path, caplog):
+    """AP cannot be measured: that is said once, and `best` is the newest model."""
+    content = json.loads((scenes / "val" / "annotations.json").read_text())
+    path = tmp_path / "empty.json"
+    path.write_text(json.dumps(content | {"annotations": []}))
+    config = TrainingConfig(
+        **settings(val_annotations=str(path), val_images=str(scenes / "val"), evaluate_every=1)
+    )
+    caplog.set_level("INFO")
+    result = train(config)
+    assert math.isnan(result["AP"])
+    assert [row["AP"] for row in rows(config, "eval")] == [None, None]
+    said = [r for r in caplog.records if "AP cannot be measured" in r.getMessage()]
+    assert len(said) == 1
+    assert "empty.json" in said[0].getMessage()
+    run = Path(config.output)
+    assert "AP cannot be measured" in (run / "labels.txt").read_text()
+    weights = {name: (run / name / "model.safetensors").read_bytes() for name in ("model", "best")}
+    assert weights["best"] == weights["model"]
+
+    path.write_text(json.dumps(content))  # with objects, the figure counts from here on
+    train(dataclasses.replace(config, resume=True, epochs=3))
+    assert final_state(config)["best"] >= 0
