@@ -47,6 +47,14 @@ class OptimizedModel:
         self.runner.prepare(self)
         return result
 
+    def refresh(self) -> None:
+        """Prepares the engine anew, after writes to weights that no call can see; see `optimize`.
+
+        Raises:
+            RuntimeError: The model that this one was made from has tensors of other shapes now.
+        """
+        self.runner.refresh(self)
+
     @torch.no_grad()
     def warmup(self, shapes: Iterable[tuple[int, int, int]], masks: bool | None = None) -> None:
         """Prepares for shapes, so that their first call is as fast as the next ones.

@@ -11,6 +11,7 @@ from torch import nn
 from cdetr_fast import validation as check
 from cdetr_fast.inference import models
 from cdetr_fast.inference.int8 import reason_against_int8
+from cdetr_fast.inference.origin import Origin, count_fused_steps, set_apart
 from cdetr_fast.inference.runner import Kind, Options, Runner
 from cdetr_fast.inference.watch import attached
 
@@ -41,10 +42,14 @@ def optimize(
     keys and values; what no image changes is computed once. Outputs agree with the model's up to
     rounding (1e-4 in fp32).
 
-    The result shares all weights with `model` that are not folded or joined, and watches them:
-    after they are trained there, it prepares itself anew at the next call. Weights that are loaded
-    into the result are its own from then on. It does not train. Calls with labels,
-    `output_attentions` and the like run the model's own forward.
+    The result shares all weights with `model` that are not folded, joined or converted, and watches
+    it: after it is trained, or weights are loaded into it, the result prepares itself anew at the
+    next call. Weights that are loaded into the result are its own from then on. It does not train.
+    Calls with labels, `output_attentions` and the like run the model's own forward.
+
+    Not seen are writes through `.data` to tensors on a GPU, to a few single values on a CPU, and
+    changes while a graph that torch.compile made around the result is all that runs: call the
+    result's `refresh()` after them.
 
     Args:
         model: A model of this package or of transformers, in eval mode.
@@ -91,6 +96,9 @@ def optimize(
     if inplace:  # all that could fail has been tried on the alias, so this is done in full
         result = model
         runner = _prepared(result, target, dtype, Runner(options, kind))
+    else:
+        count_fused_steps()
+        runner.origin = Origin(model, result)
     result.__class__ = kind.optimized_class
     result.runner = runner
     return result
@@ -244,6 +252,7 @@ def _alias(model: Model) -> Model:
 
 def _unshare(module: nn.Module, *_: Any) -> None:
     """Gives a module memory of its own before weights are loaded into it: not into the original."""
+    set_apart(module)
     for tensor in (*module._parameters.values(), *module._buffers.values()):
         if tensor is not None:
             tensor.data = tensor.detach().clone()

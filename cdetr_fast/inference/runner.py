@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cdetr_fast.inference.engine import Engine
 from cdetr_fast.inference.graphs import CudaCapturer, GraphCache
+from cdetr_fast.inference.origin import Origin
 from cdetr_fast.inference.watch import Settings, Watch
 
 _FAST = ("pixel_values", "pixel_mask", "return_dict")
@@ -58,6 +59,7 @@ class Runner:
         self.engine: Engine | None = None
         self.refreshed = 0
         self.last_plain: str | None = None
+        self.origin: Origin | None = None
         self._watch: Watch | None = None
         self._lock = threading.Lock()
         self._call: Callable | None = None
@@ -90,15 +92,25 @@ class Runner:
         """Brings the engine up to date; returns why the model's own forward has to run, or None."""
         if torch.compiler.is_compiling():
             return None if self.engine is not None else "the engine is not prepared"
-        watch = self._watch
-        if watch is None or watch.change() is not None:
+        if self._is_stale():
             with self._lock:
-                watch = self._watch
-                if watch is None or watch.change() is not None:
-                    watch = self._build(model)
-        return watch.attachment(self.kind.is_harmless)
+                if self._is_stale():
+                    self._build(model)
+        return self._watch.attachment(self.kind.is_harmless)
+
+    def _is_stale(self) -> bool:
+        if self._watch is None or self._watch.change() is not None:
+            return True
+        return self.origin is not None and self.origin.has_changed()
+
+    def refresh(self, model: nn.Module) -> None:
+        """Prepares the engine anew, whether or not anything seems to have changed."""
+        with self._lock:
+            self._build(model)
 
     def _build(self, model: nn.Module) -> Watch:
+        if self.origin is not None:
+            self.origin.follow(model)
         watch = Watch(model, Settings(model.config))
         fresh = Engine(self.kind.twin_of(model), self.options.int8_calibration)
         if self._graphs is not None:
