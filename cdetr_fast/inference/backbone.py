@@ -1,6 +1,9 @@
 """The backbone rewritten for inference: norms folded, convolutions with their epilogues."""
 
 import operator
+import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +18,31 @@ _ADDITIONS = {operator.add, operator.iadd, torch.add}
 
 
 class _Tracer(fx.Tracer):
-    """Looks into everything but convolutions, frozen norms and what timm marks as opaque."""
+    """Looks into everything but convolutions, frozen norms and what timm marks as opaque.
+
+    While fx traces, it has patched `nn.Module` for the whole process: modules that other threads
+    call meanwhile are let through, and only one thread traces at a time.
+    """
+
+    _one_at_a_time = threading.Lock()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        with self._one_at_a_time:
+            return super().trace(*args, **kwargs)
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         leaves = (nn.Conv2d, FrozenBatchNorm2d, *get_notrace_modules())

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -64,13 +64,13 @@ class OptimizedModel:
             masks: With padding masks or without; None is both.
 
         Raises:
+            TypeError: `shapes` is no list of shapes.
             ValueError: A shape is not three positive integers.
         """
+        shapes = _checked(shapes)
         weight = next(p for p in self.parameters() if p.is_floating_point())
         self.runner.prepare(self)
         for shape in shapes:
-            if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-                raise ValueError(f"shapes: expected (batch, height, width), got {shape!r}")
             batch, height, width = shape
             channels = self.runner.engine.num_channels
             pixel_values = torch.zeros(
@@ -103,6 +103,17 @@ class OptimizedModel:
         if wants_dict is None:
             wants_dict = self.config.return_dict
         return output if wants_dict else output.to_tuple()
+
+
+def _checked(shapes: Any) -> list[tuple[int, int, int]]:
+    if not isinstance(shapes, Iterable) or isinstance(shapes, str):
+        raise TypeError(f"shapes: expected a list of (batch, height, width), got {shapes!r}")
+    shapes = list(shapes)
+    for shape in shapes:
+        is_triple = isinstance(shape, Sequence) and len(shape) == 3
+        if not is_triple or not all(type(size) is int and size > 0 for size in shape):
+            raise ValueError(f"shapes: expected (batch, height, width) each, got {shape!r}")
+    return shapes
 
 
 def forward_of(base: type[nn.Module]) -> Callable:

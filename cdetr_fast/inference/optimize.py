@@ -91,6 +91,7 @@ def optimize(
         static_outputs=check.flag("static_outputs", static_outputs),
         int8_calibration=_calibration(int8_calibration, model, dtype, target, compile),
     )
+    inplace = check.flag("inplace", inplace)
     result = _alias(model)
     runner = _prepared(result, target, dtype, Runner(options, kind))
     if inplace:  # all that could fail has been tried on the alias, so this is done in full
@@ -154,6 +155,8 @@ def _device(device: Any) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:
         first = str(error).splitlines()[0]
         raise RuntimeError(f"device: {device!r} cannot be used: {first}") from error
+    if target.type == "meta":
+        raise ValueError("device: expected one that computes, got meta")
     return target
 
 
@@ -231,7 +234,7 @@ def _calibration(
 def _bucket(value: int | str) -> int | None:
     if value == "exact":
         return None
-    if isinstance(value, bool) or value not in (32, 64):
+    if type(value) is not int or value not in (32, 64):
         raise ValueError(f'bucket: expected 32, 64 or "exact", got {value!r}')
     return value
 

@@ -193,11 +193,12 @@ class Runner:
     def _call_engine(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> dict[str, Tensor]:
         if torch.compiler.is_compiling():
             return self.engine(pixel_values, pixel_mask)
-        if self._call is None:
+        call = self._call
+        if call is None:
             with self._lock:
-                self._set_up_call()
+                call = self._call = self._call or self._make_call()
         try:
-            return self._call(pixel_values, pixel_mask)
+            return call(pixel_values, pixel_mask)
         except torch.OutOfMemoryError as error:
             bucket = self.options.bucket
             padded = f", padded to multiples of {bucket}," if bucket else ""
@@ -206,7 +207,7 @@ class Runner:
                 f"{pixel_values.device}; set max_batch, or use smaller images. {error}"
             ) from error
 
-    def _set_up_call(self) -> None:
+    def _make_call(self) -> Callable:
         call = self.engine
         if self.options.compile is not None:
             call = torch.compile(call, mode=self.options.compile, fullgraph=True, dynamic=False)
@@ -215,7 +216,7 @@ class Runner:
             options = (self.options.max_graphs, self.options.static_outputs)
             call = GraphCache(call, self.engine.kept_constants, capturer, *options)
             self._graphs = call
-        self._call = call
+        return call
 
 
 def is_trivial(pixel_mask: Tensor) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import threading
 
 import pytest
 import torch
@@ -417,7 +418,9 @@ def test_compiled_engine_follows_its_weights(images, monkeypatch):
         ({"dtype": "float17"}, ValueError, "dtype: expected"),
         ({"device": "cuda:77"}, RuntimeError, "device: 'cuda:77' cannot be used"),
         ({"compile": "fast"}, ValueError, "compile: expected"),
+        ({"device": "meta"}, ValueError, "device: expected one that computes"),
         ({"bucket": 48}, ValueError, "bucket: expected 32, 64"),
+        ({"bucket": 64.0}, ValueError, "bucket: expected 32, 64"),
         ({"max_batch": 0}, ValueError, "max_batch: expected"),
         ({"max_graphs": 0}, ValueError, "max_graphs: expected"),
         ({"static_outputs": "yes"}, (TypeError, ValueError), "static_outputs: expected"),
@@ -430,6 +433,22 @@ def test_options_are_checked(model, images, options, kind, message, inplace):
         optimize(model, inplace=inplace, **options)
     assert type(model) is cdetr_fast.ConditionalDetrForObjectDetection
     assert_same(model(*images), expected, 0)
+
+
+def test_inplace_is_checked(model):
+    with pytest.raises((TypeError, ValueError), match="inplace: expected"):
+        optimize(model, inplace="no")
+    assert type(model) is cdetr_fast.ConditionalDetrForObjectDetection
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kind"),
+    [((1, 64, 64), ValueError), ([(True, 64, 64)], ValueError), ([(1, 64)], ValueError),
+     ([(1, 0, 64)], ValueError), (5, TypeError)],
+)  # fmt: skip
+def test_shapes_to_warm_up_are_checked(model, shapes, kind):
+    with pytest.raises(kind, match="shapes: expected"):
+        optimize(model).warmup(shapes)
 
 
 def test_models_are_checked(model):
@@ -573,6 +592,34 @@ def test_threads(model, images):
 
     in_threads(work, 4)
     assert not failures
+
+
+def test_other_threads_are_left_alone_while_engines_are_prepared(model, images):
+    """fx patches `nn.Module` for the whole process while it traces."""
+    fast, expected = optimize(model), model(*images)
+    call, stop, failures, noted = nn.Module.__call__, threading.Event(), [], []
+
+    def run(index):
+        with torch.no_grad():
+            try:
+                if index < 2:
+                    while not stop.is_set():
+                        assert error((fast, model)[index](*images), expected) <= 1e-4
+                    return
+                for _ in range(5):
+                    fast.refresh() if index == 2 else noted.extend(
+                        optimize(model).runner.engine.backbone.notes
+                    )
+            except Exception as failure:
+                failures.append(failure)
+            finally:
+                if index >= 2:
+                    stop.set()
+
+    in_threads(run, 4)
+    assert not failures
+    assert not noted  # none fell back to the backbone as it is
+    assert nn.Module.__call__ is call
 
 
 def test_few_map_sizes_are_kept(model):
