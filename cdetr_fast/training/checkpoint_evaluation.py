@@ -15,11 +15,13 @@ from cdetr_fast import (
 )
 from cdetr_fast import validation as check
 from cdetr_fast.models.auto import class_of_checkpoint
+from cdetr_fast.models.prediction import PredictingModel
 from cdetr_fast.training import setup
 from cdetr_fast.training.coco import CocoIndex, read_coco
 from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.evaluation import Evaluation, evaluate_detections, predict
 from cdetr_fast.training.label_checks import check_labels
+from cdetr_fast.training.launch import shared_errors
 from cdetr_fast.training.panoptic import PanopticScorer
 from cdetr_fast.training.reporting import write_evaluation
 
@@ -74,29 +76,14 @@ def evaluate(
         check.choice("stop", "skip")("bad_images", bad_images)
     except (TypeError, ValueError) as error:
         raise DataError(str(error)) from error
-    if output is not None:  # before an hour of work, not after it
-        try:
-            Path(output).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"output: {output} cannot be made ({error.strerror})") from error
     accelerator = Accelerator(cpu=device == "cpu")
-    try:
-        network_class = ConditionalDetrForObjectDetection
-        if masks is not None:
-            network_class = _segmentation_class(model)
-        network = network_class.from_pretrained(model, dtype=torch.float32)
-        processor = (
-            network.image_processor  # there may be one beside the file, else the default one
-            if os.path.isfile(model)
-            else ConditionalDetrImageProcessor.from_pretrained(model)
-        )
-    except DataError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"model: {error}") from error
-    index = read_coco(annotations, images, masks)
-    index = index.with_classes(_class_names(network.config, model, index), f"the model {model}")
-    index, report = check_labels(index, bad_labels)
+    with shared_errors(accelerator):
+        if output is not None:  # before an hour of work, not after it
+            _make_folder(Path(output))
+        network, processor = _load(model, masks is not None)
+        index = read_coco(annotations, images, masks)
+        names = _class_names(network.config, model, index)
+        index, report = check_labels(index.with_classes(names, f"the model {model}"), bad_labels)
     if accelerator.is_main_process:
         print("\n".join(report.lines()))
     loader = setup.evaluation_loader(
@@ -109,7 +96,8 @@ def evaluate(
     if segments is not None:
         segments.gather(accelerator)
     if found.failures and bad_images == "stop":
-        raise DataError(found.described_failures())
+        elsewhere = not accelerator.is_main_process
+        raise DataError(found.described_failures(), said_elsewhere=elsewhere)
     index, found = found.without_failures(index)
     if not accelerator.is_main_process:
         return None
@@ -121,14 +109,34 @@ def evaluate(
     return evaluation
 
 
-def _segmentation_class(model: str | os.PathLike) -> type:
-    found = class_of_checkpoint(model)
-    if found is not ConditionalDetrForSegmentation:
-        raise DataError(
-            f"masks: {model} is no segmentation checkpoint but one of {found.__name__}; leave "
-            "masks out to score its boxes"
-        )
-    return found
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"output: {folder} cannot be made ({error.strerror})") from error
+
+
+def _load(
+    model: str | os.PathLike, segments: bool
+) -> tuple[PredictingModel, ConditionalDetrImageProcessor]:
+    """Loads model and image processor; of a segmentation checkpoint only the detector, if asked."""
+    network_class = ConditionalDetrForObjectDetection
+    try:
+        if segments:
+            network_class = class_of_checkpoint(model)
+            if network_class is not ConditionalDetrForSegmentation:
+                raise DataError(
+                    f"masks: {model} is no segmentation checkpoint but one of "
+                    f"{network_class.__name__}; leave masks out to score its boxes"
+                )
+        network = network_class.from_pretrained(model, dtype=torch.float32)
+        if os.path.isfile(model):  # there may be a processor beside it, else it is the default one
+            return network, network.image_processor
+        return network, ConditionalDetrImageProcessor.from_pretrained(model)
+    except DataError:
+        raise
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"model: {error}") from error
 
 
 def _class_names(

@@ -74,10 +74,13 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     def run() -> None:
         from cdetr_fast.training.checkpoint_evaluation import evaluate
 
-        evaluation = evaluate(**options)
-        if evaluation is not None:
-            _print_evaluation(evaluation)
-            print(f"tables and pictures: {options['output']}")
+        try:
+            evaluation = evaluate(**options)
+            if evaluation is not None:
+                _print_evaluation(evaluation)
+                print(f"tables and pictures: {options['output']}")
+        finally:
+            leave_processes()
 
     _guarded(run)
 

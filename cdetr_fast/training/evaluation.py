@@ -30,7 +30,7 @@ _FAILURES_SHOWN = 20
 
 @dataclass
 class Detections:
-    """Detections on a data set; the only thing that grows with it: 36 bytes each, 100 an image.
+    """Detections on a data set: 36 bytes each, 100 an image, which is 3.6 KB.
 
     Attributes:
         images: int64 `[n]` indices of images.

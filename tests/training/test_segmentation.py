@@ -1,6 +1,9 @@
 """Segmentation from panoptic data: masks follow boxes, the mask head trains, runs end."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -246,3 +249,81 @@ def test_masks_overfit_a_scene(configuration):
         dice.append(outputs.loss_dict["loss_dice"].item())
     assert dice[0] > 0.65
     assert np.mean(dice[-10:]) < 0.45
+
+
+@pytest.fixture
+def covering(configuration, panoptic, tmp_path):
+    """A checkpoint whose boxes and masks are all of the image, of the class of the ground."""
+    from cdetr_fast.training.initial_weights import build_model
+    from cdetr_fast.training.setup import make_processor
+
+    config = configuration()
+    model = build_model(config, ("plate", "disc", "ground")).eval()
+    with torch.no_grad():
+        model.conditional_detr.class_labels_classifier.bias[2] = 3.0
+        model.mask_head.output_conv.bias += 10.0
+        detector = model.conditional_detr
+        for last in (
+            detector.model.decoder.ref_point_head.layers[-1],
+            detector.bbox_predictor.layers[-1],
+        ):
+            last.weight.zero_()
+            last.bias.zero_()
+        detector.bbox_predictor.layers[-1].bias[2:] = 5.0
+    model.save_pretrained(tmp_path / "covering")
+    make_processor(config, model).save_pretrained(tmp_path / "covering")
+    return tmp_path / "covering"
+
+
+def test_processes_evaluate_as_one(covering, tmp_path, root):
+    """The same figures, also where a process has an image that cannot be read, and none left."""
+    draw_panoptic(tmp_path / "set", 7, 5)
+    data = {"annotations": tmp_path / "set" / "panoptic.json", "images": tmp_path / "set"}
+    options = {"masks": tmp_path / "set" / "masks", "batch_size": 2, "num_workers": 0}
+    options |= data | {"model": covering, "device": "cpu"}
+    paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    flags = [(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
+
+    def two_processes(name, *more):
+        return subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+                *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+                *("-m", "cdetr_fast", "evaluate", *(str(part) for flag in flags for part in flag)),
+                *("--output", tmp_path / name, *more),
+            ],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    def figures(name):
+        content = json.loads((tmp_path / name / "metrics.json").read_text())
+        return content["images"], content["stats"], content["classes"]
+
+    evaluate(**options, output=tmp_path / "one")
+    done = two_processes("two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (images, stats, classes), single = figures("two"), figures("one")
+    assert images == single[0] == 7
+    assert stats == pytest.approx(single[1], abs=1e-6)
+    for one, other in zip(classes, single[2], strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
+    assert stats["PQ"] > 0.1
+    assert stats["AP50"] > 0
+
+    (tmp_path / "set" / "004.png").write_text("no picture")
+    evaluate(**options, output=tmp_path / "skip one", bad_images="skip")
+    done = two_processes("skip two", "--bad-images", "skip")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("1 of 7 images could not be read") == 1
+    (images, stats, _), single = figures("skip two"), figures("skip one")
+    assert images == single[0] == 6
+    assert stats == pytest.approx(single[1], abs=1e-6)
+    done = two_processes("stop")
+    assert done.returncode == 1
+    assert done.stderr.count("004.png (image id 4): cannot be read") == 1
+    assert "cdetr-fast: 1 of 7 images could not be read" in done.stderr
+    assert not (tmp_path / "stop" / "metrics.json").exists()
