@@ -3,12 +3,13 @@
 The error is a TypeError or ValueError with the field's name, what was expected and what came.
 """
 
-import difflib
 import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+
+from cdetr_fast.suggestions import did_you_mean
 
 
 def refuse(name: str, expected: str, value: Any, error: type[Exception] = ValueError) -> NoReturn:
@@ -125,6 +126,4 @@ def ids_by_label(name: str, value: Any) -> dict[str, int]:
 
 def unknown_keyword(owner: str, name: str, known: list[str]) -> TypeError:
     """Makes the error for an unknown keyword, with the closest known one."""
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return TypeError(f"{owner}: unknown field {name!r}{hint}")
+    return TypeError(f"{owner}: unknown field {name!r}{did_you_mean(name, known)}")

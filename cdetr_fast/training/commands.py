@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -47,7 +46,9 @@ def train_command(arguments: Sequence[str] | None = None) -> None:
 def evaluate_command(arguments: Sequence[str]) -> None:
     """Runs `cdetr-fast evaluate`."""
     _require(_TRAIN_NEEDS, "train")
-    parser = argparse.ArgumentParser(
+    from cdetr_fast.training.config import FlagParser
+
+    parser = FlagParser(
         "cdetr-fast evaluate",
         description="Score a checkpoint by COCO's rules; writes tables and pictures.",
     )
@@ -99,7 +100,9 @@ def _print_evaluation(evaluation: Evaluation) -> None:
 def convert_command(arguments: Sequence[str]) -> None:
     """Runs `cdetr-fast convert`."""
     _require(("yaml",), "train")
-    parser = argparse.ArgumentParser(
+    from cdetr_fast.training.config import FlagParser
+
+    parser = FlagParser(
         "cdetr-fast convert",
         description="Write COCO JSON files for a Pascal VOC or YOLO folder, or a COCO set as shards"
         " (tar files for WebDataset).",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cdetr_fast.files import write_atomically
+from cdetr_fast.suggestions import did_you_mean
 from cdetr_fast.training.errors import DataError
 
 
@@ -193,8 +193,7 @@ class TrainingConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else f"; there are {known}"
+                hint = did_you_mean(str(name), known) or f"; there are {known}"
                 raise DataError(f"{source}: unknown setting {name!r}{hint}")
         return cls(**values)
 
@@ -244,6 +243,19 @@ def _yaml_loader(yaml: Any) -> type:
     return Loader
 
 
+class FlagParser(argparse.ArgumentParser):
+    """A parser that suggests a flag for an unknown one."""
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:  # as of its base
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            wrong = next((text for text in unknown if text.startswith("--")), unknown[0])
+            hint = did_you_mean(wrong.partition("=")[0], flags)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found
+
+
 def parse_flags(arguments: Sequence[str], prog: str, description: str) -> TrainingConfig:
     """Makes a configuration of command-line flags and, under them, of `--config FILE.yaml`.
 
@@ -252,7 +264,7 @@ def parse_flags(arguments: Sequence[str], prog: str, description: str) -> Traini
         prog: Name of the command in its help.
         description: First lines of its help.
     """
-    parser = argparse.ArgumentParser(prog, description=description, allow_abbrev=False)
+    parser = FlagParser(prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of settings; flags go before it")
     groups: dict[str, Any] = {}
     kinds = _kinds()

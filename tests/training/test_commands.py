@@ -181,6 +181,10 @@ def test_accelerate_launch(root, settings, tmp_path):
             ("evaluate", "--model", ".", "--annotations", "none.json", "--device", "cpu"),
             "cdetr-fast: model: ",
         ),
+        (
+            ("evaluate", "--model", ".", "--annotations", "none.json", "--batch-size", "0"),
+            "cdetr-fast: batch_size: expected an integer >= 1, got 0",
+        ),
     ],
 )
 def test_errors_are_one_line(cdetr_fast, arguments, message):
@@ -190,7 +194,29 @@ def test_errors_are_one_line(cdetr_fast, arguments, message):
     assert done.stderr.splitlines()[-1].startswith(message)
 
 
-def test_unknown_option(cdetr_fast):
-    done = cdetr_fast("train", "--epoch", "1")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--epoch", "1"), "--epoch 1; did you mean '--epochs'?"),
+        (("train", "--epochs", "1", "--lerning-rate=1"), "rate=1; did you mean '--learning-rate'?"),
+        (("train", "--zzz"), "unrecognized arguments: --zzz\n"),
+        (
+            (
+                "evaluate",
+                "--model",
+                "x",
+                "--annotations",
+                "y",
+                "--bad-image=skip",
+                "--thresold",
+                "1",
+            ),
+            "--thresold 1; did you mean '--threshold'?",
+        ),
+        (("convert", "voc", "x", "--output", "y", "--imagse", "z"), "did you mean '--images'?"),
+    ],
+)
+def test_unknown_option(cdetr_fast, arguments, message):
+    done = cdetr_fast(*arguments)
     assert done.returncode == 2
-    assert "unrecognized arguments: --epoch" in done.stderr
+    assert message in done.stderr
