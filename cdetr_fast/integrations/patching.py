@@ -11,6 +11,7 @@ import threading
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from cdetr_fast import validation as check
 from cdetr_fast.integrations import versions
 
 _MODELING = "transformers.models.conditional_detr.modeling_conditional_detr"
@@ -292,22 +293,22 @@ def patch_transformers(
         A context manager; nothing needs to be kept of it.
 
     Raises:
+        TypeError: A switch is not True or False.
         ImportError: transformers is not installed.
         RuntimeError: It is of a version, or holds code, that this was not written for; or something
             else has replaced what an earlier call had put in place. Nothing is changed then.
     """
-    return TransformersPatch(
-        {
-            "attention": attention,
-            "position_codes": position_codes,
-            "overflow_clamp": overflow_clamp,
-            "losses": losses,
-            "mask_head": mask_head,
-            "batch_norm": batch_norm,
-            "channels_last": channels_last,
-            "attention_interface": attention_interface,
-        }
-    )
+    switches = {
+        "attention": attention,
+        "position_codes": position_codes,
+        "overflow_clamp": overflow_clamp,
+        "losses": losses,
+        "mask_head": mask_head,
+        "batch_norm": batch_norm,
+        "channels_last": channels_last,
+        "attention_interface": attention_interface,
+    }
+    return TransformersPatch({name: check.flag(name, on) for name, on in switches.items()})
 
 
 def unpatch_transformers() -> None:

@@ -202,6 +202,11 @@ def test_undone_exactly():
     assert differences(before, snapshot()) == []
 
 
+def test_switches_are_checked():
+    with pytest.raises(TypeError, match="losses: expected True or False, got 'no'"):
+        cdetr_fast.patch_transformers(losses="no")
+
+
 def test_twice_is_once():
     clean = snapshot()
     cdetr_fast.patch_transformers()
