@@ -7,13 +7,14 @@ joined, everything that no image changes a constant. Outputs are `logits` and `p
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cdetr_fast import validation as check
 from cdetr_fast.files import write_atomically
 from cdetr_fast.inference.engine import Engine
 from cdetr_fast.inference.optimize import optimize
@@ -23,6 +24,8 @@ SUFFIXES = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 _OUTPUTS = ("logits", "pred_boxes", "pred_masks")
 _NEEDED = {"torch": (), "aoti": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 _TOLERANCE = 1e-3  # of a value of 1; compiled and foreign code sums in another order
+_TOLERANCE_IN_EPS = 10  # of half precision's, where that is more
+_LEAST_OPEN_SIZE = 33  # a map of one row would be fixed to one
 
 
 class ExportedForward(nn.Module):
@@ -76,7 +79,7 @@ def export(
 
     Raises:
         ValueError: An argument is out of range.
-        TypeError: `model` is of another class.
+        TypeError: `model` is of another class, or an argument of another type.
         RuntimeError: The file's outputs are not those of the model; the file is not kept.
     """
     if format not in FORMATS:
@@ -86,6 +89,8 @@ def export(
         raise ValueError(f"path: expected a name ending in {SUFFIXES[format]}, got {path.name}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: expected an existing folder, got {path.parent}")
+    size = _checked_size(size, dynamic)
+    batch = check.integer(1)("batch", batch)
     for module in _NEEDED[format]:
         if importlib.util.find_spec(module) is None:
             raise RuntimeError(f"{format} needs {module}: pip install 'cdetr-fast[export]'")
@@ -112,7 +117,7 @@ def export(
                 difference = (got.to(expected[name].device) - expected[name]).abs().max().item()
                 errors.append(difference)
                 scale = 1 + expected[name].abs().max().item()
-                if not difference <= _TOLERANCE * scale:
+                if not difference <= _tolerance(engine.dtype) * scale:
                     raise RuntimeError(
                         f"{path}: {name} of the file is off by {difference:.1e} for images "
                         f"{list(trial[0].shape)}; the file was not kept"
@@ -120,6 +125,22 @@ def export(
 
     write_atomically(path, write)
     return max(errors)
+
+
+def _checked_size(size: Any, dynamic: bool) -> tuple[int, int]:
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise TypeError(f"size: expected (height, width), got {size!r}")
+    height, width = (check.integer(1)("size", pixels) for pixels in size)
+    if dynamic and min(height, width) < _LEAST_OPEN_SIZE:
+        raise ValueError(
+            f"size: expected {_LEAST_OPEN_SIZE} or more, as sizes are to be left open, got "
+            f"{(height, width)}; use dynamic=False for images as small as that"
+        )
+    return height, width
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return max(_TOLERANCE, _TOLERANCE_IN_EPS * torch.finfo(dtype).eps)
 
 
 Run = Callable[[tuple[Tensor, ...]], Any]

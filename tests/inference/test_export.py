@@ -101,6 +101,21 @@ def test_arguments_are_checked(detector, tmp_path):
         export(detector, tmp_path / "none" / "model.pt2")
     with pytest.raises(TypeError, match="model: expected one that predicts boxes"):
         export(random_model("base"), tmp_path / "model.pt2")
+    for options, kind, message in (
+        ({"size": 128}, TypeError, r"size: expected \(height, width\), got 128"),
+        ({"size": (0, 64), "dynamic": False}, ValueError, "size: expected an integer >= 1, got 0"),
+        ({"size": (32, 64)}, ValueError, "size: expected 33 or more"),
+        ({"batch": 0}, ValueError, "batch: expected an integer >= 1, got 0"),
+    ):
+        with pytest.raises(kind, match=message):
+            export(detector, tmp_path / "model.pt2", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_precision_is_held_to_its_own_rounding(tmp_path):
+    path = tmp_path / "model.pt2"
+    assert export(random_model().bfloat16(), path, size=(64, 96), dynamic=False) < 0.2
+    assert path.is_file()
 
 
 def test_command(tmp_path, monkeypatch, capsys):
