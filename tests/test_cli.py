@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import randomized, tiny_config
 
 import cdetr_fast
-from cdetr_fast import ConditionalDetrForObjectDetection, cli
+from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor, cli
 from cdetr_fast.key_maps import to_authors
 from cdetr_fast.results import DetectionResult
 from cdetr_fast.scenes import CLASSES, TRAIN_SEED, coco_ground_truth, draw_scene
@@ -51,23 +52,7 @@ def run(monkeypatch, capsys, tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """A tiny model with random weights, saved with its image processor."""
-    from cdetr_fast import ConditionalDetrConfig, ConditionalDetrImageProcessor
-
-    torch.manual_seed(0)
-    config = ConditionalDetrConfig(
-        backbone="resnet18",
-        use_timm_backbone=True,
-        use_pretrained_backbone=False,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        num_queries=7,
-        id2label={0: "cat", 1: "dog", 2: "remote"},
-    )
+    config = tiny_config()
     folder = tmp_path_factory.mktemp("checkpoint")
     ConditionalDetrForObjectDetection(config).save_pretrained(folder)
     size = {"shortest_edge": 64, "longest_edge": 96}
@@ -92,7 +77,7 @@ def authors_file(checkpoint, tmp_path_factory) -> Path:
     """The weights of `checkpoint` in a file as the paper's authors save them."""
     model = ConditionalDetrForObjectDetection.from_pretrained(checkpoint)
     path = tmp_path_factory.mktemp("authors") / "checkpoint.pth"
-    args = Namespace(dilation=False, nheads=2)
+    args = Namespace(dilation=False, nheads=8)
     torch.save({"model": to_authors(model.state_dict()), "args": args}, path)
     (path.parent / "preprocessor_config.json").write_text(
         (checkpoint / "preprocessor_config.json").read_text()
@@ -257,12 +242,10 @@ def test_many_images_are_detected_by_the_optimised_model(
 
 
 def test_detect_with_a_segmentation_model(run, pictures, tmp_path):
-    from test_predict import config, randomized
-
-    from cdetr_fast import ConditionalDetrForSegmentation, ConditionalDetrImageProcessor
+    from cdetr_fast import ConditionalDetrForSegmentation
 
     size = {"shortest_edge": 64, "longest_edge": 96}
-    model = randomized(ConditionalDetrForSegmentation(config(num_queries=1)))
+    model = randomized(ConditionalDetrForSegmentation(tiny_config(num_queries=1)))
     model.save_pretrained(tmp_path / "model")
     ConditionalDetrImageProcessor(size=size).save_pretrained(tmp_path / "model")
     output = tmp_path / "results"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from tiny import NAMES, randomized, tiny_config
 
 from cdetr_fast import (
-    ConditionalDetrConfig,
     ConditionalDetrForObjectDetection,
     ConditionalDetrForSegmentation,
     ConditionalDetrImageProcessor,
@@ -19,51 +19,18 @@ from cdetr_fast import (
 from cdetr_fast.results import DetectionResult, SegmentationResult
 
 SIZE = {"shortest_edge": 64, "longest_edge": 96}
-NAMES = {0: "cat", 1: "dog", 2: "remote"}
-
-
-def config(**changes) -> ConditionalDetrConfig:
-    torch.manual_seed(0)  # of the model that is made next
-    return ConditionalDetrConfig(
-        backbone="resnet18",
-        use_timm_backbone=True,
-        use_pretrained_backbone=False,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=8,
-        decoder_attention_heads=8,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        id2label=NAMES,
-        **({"num_queries": 7} | changes),
-    )
-
-
-def randomized(model):
-    """Weights with which scores spread, classes differ between queries, and masks have holes."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name and "backbone" not in name and parameter.dim() > 1:
-                scale = (2.0 / parameter[0].numel()) ** 0.5
-                scale = 1.0 if "query_position" in name or "classifier" in name else scale
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-            if name.endswith("class_labels_classifier.bias"):
-                parameter.zero_()
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def detector():
-    model = randomized(ConditionalDetrForObjectDetection(config()))
+    model = randomized(ConditionalDetrForObjectDetection(tiny_config()))
     model.image_processor = ConditionalDetrImageProcessor(size=SIZE)
     return model
 
 
 @pytest.fixture(scope="module", params=["paper", "transformers"])
 def segmenter(request):
-    model = randomized(ConditionalDetrForSegmentation(config(compat=request.param)))
+    model = randomized(ConditionalDetrForSegmentation(tiny_config(compat=request.param)))
     if request.param == "transformers":  # which drops queries of the last class
         model.conditional_detr.class_labels_classifier.bias.data[2] = -40
     model.image_processor = ConditionalDetrImageProcessor(size=SIZE, compat=request.param)
@@ -223,7 +190,7 @@ def test_bad_input(detector, images, options, error, message):
 
 
 def test_modes_are_restored_and_nothing_is_tracked(detector):
-    model = ConditionalDetrForObjectDetection(config(dropout=0.5))
+    model = ConditionalDetrForObjectDetection(tiny_config(dropout=0.5))
     model.load_state_dict(detector.state_dict())
     model.image_processor = detector.image_processor
     model.train()
@@ -243,7 +210,7 @@ def test_modes_are_restored_and_nothing_is_tracked(detector):
 
 
 def test_half_precision_models(detector):
-    model = ConditionalDetrForObjectDetection(config())
+    model = ConditionalDetrForObjectDetection(tiny_config())
     model.load_state_dict(detector.state_dict())
     model.image_processor = detector.image_processor
     result = model.to(torch.bfloat16).eval().predict(PICTURES[0], threshold=0.0)
@@ -286,7 +253,7 @@ def test_a_processor_that_cannot_be_read_is_an_error(detector, tmp_path):
 
 
 def test_a_new_model_has_default_settings_and_its_own_compat():
-    model = ConditionalDetrForObjectDetection(config(compat="transformers"))
+    model = ConditionalDetrForObjectDetection(tiny_config(compat="transformers"))
     assert model.image_processor.compat == "transformers"
     with pytest.raises(TypeError, match=r"image_processor: expected .* got builtins\.dict"):
         model.image_processor = {}
