@@ -118,5 +118,12 @@ def _load(file: Path) -> Any:
     except Exception as error:  # torch's unpickler raises a dozen kinds for bytes that are no file
         raise OSError(
             f"{file}: broken, incomplete, or not a file of plain weights "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {_reason(error)})"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Returns the line that tells; torch puts advice around it to load with code from the file."""
+    message = str(error)
+    lines = (message.partition("WeightsUnpickler error:")[2] or message).strip().splitlines()
+    return lines[0] if lines else "no reason given"

@@ -50,8 +50,10 @@ def test_damaged_files(data, tmp_path_factory):
 def test_files_of_something_else(name, content, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(OSError, match=re.escape(f"{path}: broken")):
+    with pytest.raises(OSError, match=re.escape(f"{path}: broken")) as caught:
         read_weights([path])
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)  # torch's advice to run code from the file
 
 
 def test_what_cannot_be_opened(tmp_path):

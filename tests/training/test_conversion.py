@@ -295,6 +295,13 @@ def test_bad_yolo_files(yolo, tmp_path):
         convert("yolo", yolo, tmp_path)
 
 
+def test_absurdly_large_image(yolo, tmp_path, monkeypatch):
+    """PIL refuses it by an error that is no OSError."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(DataError, match=r"\.png: cannot be read \(Image size .* exceeds limit"):
+        convert("yolo", yolo, tmp_path)
+
+
 def test_output_cannot_be_made(yolo, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"output: .*coco cannot be made .Not a directory"):
