@@ -515,8 +515,11 @@ def _read_image(path: Path) -> Image.Image:
     """Read a file as an RGB image that stands upright."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    from cdetr_fast.image_processing.inputs import require_8_bits
+
     try:
         with Image.open(path) as image:
+            require_8_bits(image)
             return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError as error:
         raise UserError(f"{path}: not an image that can be read") from error

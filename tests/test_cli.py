@@ -286,6 +286,7 @@ def test_unreadable_images_are_reported_and_skipped(
     whole = (pictures / "c.png").read_bytes()
     (pictures / "b.png").write_bytes(whole[: len(whole) // 2])
     (pictures / "aa.jpg").write_bytes(b"nothing")
+    Image.new("I;16", (8, 8)).save(pictures / "d.png")
     missing = tmp_path / "missing.png"
     common = ["--model", checkpoint, "--threshold", 0, "--output", tmp_path / "o"]
     done = run("detect", missing, pictures, *common, "--batch-size", batch_size)
@@ -295,10 +296,12 @@ def test_unreadable_images_are_reported_and_skipped(
         [" skipped", f" {missing}"],
         [" skipped", f" {pictures / 'aa.jpg'}"],
         [" skipped", f" {pictures / 'b.png'}"],
+        [" skipped", f" {pictures / 'd.png'}"],
     ]
+    assert "8 bits per channel, got PIL mode 'I;16'" in reports[3]
     assert "No such file" in reports[0]
     assert "2 images" in done.out
-    assert "3 skipped" in done.out
+    assert "4 skipped" in done.out
     images = read(tmp_path / "o" / "images.json")["images"]
     assert [(i["id"], Path(i["file_name"]).name) for i in images] == [(1, "a.png"), (4, "c.png")]
     assert {r["image_id"] for r in read(tmp_path / "o" / "detections.json")} == {1, 4}

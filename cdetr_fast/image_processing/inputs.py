@@ -34,6 +34,14 @@ _URL_TIMEOUT_SECONDS = 30
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
+def require_8_bits(image: Image.Image) -> None:
+    """Raises ValueError for pixels that PIL would clip on the way to RGB."""
+    if image.mode in _DEEP_MODES:
+        raise ValueError(
+            f"expected 8 bits per channel, got PIL mode {image.mode!r}; scale it to 8 bits"
+        )
+
+
 def load_images(
     images: ImageInput,
     do_convert_rgb: bool | None = None,
@@ -160,11 +168,12 @@ def _from_pil(
                 stacklevel=4,
             )
     if do_convert_rgb is not False and image.mode != "RGB":
-        if image.mode in _DEEP_MODES:
+        try:
+            require_8_bits(image)
+        except ValueError as error:
             raise ValueError(
-                f"{name}: expected 8 bits per channel, got PIL mode {image.mode!r}; "
-                "scale it to 8 bits, or pass an array with a fitting rescale_factor"
-            )
+                f"{name}: {error}, or pass an array with a fitting rescale_factor"
+            ) from error
         has_alpha = "A" in image.getbands() or "transparency" in image.info
         if do_convert_rgb and has_alpha:
             image = image.convert("RGBA")

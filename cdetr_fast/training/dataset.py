@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 
+from cdetr_fast.image_processing.inputs import require_8_bits
 from cdetr_fast.training.coco import UNREADABLE, CocoIndex
 from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.sampling import Draw
@@ -254,6 +255,7 @@ def decode(file: Any, name: str, size_hw: tuple[int, int], source: str) -> Tenso
 def _open(path: Any, name: str) -> Image.Image:
     try:
         with Image.open(path) as image:
+            require_8_bits(image)
             return image.convert("RGB")
     except UNREADABLE as error:
         raise DataError(

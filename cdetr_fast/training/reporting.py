@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["draw_run", "draw_samples", "predict", "score_epoch", "write_evaluation"]
 
 _WORST = 8
+_TOLD = ("AP", "AP50", "AP75", "PQ")  # on the console, at each evaluation
 
 
 def score_epoch(
@@ -48,6 +49,8 @@ def score_epoch(
     evaluation = evaluate_detections(index, found, panoptic)
     if found.failures:
         print(f"{found.described_failures()}\nthey are left out of the figures")
+    figures = [f"{name} {evaluation.stats[name]:.3f}" for name in _TOLD if name in evaluation.stats]
+    engine.log.tell(f"epoch {engine.epoch}: {', '.join(figures)}")
     engine.log.write("eval", engine.step, {"epoch": engine.epoch} | plain(evaluation.stats))
     return evaluation
 

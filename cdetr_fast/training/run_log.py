@@ -100,7 +100,7 @@ class RunLog:
         self.progress.update(
             self.task,
             completed=report.step + 1,
-            description=f"loss {report.losses['loss']:.3f}  {self._rate_text()}",
+            description=f"{_losses_text(report.losses)}  {self._rate_text()}",
         )
         if (report.step + 1) % self.every == 0:
             self._write_window(report, rates)
@@ -127,13 +127,15 @@ class RunLog:
         extra = {"images_per_second": rate, "skipped": self.skipped}
         self.write("train", report.step + 1, means | rates | extra)
         if self.progress.disable and self.path is not None and means:
-            print(
-                f"step {report.step + 1}: loss {means['loss']:.3f}, "
-                f"gradient {means['grad_norm']:.2f}, {self._rate_text()}".rstrip(", "),
-                file=sys.stderr,
-                flush=True,
+            self.tell(
+                f"step {report.step + 1}: {_losses_text(means)}, "
+                f"gradient {means['grad_norm']:.2f}, {self._rate_text()}".rstrip(", ")
             )
         self.window = []
+
+    def tell(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Appends a row, and passes its numbers to the trackers."""
@@ -147,3 +149,9 @@ class RunLog:
             self.tracker({f"{kind}/{k}": v for k, v in numbers.items()}, step=step)
         except OSError as error:  # a full disk is no reason to lose the run
             logger.error("%s: row of step %d lost (%s)", self.path, step, error)
+
+
+def _losses_text(losses: dict[str, float]) -> str:
+    """The weighted sum over all layers, and what it is made of in the last one."""
+    parts = [f"{k[5:]} {v:.3f}" for k, v in losses.items() if k.startswith("loss_")]
+    return f"loss {losses['loss']:.3f} ({', '.join(parts)})"

@@ -334,3 +334,13 @@ def test_turned_photographs(write, tmp_path):
     wrong = put("images", 1, {"id": 3, "file_name": "b.png", "width": 31, "height": 20})
     with pytest.raises(DataError, match=r"b.png \(image id 3\): expected 31 x 20 pixels"):
         read_image(read_coco(write(wrong)), 1)
+
+
+def test_pixels_of_16_bits_are_refused(write, tmp_path):
+    """PIL would make all of them white."""
+    path = write()
+    Image.fromarray(np.full((30, 40), 3000, np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(
+        DataError, match=r"a.png \(image id 7\): .*8 bits per channel, got PIL mode 'I;16'; scale"
+    ):
+        read_image(read_coco(path), 0)

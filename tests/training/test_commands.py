@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -87,6 +88,8 @@ def test_from_a_yolo_folder_to_figures(cdetr_fast, yolo, settings, scenes, tmp_p
         *("--model-options", *(f"{k}={v}" for k, v in values["model_options"].items())),
     )
     assert done.returncode == 0, done.stderr
+    assert re.search(r"step 2: loss [\d.]+ \(ce [\d.]+, bbox [\d.]+, giou [\d.]+\)", done.stderr)
+    assert re.search(r"epoch 1: AP 0\.\d+, AP50 0\.\d+, AP75 0\.\d+\n", done.stderr)
     run = tmp_path / "work" / "run"
     assert done.stdout.splitlines()[-1].startswith("2 steps, AP ")
     assert done.stdout.splitlines()[-1].endswith(": run")
