@@ -105,7 +105,11 @@ def evaluate(
         print(f"{found.described_failures()}\nthey are left out of the figures")
     evaluation = evaluate_detections(index, found, segments)
     if output is not None:
-        write_evaluation(index, found, evaluation, Path(output), threshold)
+        try:
+            write_evaluation(index, found, evaluation, Path(output), threshold)
+        except OSError as error:  # a full disk is no reason to lose the figures
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.stats.items())
+            raise DataError(f"output: {output} cannot be written ({error}); {figures}") from error
     return evaluation
 
 

@@ -155,6 +155,21 @@ def test_evaluates_a_checkpoint(scenes, checkpoint, tmp_path):
         evaluate("nowhere", scenes / "val" / "annotations.json", device="cpu")
 
 
+def test_figures_are_not_lost_with_a_full_disk(scenes, checkpoint, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cdetr_fast.training.reporting.draw_confusion", full)
+    with pytest.raises(DataError, match=r"output: .*No space left on device.*; AP 0\.\d+, AP50 "):
+        evaluate(
+            checkpoint,
+            scenes / "val" / "annotations.json",
+            output=tmp_path / "out",
+            num_workers=0,
+            device="cpu",
+        )
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_unreadable_images(checkpoint, damage, tmp_path, capsys, batch_size):
     """They are an error, or left out of the figures: not objects that were missed."""
