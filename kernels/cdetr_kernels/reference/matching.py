@@ -34,20 +34,25 @@ def matching_cost(
     classes = target_labels[None, :, :, None].expand(layers, batch, targets, queries)
     own_logits = logits.mT.gather(2, classes).to(dtype)  # [L, B, T, Q]
     if classification == "focal":
-        probability = own_logits.sigmoid()
-        class_cost = alpha * (1 - probability) ** gamma * -(probability + 1e-8).log()
-        class_cost = class_cost - (1 - alpha) * probability**gamma * -(1 - probability + 1e-8).log()
+        class_cost = _focal_cost(own_logits, class_weight, alpha, gamma)
     else:
-        class_cost = -logits.to(dtype).softmax(-1).mT.gather(2, classes)
+        class_cost = logits.to(dtype).softmax(-1).mT.gather(2, classes).mul_(-class_weight)
 
     predicted = planes(boxes_cxcywh.to(dtype))[:, :, :, None, :]  # [4, L, B, 1, Q]
     wanted = planes(target_boxes_cxcywh.to(dtype))[:, None, :, :, None]  # [4, 1, B, T, 1]
-    bbox_cost = l1_distance(predicted, wanted)
-    giou_cost = -generalized_iou(predicted, wanted)
-
-    cost = class_weight * class_cost + bbox_weight * bbox_cost + giou_weight * giou_cost
+    cost = class_cost.add_(l1_distance(predicted, wanted), alpha=bbox_weight)
+    cost.sub_(generalized_iou(predicted, wanted), alpha=giou_weight)
     valid = torch.arange(targets, device=cost.device) < target_counts[:, None]  # [B, T]
-    return cost.masked_fill(~valid[None, :, :, None], 0.0).flatten(0, 1).mT
+    return cost.masked_fill_(~valid[None, :, :, None], 0.0).flatten(0, 1).mT
+
+
+def _focal_cost(logits: Tensor, weight: float, alpha: float, gamma: float) -> Tensor:
+    """Weight times focal loss as the target's class, minus that as any other, of each logit."""
+    low = logits.sigmoid()
+    high = 1 - low
+    of_low, of_high = (high + 1e-8).log_(), (low + 1e-8).log_()
+    low = low.pow(gamma).mul_(of_low).mul_((1 - alpha) * weight)
+    return high.pow_(gamma).mul_(of_high).mul_(-alpha * weight).add_(low)
 
 
 def planes(boxes_cxcywh: Tensor) -> Tensor:
