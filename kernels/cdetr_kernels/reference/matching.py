@@ -34,25 +34,27 @@ def matching_cost(
     classes = target_labels[None, :, :, None].expand(layers, batch, targets, queries)
     own_logits = logits.mT.gather(2, classes).to(dtype)  # [L, B, T, Q]
     if classification == "focal":
-        class_cost = _focal_cost(own_logits, class_weight, alpha, gamma)
+        class_cost = _focal_cost(own_logits, alpha, gamma)
     else:
-        class_cost = logits.to(dtype).softmax(-1).mT.gather(2, classes).mul_(-class_weight)
+        class_cost = logits.to(dtype).softmax(-1).mT.gather(2, classes).neg_()
 
     predicted = planes(boxes_cxcywh.to(dtype))[:, :, :, None, :]  # [4, L, B, 1, Q]
     wanted = planes(target_boxes_cxcywh.to(dtype))[:, None, :, :, None]  # [4, 1, B, T, 1]
-    cost = class_cost.add_(l1_distance(predicted, wanted), alpha=bbox_weight)
-    cost.sub_(generalized_iou(predicted, wanted), alpha=giou_weight)
+    # In place, with the roundings of the formula: nearly equal costs go the same way everywhere.
+    cost = class_cost.mul_(class_weight)
+    cost.add_(l1_distance(predicted, wanted).mul_(bbox_weight))
+    cost.add_(generalized_iou(predicted, wanted).mul_(-giou_weight))
     valid = torch.arange(targets, device=cost.device) < target_counts[:, None]  # [B, T]
     return cost.masked_fill_(~valid[None, :, :, None], 0.0).flatten(0, 1).mT
 
 
-def _focal_cost(logits: Tensor, weight: float, alpha: float, gamma: float) -> Tensor:
-    """Weight times focal loss as the target's class, minus that as any other, of each logit."""
+def _focal_cost(logits: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Focal loss of each logit as that of the target's class, minus that as any other one."""
     low = logits.sigmoid()
     high = 1 - low
     of_low, of_high = (high + 1e-8).log_(), (low + 1e-8).log_()
-    low = low.pow(gamma).mul_(of_low).mul_((1 - alpha) * weight)
-    return high.pow_(gamma).mul_(of_high).mul_(-alpha * weight).add_(low)
+    high.pow_(gamma).mul_(alpha).mul_(of_high)
+    return low.pow(gamma).mul_(1 - alpha).mul_(of_low).sub_(high)
 
 
 def planes(boxes_cxcywh: Tensor) -> Tensor:
