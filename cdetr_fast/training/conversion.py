@@ -248,7 +248,7 @@ def _yolo_box(values: list[str], width: int, height: int) -> list[float]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text("utf-8").splitlines()
+        return path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected a text file ({error})") from error
 

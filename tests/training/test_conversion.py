@@ -229,6 +229,14 @@ def test_yolo_classes_with_gaps(yolo, tmp_path):
     assert boxes(written["train"])["images/train/a.png"][0][0] == "cat"
 
 
+def test_byte_order_marks(yolo, tmp_path):
+    """Editors on Windows write them."""
+    plain = convert("yolo", yolo, tmp_path)["train"].read_text()
+    labels = yolo / "labels" / "train" / "a.txt"
+    labels.write_text(labels.read_text(), "utf-8-sig")
+    assert convert("yolo", yolo, tmp_path)["train"].read_text() == plain
+
+
 def test_yolo_labels_are_on_the_turned_photograph(yolo, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
