@@ -432,7 +432,7 @@ def load_sharded_or_plain_state(
             model,
             optimizer.optimizer,
             model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
+            optim_state_dict=_named_moments(model, optimizer, state["optimizer"]),
             options=StateDictOptions(full_state_dict=True),
         )
     else:
@@ -440,3 +440,22 @@ def load_sharded_or_plain_state(
         optimizer.load_state_dict(state["optimizer"])
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)
+
+
+def _named_moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns an optimiser's state by names of parameters, also if it was saved by numbers."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+
+    def name(key: str | int) -> str:
+        return order[key] if isinstance(key, int) else key
+
+    return {
+        "state": {name(key): moments for key, moments in state["state"].items()},
+        "param_groups": [
+            group | {"params": [name(key) for key in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }

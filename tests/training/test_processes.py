@@ -68,6 +68,8 @@ def final_state(output):
 def test_two_processes_are_one(settings, scenes, tmp_path, root):
     """Losses to 1e-5, gradients (first moments of one step) too; evaluation is the same.
 
+    Also of a run that one process began, and two go on with, sharded.
+
     One image in four has objects: in some steps a process has none.
     """
     content = json.loads((scenes / "train" / "annotations.json").read_text())
@@ -92,6 +94,13 @@ def test_two_processes_are_one(settings, scenes, tmp_path, root):
         for name, changes in CASES.items()
     ]
     train_quietly(alone)
+    continued = settings(
+        **(common | CASES["sharded"]), output=str(tmp_path / "continued"), resume=True
+    )
+    shutil.copytree(alone["output"], continued["output"])
+    for path in checkpoint_files(Path(continued["output"]) / "checkpoints")[2:]:
+        path.unlink()
+    runs.append(continued)
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
