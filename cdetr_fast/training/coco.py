@@ -242,7 +242,7 @@ def read_coco(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; expected a COCO JSON file") from error
     except (ValueError, RecursionError) as error:  # the second for thousands of nested brackets

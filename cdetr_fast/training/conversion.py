@@ -158,6 +158,9 @@ def _read_yolo(source: Path) -> tuple[list[str], dict[str, list[Record]]]:
     if not isinstance(names, dict) or not names or not all(isinstance(i, int) for i in names):
         raise DataError(f"{settings}: expected 'names', a list of classes, got {names!r}")
     names = {i: str(names[i]) for i in sorted(names)}
+    for i, name in names.items():
+        if any(other == name for j, other in names.items() if j < i):
+            raise DataError(f"{settings}: names: {name!r} comes twice; give class {i} another name")
     root = source / str(content.get("path") or "")
     if not root.is_dir():
         root = source

@@ -344,3 +344,10 @@ def test_pixels_of_16_bits_are_refused(write, tmp_path):
         DataError, match=r"a.png \(image id 7\): .*8 bits per channel, got PIL mode 'I;16'; scale"
     ):
         read_image(read_coco(path), 0)
+
+
+def test_file_with_a_byte_order_mark(scenes, tmp_path):
+    source = scenes / "val" / "annotations.json"
+    path = tmp_path / "annotations.json"
+    path.write_text(source.read_text(), encoding="utf-8-sig")
+    assert read_coco(path, scenes / "val").file_names == read_coco(source).file_names

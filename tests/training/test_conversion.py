@@ -339,3 +339,9 @@ def test_command(kind, request, tmp_path, root):
     )
     assert done.returncode == 1
     assert done.stderr == "cdetr-fast: source: expected a folder, got nowhere\n"
+
+
+def test_yolo_names_that_come_twice(tmp_path):
+    (tmp_path / "data.yaml").write_text("names: {0: cat, 1: dog, 2: cat}\ntrain: images")
+    with pytest.raises(DataError, match=r"data.yaml: names: 'cat' comes twice; give class 2"):
+        convert("yolo", tmp_path, tmp_path / "out")
