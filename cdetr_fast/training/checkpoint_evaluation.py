@@ -99,6 +99,7 @@ def evaluate(
         elsewhere = not accelerator.is_main_process
         raise DataError(found.described_failures(), said_elsewhere=elsewhere)
     index, found = found.without_failures(index)
+    accelerator.wait_for_everyone()  # see the end of `Engine.run`
     if not accelerator.is_main_process:
         return None
     if found.failures:

@@ -179,6 +179,9 @@ class Engine:
                 self._run_epoch()
         if self.config.trackers:
             self.accelerator.end_training()
+        # Nobody leaves before the last checkpoint is written. And a process that ends right after a
+        # message may abort, as gloo's thread still frees the message's tensors; a barrier has none.
+        self.accelerator.wait_for_everyone()
         if self.unwritten:
             raise TrainingStopped(
                 f"trained to the last step, but {', '.join(self.unwritten)} in {self.folder} could "
