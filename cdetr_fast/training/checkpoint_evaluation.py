@@ -79,7 +79,7 @@ def evaluate(
     accelerator = Accelerator(cpu=device == "cpu")
     with shared_errors(accelerator):
         if output is not None:  # before an hour of work, not after it
-            _make_folder(Path(output))
+            setup.make_folder(output)
         network, processor = _load(model, masks is not None)
         index = read_coco(annotations, images, masks)
         names = _class_names(network.config, model, index)
@@ -112,13 +112,6 @@ def evaluate(
             figures = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.stats.items())
             raise DataError(f"output: {output} cannot be written ({error}); {figures}") from error
     return evaluation
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"output: {folder} cannot be made ({error.strerror})") from error
 
 
 def _load(

@@ -334,7 +334,7 @@ class Engine:
     def _evaluate_and_export(self, last: bool) -> None:
         from cdetr_fast.training import reporting
 
-        is_best = False
+        is_best, figure = False, self.best
         if self.val_index is not None:
             loader = setup.evaluation_loader(
                 self.val_index,
@@ -363,7 +363,6 @@ class Engine:
                 figure = self.result["AP" if segments is None else "PQ"]
                 # The newest of equals: PQ stays 0 for a while. NaN is a set without objects.
                 is_best = math.isnan(figure) or figure >= self.best
-                self.best = max(self.best, figure)  # NaN is not greater
                 self._write("samples", lambda _: reporting.draw_samples(self, index, found))
                 if last:
                     self._write(
@@ -374,17 +373,23 @@ class Engine:
         if self.is_main:
             self._write("curves.png", lambda _: reporting.draw_run(self.folder))
             self._write("model", lambda path: self._export(weights, path))
-            if is_best:
-                self._write("best", lambda path: self._export(weights, path))
+            if is_best and self._write("best", lambda path: self._export(weights, path)):
+                self.best = max(self.best, figure)  # NaN is not greater
         self.accelerator.wait_for_everyone()
 
-    def _write(self, name: str, write: Callable[[Path], None]) -> None:
-        """Writes what the run can do without for now: a full disk is reported, and it goes on."""
+    def _write(self, name: str, write: Callable[[Path], None]) -> bool:
+        """Writes a result that the next evaluation, or that of `--resume`, writes anew.
+
+        Returns:
+            Whether it could be written; a full disk is reported, and training goes on.
+        """
         try:
             write(self.folder / name)
         except (OSError, SafetensorError) as error:
             logger.error("%s could not be written (%s)", self.folder / name, error)
             self.unwritten.append(name)
+            return False
+        return True
 
     def _export(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Writes a folder for `from_pretrained`, with a model card."""

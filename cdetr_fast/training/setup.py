@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,16 @@ def _aspect_ratios(index: CocoIndex) -> Any:
     return index.sizes_hw[:, 1] / index.sizes_hw[:, 0]
 
 
+def make_folder(output: str | os.PathLike) -> Path:
+    """Makes a folder for results; DataError if it cannot be made."""
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"output: {folder} cannot be made ({error.strerror})") from error
+    return folder
+
+
 def prepare_folder(config: TrainingConfig, agents: list[dict[str, Any]]) -> bool:
     """Makes the folder of a run; returns whether to go on with the run that is in it.
 
@@ -212,11 +223,7 @@ def prepare_folder(config: TrainingConfig, agents: list[dict[str, Any]]) -> bool
     Raises:
         DataError: It has a run already and is not to be resumed, or it cannot be made.
     """
-    folder = Path(config.output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"output: {folder} cannot be made ({error.strerror})") from error
+    folder = make_folder(config.output)
     resumes = config.resume or launch.has_run(folder, agents)
     if not resumes and (folder / "metrics.jsonl").exists():
         raise DataError(

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
 from cdetr_fast.training import DataError, TrainingConfig, TrainingStopped, train
 from cdetr_fast.training.engine import Engine
+from cdetr_fast.training.reporting import score_epoch
 from cdetr_fast.training.run_log import RunLog, read_rows
 from cdetr_fast.training.run_state import checkpoint_files, load_checkpoint, save_checkpoint
 from cdetr_fast.training.signals import StopSignals
@@ -384,6 +385,31 @@ def test_what_cannot_be_written_is_written_after_resume(
     names = ("samples/epoch_0002.jpg", "evaluation/confusion.png", "curves.png")
     for name in (*names, "model/model.safetensors", "model/README.md", "best/model.safetensors"):
         assert (run / name).exists(), name
+
+
+def test_a_best_model_that_could_not_be_written_is_not_the_best(
+    settings, scenes, tmp_path, monkeypatch
+):
+    """Else `best/` would keep an older one until a still better one comes."""
+    val = str(scenes / "val" / "annotations.json")
+    config = TrainingConfig(**settings(val_annotations=val, evaluate_every=1))
+    figures, export = iter([0.5, 0.4]), Engine._export
+
+    def scored(*args):
+        evaluation = score_epoch(*args)
+        evaluation.stats["AP"] = next(figures)
+        return evaluation
+
+    def full_at_first(engine, weights, folder):
+        if folder.name == "best" and engine.epoch == 1:
+            raise OSError(28, "No space left on device")
+        export(engine, weights, folder)
+
+    monkeypatch.setattr("cdetr_fast.training.reporting.score_epoch", scored)
+    monkeypatch.setattr(Engine, "_export", full_at_first)
+    train(config)
+    assert final_state(config)["best"] == 0.4
+    assert (tmp_path / "run" / "best" / "model.safetensors").exists()
 
 
 def test_broken_checkpoint(tmp_path):
