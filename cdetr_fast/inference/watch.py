@@ -87,9 +87,8 @@ class Settings:
         return tuple(getattr(self._config, field, None) for field in self._FIELDS)
 
 
-_SAMPLED = (
-    4  # values of a tensor: what writes past autograd, an optimiser or an average, writes all
-)
+# Values of a tensor: what writes past autograd, an optimiser or an average, writes all of them.
+_SAMPLED = 4
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
