@@ -34,14 +34,14 @@ from torch import nn
 from benchmarks.measure import interleaved, print_table, save
 from benchmarks.plain_detr import PlainDetr, PlainDetrFocal, plain_twin
 from cdetr_fast import ConditionalDetrForObjectDetection
-from cdetr_fast.assets import DEMO
-from cdetr_fast.scenes import TRAIN_SEED, write_coco_dataset
+from cdetr_fast.demo import DEMO
+from cdetr_fast.demo.scenes import TRAIN_SEED, write_coco_dataset
 from cdetr_fast.training import TrainingConfig, TrainingStopped, setup
 from cdetr_fast.training.config import read_yaml
 from cdetr_fast.training.engine import Engine
 from cdetr_fast.training.initial_weights import build_model
-from cdetr_fast.training.run_log import read_rows
-from cdetr_fast.training.signals import StopSignals
+from cdetr_fast.training.run.log import read_rows
+from cdetr_fast.training.run.signals import StopSignals
 
 SCENES = Path(__file__).parent / "convergence_scenes.yaml"
 

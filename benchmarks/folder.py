@@ -18,7 +18,7 @@ import transformers
 import cdetr_fast
 from benchmarks.measure import interleaved, print_table, save
 from benchmarks.preprocessing import make_photo
-from cdetr_fast.models import prediction
+from cdetr_fast.models import predict as prediction
 
 
 def make_models(backbone: str):

@@ -14,7 +14,7 @@ from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetect
 
 import cdetr_fast
 from benchmarks.measure import interleaved, print_table, save
-from cdetr_fast.losses import detection_loss
+from cdetr_fast.loss.criterion import detection_loss
 
 LAYERS, QUERIES, CLASSES = 6, 300, 91
 

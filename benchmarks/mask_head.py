@@ -24,7 +24,7 @@ def make_head(provider: str) -> torch.nn.Module:
 
         head = ConditionalDetrMaskHeadSmallConv(HIDDEN + HEADS, CHANNELS[::-1], HIDDEN)
     else:
-        from cdetr_fast.models.segmentation import ConditionalDetrMaskHeadSmallConv
+        from cdetr_fast.models.mask_head import ConditionalDetrMaskHeadSmallConv
 
         head = ConditionalDetrMaskHeadSmallConv(HIDDEN, HEADS, CHANNELS[::-1], "relu")
     generator = torch.Generator().manual_seed(0)

@@ -104,8 +104,8 @@ def model_rows() -> list[dict[str, Any]]:
 def optimized_rows() -> list[dict[str, Any]]:
     """Returns the largest differences of `optimize(model)` and of its model, from fp64."""
     import cdetr_fast
-    from cdetr_fast.assets import DEMO
-    from cdetr_fast.scenes import draw_scene
+    from cdetr_fast.demo import DEMO
+    from cdetr_fast.demo.scenes import draw_scene
 
     demo = cdetr_fast.ConditionalDetrForObjectDetection.from_pretrained(DEMO, dtype=torch.float32)
     scenes = [draw_scene(seed)[0] for seed in range(5)]

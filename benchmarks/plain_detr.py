@@ -19,7 +19,7 @@ from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 
 import cdetr_fast
-from cdetr_fast.losses import detection_loss
+from cdetr_fast.loss.criterion import detection_loss
 from cdetr_fast.models.backbone import ConditionalDetrConvEncoder
 
 SHARED = (

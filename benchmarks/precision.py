@@ -23,11 +23,11 @@ from torch import Tensor
 
 import cdetr_fast
 from benchmarks.measure import print_table, save
-from cdetr_fast import assets
 from cdetr_fast.cli import IMAGE_SUFFIXES
-from cdetr_fast.scenes import TRAIN_SEED, draw_scene, write_coco_dataset
-from cdetr_fast.training.coco import CocoIndex, read_coco
-from cdetr_fast.training.evaluation import Detections, evaluate_detections
+from cdetr_fast.demo import DEMO
+from cdetr_fast.demo.scenes import TRAIN_SEED, draw_scene, write_coco_dataset
+from cdetr_fast.training.data.coco import CocoIndex, read_coco
+from cdetr_fast.training.evaluation.detection import Detections, evaluate_detections
 
 REFERENCE = "fp32"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.precision", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--model", default=str(assets.DEMO), help="folder or hub name")
+    parser.add_argument("--model", default=str(DEMO), help="folder or hub name")
     parser.add_argument("--annotations", type=Path, help="COCO JSON file")
     parser.add_argument("--images", type=Path, help="folder of its images")
     parser.add_argument("--count", type=int, default=300, help="scenes, or most images of the file")

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 from benchmarks.measure import interleaved, print_table, save
-from cdetr_fast.image_processing import ConditionalDetrImageProcessor, transforms
-from cdetr_fast.image_processing.inputs import load_images
-from cdetr_fast.image_processing.settings import SETTINGS
+from cdetr_fast.images import ConditionalDetrImageProcessor
+from cdetr_fast.images import resize as transforms
+from cdetr_fast.images.load import load_images
+from cdetr_fast.images.settings import SETTINGS
 
 
 def make_photo(path: Path | None) -> Image.Image:

@@ -30,7 +30,7 @@ from benchmarks.counting import Counting, as_on_a_gpu
 from benchmarks.measure import interleaved, print_table, save
 from benchmarks.model import on_kernels
 from benchmarks.timing import peak_mib
-from cdetr_fast.losses import detection_loss
+from cdetr_fast.loss.criterion import detection_loss
 from cdetr_fast.training.graphs import use_graphs
 
 THEIRS, OURS, PAPER = "transformers sdpa", "cdetr_fast", "cdetr_fast, paper"

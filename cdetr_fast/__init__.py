@@ -9,15 +9,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cdetr_fast._moved import keep_old_names
+
 __version__ = "0.1.0"
 
 _MODULES = {
-    "ConditionalDetrConfig": "configuration",
-    "ConditionalDetrFeatureExtractor": "image_processing",
+    "ConditionalDetrConfig": "config.model",
+    "ConditionalDetrFeatureExtractor": "images",
     "ConditionalDetrForObjectDetection": "models.modeling",
     "ConditionalDetrForSegmentation": "models.modeling",
-    "ConditionalDetrImageProcessor": "image_processing",
-    "ConditionalDetrImageProcessorFast": "image_processing",
+    "ConditionalDetrImageProcessor": "images",
+    "ConditionalDetrImageProcessorFast": "images",
     "ConditionalDetrModel": "models.modeling",
     "ConditionalDetrPreTrainedModel": "models.modeling",
     "optimize": "inference",
@@ -41,8 +43,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from cdetr_fast.configuration import ConditionalDetrConfig
-    from cdetr_fast.image_processing import (
+    from cdetr_fast.config.model import ConditionalDetrConfig
+    from cdetr_fast.images import (
         ConditionalDetrFeatureExtractor,
         ConditionalDetrImageProcessor,
         ConditionalDetrImageProcessorFast,
@@ -72,6 +74,7 @@ def _find_kernels_in_checkout() -> None:
 
 
 _find_kernels_in_checkout()
+keep_old_names(__name__)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate_state import forget_accelerate_state
 from hypothesis import settings
 from PIL import Image
+from support.accelerate_state import forget_accelerate_state
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -115,7 +115,7 @@ def test_version_is_the_same_everywhere(root):
 def test_import_needs_no_transformers_and_no_other_extra(root):
     code = (
         "import sys\n"
-        "import cdetr_fast, cdetr_fast.cli, cdetr_fast.scenes, cdetr_fast.visualization\n"
+        "import cdetr_fast, cdetr_fast.cli, cdetr_fast.demo.scenes, cdetr_fast.images.draw\n"
         "for name in cdetr_fast.__all__: getattr(cdetr_fast, name)\n"
         "extras = ('transformers', 'accelerate', 'pycocotools', 'faster_coco_eval', 'onnx',\n"
         "          'onnxscript', 'onnxruntime', 'kernels')\n"
@@ -207,7 +207,7 @@ def test_wheel(root, tmp_path):
     subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True)
     code = (
         "import cdetr_fast, cdetr_kernels\n"
-        "from cdetr_fast.assets import DEMO\n"
+        "from cdetr_fast.demo import DEMO\n"
         "model = cdetr_fast.ConditionalDetrForObjectDetection.from_pretrained(DEMO)\n"
         "print(cdetr_fast.__file__, cdetr_kernels.__file__, DEMO, sep='\\n')"
     )
@@ -215,3 +215,29 @@ def test_wheel(root, tmp_path):
     found = run_python(code, tmp_path, "-P", PYTHONPATH=str(target)).split()
     assert len(found) == 3
     assert all(Path(path).is_relative_to(target) for path in found)
+
+
+def test_modules_that_moved_keep_their_old_names_for_a_version():
+    from cdetr_fast._moved import MOVED
+
+    for old, new in MOVED.items():
+        module = importlib.import_module(f"cdetr_fast.{new}")
+        name = next(name for name in vars(module) if not name.startswith("_"))
+        message = f"cdetr_fast.{old} has moved to cdetr_fast.{new}"
+        with pytest.warns(DeprecationWarning, match=re.escape(message)) as caught:
+            found = getattr(importlib.import_module(f"cdetr_fast.{old}"), name)
+        assert found is getattr(module, name)
+        assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from cdetr_fast import scenes; scenes.CLASSES",
+        "from cdetr_fast.assets import DEMO",
+        "from cdetr_fast.training.coco import read_coco",
+    ],
+)
+def test_old_names_work_as_the_first_import(statement, root):
+    code = f"import warnings; warnings.simplefilter('ignore')\n{statement}\nprint('imported')"
+    assert run_python(code, root).strip() == "imported"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cdetr_fast import validation as check
-from cdetr_fast.files import write_atomically
+from cdetr_fast.common import validation as check
+from cdetr_fast.common.files import write_atomically
 from cdetr_fast.inference.engine import Engine
 from cdetr_fast.inference.optimize import optimize
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from cdetr_fast import validation as check
+from cdetr_fast.common import validation as check
 from cdetr_fast.inference import models
 from cdetr_fast.inference.int8 import reason_against_int8
 from cdetr_fast.inference.origin import Origin, count_fused_steps, set_apart

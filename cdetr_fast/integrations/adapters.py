@@ -24,9 +24,9 @@ from cdetr_fast.integrations.attention import (
     registered_attention,
     registered_mask,
 )
-from cdetr_fast.losses import detection_loss, segmentation_loss
+from cdetr_fast.loss.criterion import detection_loss, segmentation_loss
 from cdetr_fast.models.backbone import frozen_batch_norm
-from cdetr_fast.models.segmentation import mask_logits
+from cdetr_fast.models.mask_head import mask_logits
 from cdetr_kernels import sine_position_2d, sine_query
 
 __all__ = [

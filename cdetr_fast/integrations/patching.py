@@ -11,7 +11,7 @@ import threading
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from cdetr_fast import validation as check
+from cdetr_fast.common import validation as check
 from cdetr_fast.integrations import versions
 
 _MODELING = "transformers.models.conditional_detr.modeling_conditional_detr"

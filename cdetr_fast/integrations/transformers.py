@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers.models.conditional_detr import modeling_conditional_detr as modeling
 
-from cdetr_fast.configuration import ConditionalDetrConfig
+from cdetr_fast.checkpoints.key_maps import to_v5
+from cdetr_fast.config.model import ConditionalDetrConfig
 from cdetr_fast.inference.models import OptimizedModel, forward_of, recogniser
-from cdetr_fast.key_maps import to_v5
 from cdetr_fast.models import modeling as ours
 
 

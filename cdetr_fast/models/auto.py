@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cdetr_fast.configuration import ConditionalDetrConfig
+from cdetr_fast.checkpoints.files import read_weights
+from cdetr_fast.config.model import ConditionalDetrConfig
 from cdetr_fast.models.modeling import (
     ConditionalDetrForObjectDetection,
     ConditionalDetrForSegmentation,
 )
-from cdetr_fast.weight_files import read_weights
 
 
 def class_of_checkpoint(name_or_path: str | os.PathLike, **download: Any) -> type:

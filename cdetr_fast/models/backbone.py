@@ -10,7 +10,7 @@ from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
-from cdetr_fast.configuration import BackboneConfig, ConditionalDetrConfig
+from cdetr_fast.config.model import BackboneConfig, ConditionalDetrConfig
 
 # (layer_type, depths) of transformers' ResNet -> the timm model with the same weights.
 _RESNETS = {

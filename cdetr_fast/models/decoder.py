@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cdetr_fast.configuration import ConditionalDetrConfig
+from cdetr_fast.config.model import ConditionalDetrConfig
 from cdetr_fast.models.attention import (
     ConditionalDetrDecoderCrossAttention,
     ConditionalDetrDecoderSelfAttention,

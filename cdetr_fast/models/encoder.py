@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cdetr_fast.configuration import ConditionalDetrConfig
+from cdetr_fast.config.model import ConditionalDetrConfig
 from cdetr_fast.models.activations import ACTIVATIONS
 from cdetr_fast.models.attention import ConditionalDetrSelfAttention
 from cdetr_fast.models.outputs import EncoderOutput

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import nn
 
-from cdetr_fast.configuration import ConditionalDetrConfig
+from cdetr_fast.config.model import ConditionalDetrConfig
 from cdetr_fast.models.attention import ConditionalDetrSelfAttention
 from cdetr_fast.models.position import ConditionalDetrLearnedPositionEmbedding
 

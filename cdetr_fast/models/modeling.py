@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cdetr_fast.configuration import ConditionalDetrConfig
-from cdetr_fast.image_processing.post_processing import upcast
-from cdetr_fast.image_processing.segmentation import kept_queries
-from cdetr_fast.losses import Labels, detection_loss, segmentation_loss
+from cdetr_fast.config.model import ConditionalDetrConfig
+from cdetr_fast.images.detections import upcast
+from cdetr_fast.images.segments import kept_queries
+from cdetr_fast.loss.criterion import Labels, detection_loss, segmentation_loss
 from cdetr_fast.models.backbone import ConditionalDetrConvEncoder
 from cdetr_fast.models.decoder import ConditionalDetrDecoder
 from cdetr_fast.models.encoder import ConditionalDetrEncoder
@@ -18,6 +18,10 @@ from cdetr_fast.models.initialization import (
     initialize_detection_heads,
     initialize_mask_head,
     initialize_model,
+)
+from cdetr_fast.models.mask_head import (
+    ConditionalDetrMaskHeadSmallConv,
+    ConditionalDetrMHAttentionMap,
 )
 from cdetr_fast.models.outputs import (
     ConditionalDetrModelOutput,
@@ -29,12 +33,8 @@ from cdetr_fast.models.position import (
     ConditionalDetrLearnedPositionEmbedding,
     ConditionalDetrSinePositionEmbedding,
 )
-from cdetr_fast.models.prediction import DetectingModel, SegmentingModel
+from cdetr_fast.models.predict import DetectingModel, SegmentingModel
 from cdetr_fast.models.pretrained import ConditionalDetrPreTrainedModel
-from cdetr_fast.models.segmentation import (
-    ConditionalDetrMaskHeadSmallConv,
-    ConditionalDetrMHAttentionMap,
-)
 
 
 class ImageFeatures(NamedTuple):
@@ -303,7 +303,7 @@ class ConditionalDetrForObjectDetection(DetectingModel):
             output_hidden_states: Return the layers' states.
             return_dict: Return a `ConditionalDetrObjectDetectionOutput`, else a tuple.
             num_boxes: Number of boxes that the losses are divided by, a scalar, for gradient
-                accumulation (see `cdetr_fast.losses.detection_loss`); None counts the labels' own.
+                accumulation (see `loss.criterion.detection_loss`); None counts the labels' own.
 
         Raises:
             TypeError: A dtype does not fit.

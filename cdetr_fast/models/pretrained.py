@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from cdetr_fast.configuration import ConditionalDetrConfig
+from cdetr_fast.config.model import ConditionalDetrConfig
 
 
 class ConditionalDetrPreTrainedModel(nn.Module):
@@ -43,20 +43,20 @@ class ConditionalDetrPreTrainedModel(nn.Module):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> Self:
-        """Loads a model in eval mode; see `cdetr_fast.checkpoints.load_pretrained`."""
-        from cdetr_fast.checkpoints import load_pretrained
+        """Loads a model in eval mode; see `cdetr_fast.checkpoints.load.load_pretrained`."""
+        from cdetr_fast.checkpoints.load import load_pretrained
 
         return load_pretrained(cls, pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Saves weights and configuration; see `cdetr_fast.checkpoints.save_pretrained`."""
-        from cdetr_fast.checkpoints import save_pretrained
+        """Saves weights and configuration; see `cdetr_fast.checkpoints.save.save_pretrained`."""
+        from cdetr_fast.checkpoints.save import save_pretrained
 
         save_pretrained(self, save_directory, *args, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Uploads weights and configuration; see `cdetr_fast.checkpoints.push_to_hub`."""
-        from cdetr_fast.checkpoints import push_to_hub
+        """Uploads weights and configuration; see `cdetr_fast.checkpoints.save.push_to_hub`."""
+        from cdetr_fast.checkpoints.save import push_to_hub
 
         return push_to_hub(self, repo_id, **kwargs)
 

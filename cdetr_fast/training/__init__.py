@@ -11,7 +11,7 @@ _MODULES = {
     "DataError": "errors",
     "TrainingConfig": "config",
     "TrainingStopped": "errors",
-    "evaluate": "checkpoint_evaluation",
+    "evaluate": "evaluation.checkpoint",
     "train": "engine",
 }
 __all__ = ["DataError", "TrainingConfig", "TrainingStopped", "evaluate", "train"]

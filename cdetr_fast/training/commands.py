@@ -14,7 +14,7 @@ from rich.table import Table
 from cdetr_fast.training.errors import DataError, TrainingStopped
 
 if TYPE_CHECKING:
-    from cdetr_fast.training.evaluation import Evaluation
+    from cdetr_fast.training.evaluation.detection import Evaluation
 
 _COLUMNS = ("AP", "AP50", "AR100")
 _PANOPTIC_COLUMNS = ("PQ", "SQ", "RQ")
@@ -73,7 +73,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     options = vars(parser.parse_args(arguments))
 
     def run() -> None:
-        from cdetr_fast.training.checkpoint_evaluation import evaluate
+        from cdetr_fast.training.evaluation.checkpoint import evaluate
 
         try:
             evaluation = evaluate(**options)
@@ -118,13 +118,13 @@ def convert_command(arguments: Sequence[str]) -> None:
 
     def run() -> None:
         if options.kind == "shards":
-            from cdetr_fast.training.shards import write_shards
+            from cdetr_fast.training.data.shards import write_shards
 
             values = (options.images, options.images_per_shard, options.bad_labels)
             path = write_shards(options.source, options.output, *values)
             print(f"--train-annotations {path}")
             return
-        from cdetr_fast.training import conversion
+        from cdetr_fast.training.data import conversion
 
         written = conversion.convert(options.kind, options.source, options.output)
         images = conversion.image_folder(options.kind, options.source)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cdetr_fast.files import write_atomically
-from cdetr_fast.suggestions import did_you_mean
+from cdetr_fast.common.files import write_atomically
+from cdetr_fast.common.suggestions import did_you_mean
 from cdetr_fast.training.errors import DataError
 
 

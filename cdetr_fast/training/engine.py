@@ -14,32 +14,33 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from cdetr_fast.files import write_atomically
-from cdetr_fast.training import launch, setup
+from cdetr_fast.common.files import write_atomically
+from cdetr_fast.training import setup
 from cdetr_fast.training.config import TrainingConfig
-from cdetr_fast.training.dataset import Batch, grouped
+from cdetr_fast.training.data.dataset import Batch, grouped
+from cdetr_fast.training.data.label_checks import LabelReport
 from cdetr_fast.training.errors import DataError, TrainingStopped
+from cdetr_fast.training.evaluation.panoptic import PanopticScorer
 from cdetr_fast.training.graphs import use_graphs
 from cdetr_fast.training.initial_weights import build_model
-from cdetr_fast.training.label_checks import LabelReport
-from cdetr_fast.training.launch import everywhere, shared_errors
-from cdetr_fast.training.optimization import LearningRates, WeightAverage, make_optimizer
-from cdetr_fast.training.panoptic import PanopticScorer
-from cdetr_fast.training.run_identity import (
+from cdetr_fast.training.optim import LearningRates, WeightAverage, make_optimizer
+from cdetr_fast.training.run import launch
+from cdetr_fast.training.run.identity import (
     changed_settings,
     require_one_folder,
     require_same_run,
     run_identity,
 )
-from cdetr_fast.training.run_log import RunLog
-from cdetr_fast.training.run_state import (
+from cdetr_fast.training.run.launch import everywhere, shared_errors
+from cdetr_fast.training.run.log import RunLog
+from cdetr_fast.training.run.signals import StopSignals
+from cdetr_fast.training.run.state import (
     checkpoint_files,
     load_checkpoint,
     random_state,
     save_checkpoint,
     set_random_state,
 )
-from cdetr_fast.training.signals import StopSignals
 from cdetr_fast.training.step import StepReport, TrainingStep
 
 logger = logging.getLogger(__name__)
@@ -332,7 +333,7 @@ class Engine:
         self._save()
 
     def _evaluate_and_export(self, last: bool) -> None:
-        from cdetr_fast.training import reporting
+        from cdetr_fast.training.evaluation import report as reporting
 
         is_best, figure = False, self.best
         if self.val_index is not None:
@@ -393,7 +394,7 @@ class Engine:
 
     def _export(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Writes a folder for `from_pretrained`, with a model card."""
-        from cdetr_fast.training.model_card import write_model_card
+        from cdetr_fast.training.run.model_card import write_model_card
 
         config = copy.deepcopy(self.model_config)
         # Only training needs it, and with it transformers computes other numbers than the paper.

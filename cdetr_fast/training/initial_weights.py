@@ -14,10 +14,10 @@ from cdetr_fast import (
     ConditionalDetrForObjectDetection,
     ConditionalDetrForSegmentation,
 )
-from cdetr_fast.key_maps import StateDict
+from cdetr_fast.checkpoints.files import read_weights
+from cdetr_fast.checkpoints.key_maps import StateDict
 from cdetr_fast.training.config import TrainingConfig
 from cdetr_fast.training.errors import DataError
-from cdetr_fast.weight_files import read_weights
 
 logger = logging.getLogger(__name__)
 

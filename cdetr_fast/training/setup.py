@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from cdetr_fast import ConditionalDetrImageProcessor
-from cdetr_fast.training import launch
-from cdetr_fast.training.coco import CocoIndex, read_coco
 from cdetr_fast.training.config import TrainingConfig
-from cdetr_fast.training.dataset import DetectionDataset, make_loader
+from cdetr_fast.training.data.coco import CocoIndex, read_coco
+from cdetr_fast.training.data.dataset import DetectionDataset, make_loader
+from cdetr_fast.training.data.label_checks import LabelReport, check_labels
+from cdetr_fast.training.data.sampling import EvaluationSampler, TrainingSampler
+from cdetr_fast.training.data.shard_stream import ShardStream, stream_loader
+from cdetr_fast.training.data.shards import ShardSet, is_shards, read_shards
+from cdetr_fast.training.data.transforms import EvaluationTransform, TrainingTransform
 from cdetr_fast.training.errors import DataError
-from cdetr_fast.training.label_checks import LabelReport, check_labels
-from cdetr_fast.training.sampling import EvaluationSampler, TrainingSampler
-from cdetr_fast.training.shard_stream import ShardStream, stream_loader
-from cdetr_fast.training.shards import ShardSet, is_shards, read_shards
-from cdetr_fast.training.transforms import EvaluationTransform, TrainingTransform
+from cdetr_fast.training.run import launch
 
 
 def make_accelerator(config: TrainingConfig) -> Any:

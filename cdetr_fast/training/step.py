@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cdetr_fast.training.config import TrainingConfig
-from cdetr_fast.training.dataset import Batch
+from cdetr_fast.training.data.dataset import Batch
 
 _PARTS = ("loss_ce", "loss_bbox", "loss_giou", "loss_mask", "loss_dice")
 

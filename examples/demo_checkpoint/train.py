@@ -1,7 +1,7 @@
 r"""Train the embedded demo checkpoint from scratch on procedurally drawn scenes, on a CPU.
 
     torchrun --nproc-per-node 2 examples/demo_checkpoint/train.py \
-        --bf16 --steps 12548 --output cdetr_fast/assets/demo
+        --bf16 --steps 12548 --output cdetr_fast/demo/assets
 
 Everything is learnt here, the backbone included. Three things make that possible in an hour:
 
@@ -36,8 +36,8 @@ from cdetr_fast import (
     ConditionalDetrForObjectDetection,
     ConditionalDetrImageProcessor,
 )
+from cdetr_fast.demo.scenes import CLASSES, SIZE, TRAIN_SEED, coco_ground_truth, draw_scene
 from cdetr_fast.models.backbone import FrozenBatchNorm2d, FrozenBatchNormAct2d
-from cdetr_fast.scenes import CLASSES, SIZE, TRAIN_SEED, coco_ground_truth, draw_scene
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BACKBONE, STAGE, STRIDE = "resnet10t", 3, 16

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import make_ours, padded_images, random_labels, randomise
+from support.oracle import make_ours, padded_images, random_labels, randomise
 
 pytestmark = [
     pytest.mark.gpu,

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from oracle import make_ours, padded_images, randomise
-from threads import in_threads
+from support.oracle import make_ours, padded_images, randomise
+from support.threads import in_threads
 
 from cdetr_fast import optimize
 

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from oracle import make_ours
-from training_cases import SHAPES, batch, run
+from support.oracle import make_ours
+from support.training_cases import SHAPES, batch, run
 
 from cdetr_fast.training.graphs import use_graphs
 

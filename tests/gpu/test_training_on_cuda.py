@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate_state import forget_accelerate_state
-from training_settings import short_run, write_scenes
+from support.accelerate_state import forget_accelerate_state
+from support.training_settings import short_run, write_scenes
 
 pytest.importorskip("accelerate")
 pytest.importorskip("faster_coco_eval")
 
 from cdetr_fast.training import TrainingConfig, TrainingStopped, train
-from cdetr_fast.training.run_state import checkpoint_files, load_checkpoint
+from cdetr_fast.training.run.state import checkpoint_files, load_checkpoint
 from cdetr_fast.training.step import TrainingStep
 
 pytestmark = [

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from oracle import make_ours, randomise
+from support.oracle import make_ours, randomise
 
 from cdetr_fast import cli
 from cdetr_fast.inference import export as module

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from oracle import make_ours, padded_images, randomise
+from support.oracle import make_ours, padded_images, randomise
 from torch import nn
 
 from cdetr_fast import optimize

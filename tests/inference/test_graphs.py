@@ -9,8 +9,8 @@ import dataclasses
 
 import pytest
 import torch
-from oracle import make_ours, padded_images, randomise
-from threads import in_threads
+from support.oracle import make_ours, padded_images, randomise
+from support.threads import in_threads
 
 from cdetr_fast import optimize
 from cdetr_fast.inference import runner as runner_module

@@ -3,15 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import make_ours, padded_images, randomise
+from support.oracle import make_ours, padded_images, randomise
 from timm.layers import Conv2dSame
 from torch import nn
 
 from cdetr_fast import ConditionalDetrForObjectDetection, optimize
-from cdetr_fast.assets import DEMO
+from cdetr_fast.demo import DEMO
+from cdetr_fast.demo.scenes import TRAIN_SEED, draw_scene
 from cdetr_fast.inference import int8
 from cdetr_fast.inference.convolution import RELU, Activation, FusedConv2d
-from cdetr_fast.scenes import TRAIN_SEED, draw_scene
 
 needs_int8 = pytest.mark.skipif(
     int8.reason_against_int8() is not None, reason=f"no int8: {int8.reason_against_int8()}"

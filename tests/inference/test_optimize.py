@@ -7,8 +7,8 @@ import threading
 
 import pytest
 import torch
-from oracle import TINY, make_ours, padded_images, randomise
-from threads import in_threads
+from support.oracle import TINY, make_ours, padded_images, randomise
+from support.threads import in_threads
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode

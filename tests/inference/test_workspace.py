@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from oracle import make_ours, randomise
-from threads import in_threads
+from support.oracle import make_ours, randomise
+from support.threads import in_threads
 from torch import nn
 
 from cdetr_fast import optimize

@@ -1,7 +1,7 @@
 """The machine code of every kernel on every architecture: `python -m benchmarks.audit --brief`."""
 
 import pytest
-from interpreter import INTERPRETED
+from support.interpreter import INTERPRETED
 
 pytest.importorskip("triton")
 from benchmarks import audit

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from interpreter import INTERPRETED, run_in_the_interpreter
+from support.interpreter import INTERPRETED, run_in_the_interpreter
 from torch import Tensor
 
 from benchmarks import accuracy, ops

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from topk_cases import KINDS, VALUES, adversarial, expected_order
+from support.topk_cases import KINDS, VALUES, adversarial, expected_order
 from torch import Tensor
 
 from cdetr_kernels.reference import topk as reference

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from attention_oracle import (
+from support.attention_oracle import (
     DEVICE,
     DTYPES,
     assert_close,
@@ -26,7 +26,7 @@ from attention_oracle import (
     poisoned_memory,
     scattered,
 )
-from interpreter import INTERPRETED, run_in_the_interpreter
+from support.interpreter import INTERPRETED, run_in_the_interpreter
 from torch import Tensor
 
 from cdetr_kernels import conditional_attention, triton_support

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from interpreter import INTERPRETED, run_in_the_interpreter
+from support.interpreter import INTERPRETED, run_in_the_interpreter
 from torch import Tensor
 
 from cdetr_kernels import matching_cost, set_loss

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from interpreter import INTERPRETED, run_in_the_interpreter
+from support.interpreter import INTERPRETED, run_in_the_interpreter
 from torch import Tensor
 
 from cdetr_kernels import ops, sine_position_2d, sine_query, triton_support

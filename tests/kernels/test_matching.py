@@ -10,9 +10,9 @@ from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 from transformers.loss import loss_deformable_detr, loss_for_object_detection
 
 from cdetr_fast import ConditionalDetrConfig
-from cdetr_fast.assignment import match
-from cdetr_fast.losses import detection_loss
-from cdetr_fast.targets import Targets, pad_targets
+from cdetr_fast.loss.assignment import match
+from cdetr_fast.loss.criterion import detection_loss
+from cdetr_fast.loss.targets import Targets, pad_targets
 from cdetr_kernels import matching_cost, set_loss
 from cdetr_kernels.reference.focal import focal_in_one_pass
 from cdetr_kernels.reference.loss import focal_loss

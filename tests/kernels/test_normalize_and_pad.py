@@ -5,7 +5,7 @@ The triton kernel is tested on a GPU, or in triton's interpreter in a process of
 
 import pytest
 import torch
-from interpreter import INTERPRETED, run_in_the_interpreter
+from support.interpreter import INTERPRETED, run_in_the_interpreter
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvF
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from interpreter import INTERPRETED, run_in_the_interpreter
+from support.interpreter import INTERPRETED, run_in_the_interpreter
 from torch import Tensor
 
 from cdetr_kernels import residual_layer_norm

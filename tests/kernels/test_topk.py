@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from topk_cases import KINDS, VALUES, adversarial, expected_order
+from support.topk_cases import KINDS, VALUES, adversarial, expected_order
 from torch import Tensor
 
 from cdetr_kernels import detection_topk, image_ops, native

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import make_ours, make_pair, padded_images, random_labels
+from support.oracle import make_ours, make_pair, padded_images, random_labels
 from torch import nn
 
 PROJECTIONS = [

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import make_ours, randomise
+from support.oracle import make_ours, randomise
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import leaves, make_ours, random_labels, randomise
+from support.oracle import leaves, make_ours, random_labels, randomise
 from torch import nn
 
 from cdetr_fast.models.backbone import FrozenBatchNorm2d

@@ -11,8 +11,8 @@ from unittest import mock
 
 import pytest
 import torch
-from interpreter import INTERPRETED, run_in_the_interpreter
-from oracle import TINY, leaves, make_ours, padded_images, random_labels, randomise
+from support.interpreter import INTERPRETED, run_in_the_interpreter
+from support.oracle import TINY, leaves, make_ours, padded_images, random_labels, randomise
 
 from cdetr_kernels import dispatch
 

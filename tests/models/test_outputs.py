@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from oracle import make_ours, make_pair, random_labels
+from support.oracle import make_ours, make_pair, random_labels
 from torch.utils import _pytree as pytree
 from transformers.models.conditional_detr.modeling_conditional_detr import (
     ConditionalDetrObjectDetectionOutput as TheirOutput,

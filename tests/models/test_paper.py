@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import transformers
-from oracle import TINY, make_ours, make_pair, padded_images, random_labels
+from support.oracle import TINY, make_ours, make_pair, padded_images, random_labels
 
 import cdetr_fast
 
@@ -190,7 +190,7 @@ def test_segmentation_matches_by_the_focal_cost(images):
             }
         ]
         masks = torch.tensor([-5.0, 5.0])[None, :, None, None].expand(1, 2, 8, 8)
-        from cdetr_fast.losses import segmentation_loss
+        from cdetr_fast.loss.criterion import segmentation_loss
 
         _, loss_dict, _ = segmentation_loss(logits, labels, logits.device, boxes, masks, config)
         losses[compat] = loss_dict["loss_dice"].item()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import leaves, make_pair, padded_images, random_labels
+from support.oracle import leaves, make_pair, padded_images, random_labels
 
 CASES = {
     "resnet18": {},

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import make_pair, padded_images
+from support.oracle import make_pair, padded_images
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cdetr_fast.models.segmentation import conv3x3_of_upsampled
+from cdetr_fast.models.mask_head import conv3x3_of_upsampled
 
 
 @given(

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from PIL import Image
-from training_settings import short_run, write_scenes
+from support.training_settings import short_run, write_scenes
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
 from cdetr_fast.training import DataError, TrainingConfig, TrainingStopped, train
 from cdetr_fast.training.engine import Engine
-from cdetr_fast.training.reporting import score_epoch
-from cdetr_fast.training.run_log import RunLog, read_rows
-from cdetr_fast.training.run_state import checkpoint_files, load_checkpoint, save_checkpoint
-from cdetr_fast.training.signals import StopSignals
+from cdetr_fast.training.evaluation.report import score_epoch
+from cdetr_fast.training.run.log import RunLog, read_rows
+from cdetr_fast.training.run.signals import StopSignals
+from cdetr_fast.training.run.state import checkpoint_files, load_checkpoint, save_checkpoint
 from cdetr_fast.training.step import StepReport, TrainingStep
 
 
@@ -361,9 +361,18 @@ def test_what_cannot_be_written_is_written_after_resume(
 ):
     """A full disk while results are written ends neither training nor its exit code well."""
     raised = {
-        "samples": ("cdetr_fast.training.reporting.draw_images", OSError(28, "No space left")),
-        "evaluation": ("cdetr_fast.training.reporting.draw_confusion", OSError(28, "No space")),
-        "curves": ("cdetr_fast.training.reporting.draw_curves", OSError(28, "No space left")),
+        "samples": (
+            "cdetr_fast.training.evaluation.report.draw_images",
+            OSError(28, "No space left"),
+        ),
+        "evaluation": (
+            "cdetr_fast.training.evaluation.report.draw_confusion",
+            OSError(28, "No space"),
+        ),
+        "curves": (
+            "cdetr_fast.training.evaluation.report.draw_curves",
+            OSError(28, "No space left"),
+        ),
         "model": ("safetensors.torch.save_file", SafetensorError("No space left on device")),
     }
     place, error = raised[broken]
@@ -405,7 +414,7 @@ def test_a_best_model_that_could_not_be_written_is_not_the_best(
             raise OSError(28, "No space left on device")
         export(engine, weights, folder)
 
-    monkeypatch.setattr("cdetr_fast.training.reporting.score_epoch", scored)
+    monkeypatch.setattr("cdetr_fast.training.evaluation.report.score_epoch", scored)
     monkeypatch.setattr(Engine, "_export", full_at_first)
     train(config)
     assert final_state(config)["best"] == 0.4

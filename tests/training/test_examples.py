@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cdetr_fast import ConditionalDetrForObjectDetection
-from cdetr_fast.scenes import CLASSES
+from cdetr_fast.demo.scenes import CLASSES
 from cdetr_fast.training import TrainingConfig
 from cdetr_fast.training.initial_weights import build_model
 from cdetr_fast.training.setup import make_processor

@@ -4,17 +4,17 @@ import copy
 import json
 from pathlib import Path
 
-import graph_stand_in
 import pytest
 import torch
-from oracle import make_ours, random_labels
-from training_cases import SHAPES, batch, run
+from support import graph_stand_in
+from support.oracle import make_ours, random_labels
+from support.training_cases import SHAPES, batch, run
 
 from benchmarks import training as training_benchmark
 from benchmarks.counting import Counting, as_on_a_gpu
 from cdetr_fast.training import DataError, TrainingConfig, graphs, train
 from cdetr_fast.training.engine import Engine
-from cdetr_fast.training.signals import StopSignals
+from cdetr_fast.training.run.signals import StopSignals
 
 
 @pytest.fixture

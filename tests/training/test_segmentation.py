@@ -13,13 +13,13 @@ from PIL import Image
 
 from cdetr_fast import ConditionalDetrForSegmentation
 from cdetr_fast.training import DataError, TrainingConfig, evaluate, train
-from cdetr_fast.training.coco import read_coco
-from cdetr_fast.training.dataset import Collate, DetectionDataset
+from cdetr_fast.training.data.coco import read_coco
+from cdetr_fast.training.data.dataset import Collate, DetectionDataset
+from cdetr_fast.training.data.sampling import Draw
+from cdetr_fast.training.data.transforms import EvaluationTransform, TrainingTransform
 from cdetr_fast.training.engine import Engine
-from cdetr_fast.training.run_log import read_rows
-from cdetr_fast.training.sampling import Draw
-from cdetr_fast.training.signals import StopSignals
-from cdetr_fast.training.transforms import EvaluationTransform, TrainingTransform
+from cdetr_fast.training.run.log import read_rows
+from cdetr_fast.training.run.signals import StopSignals
 
 HEIGHT, WIDTH = 64, 80
 COLOURS = ((220, 40, 40), (40, 60, 230))

@@ -1,0 +1,1 @@
+"""Checkpoints of this package, transformers and the paper's authors: load, save, key names."""

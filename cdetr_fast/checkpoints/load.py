@@ -1,0 +1,302 @@
+"""Checkpoints, loaded: `load_pretrained`.
+
+Read: folders and hub repositories of transformers 4 and 5 and of this package, safetensors or .bin,
+whole or in shards, and the authors' .pth files.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from cdetr_fast.checkpoints.authors import config_of_authors
+from cdetr_fast.checkpoints.files import find_weights, read_weights
+from cdetr_fast.checkpoints.key_maps import (
+    StateDict,
+    fields_of,
+    from_authors,
+    is_authors,
+    level_of,
+    to_level,
+    to_v5,
+)
+from cdetr_fast.common import validation as check
+from cdetr_fast.config.model import CONFIG_NAME, ConditionalDetrConfig
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Options of transformers' from_pretrained and the values at which they ask for nothing special.
+_TRANSFORMERS_OPTIONS: dict[str, tuple] = {
+    "adapter_kwargs": (None, {}),
+    "disable_mmap": (None, False, True),
+    "distributed_config": (None,),
+    "gguf_file": (None,),
+    "key_mapping": (None,),
+    "kernel_config": (None,),
+    "max_memory": (None,),
+    "offload_buffers": (None, False),
+    "offload_folder": (None,),
+    "proxies": (None,),
+    "quantization_config": (None,),
+    "state_dict": (None,),
+    "tp_plan": (None,),
+    "tp_size": (None,),
+    "trust_remote_code": (None, False, True),  # there is no remote code to run
+    "use_kernels": (None, False),
+    "weights_only": (None, True),
+}
+
+
+def load_pretrained(
+    model_class: Callable[[ConditionalDetrConfig], Model],
+    name_or_path: str | os.PathLike,
+    *,
+    config: ConditionalDetrConfig | str | os.PathLike | None = None,
+    revision: str | None = None,
+    subfolder: str = "",
+    cache_dir: str | os.PathLike | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    use_safetensors: bool | None = None,
+    variant: str | None = None,
+    ignore_mismatched_sizes: bool = False,
+    strict: bool = False,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    device_map: torch.device | str | int | None = None,
+    output_loading_info: bool = False,
+    attn_implementation: str | None = None,
+    low_cpu_mem_usage: bool | None = None,
+    **config_overrides: Any,
+) -> Model | tuple[Model, dict[str, Any]]:
+    """Loads a model, in eval mode.
+
+    Args:
+        model_class: Class to build.
+        name_or_path: A folder, the id of a model on the hub, or one file of weights. The authors'
+            .pth files need no configuration, but as keyword arguments what neither the weights nor
+            the command line in the file tell (the number of heads, `dilation`, ...).
+        config: Configuration, or where to read it; default the config.json beside the weights.
+        revision: Branch, tag or commit on the hub.
+        subfolder: Folder inside the folder or repository.
+        cache_dir: Where downloads are kept, if not in the cache of `huggingface_hub`.
+        token: Access token for the hub.
+        local_files_only: Use what is in the cache, and fetch nothing.
+        force_download: Fetch even what is in the cache.
+        use_safetensors: True or False restricts the search to safetensors or to .bin files.
+        variant: Part of the file name, as in `model.fp16.safetensors`.
+        ignore_mismatched_sizes: Leave weights of other shapes at their initial values, with a
+            warning that lists them, as for a new number of classes.
+        strict: Refuse missing and unexpected weights, which else are listed in a warning.
+        dtype: dtype of the weights; "auto" or None, as in transformers 5: the one in config.json,
+            else that of the first floating-point weight.
+        torch_dtype: Old name of dtype.
+        device_map: One device to move the model to; "auto" is CUDA where there is one.
+        output_loading_info: Return (model, dict of missing_keys, unexpected_keys, mismatched_keys).
+        attn_implementation: "eager" or "sdpa", for the configuration; the model chooses itself.
+        low_cpu_mem_usage: Accepted for callers of transformers, and without effect there and here.
+        **config_overrides: Configuration fields that take the place of those in config.json.
+            Options of transformers for what this package does not do (`quantization_config`,
+            `tp_plan`, `trust_remote_code`, ...) are taken at the value that asks for nothing.
+
+    Raises:
+        OSError: A file is missing or broken; the message names it.
+        ValueError: Weights have other shapes than the configuration says, and the like.
+        TypeError: An unknown keyword.
+    """
+    download = {
+        "revision": revision,
+        "subfolder": subfolder,
+        "cache_dir": cache_dir,
+        "token": token,
+        "local_files_only": local_files_only,
+        "force_download": force_download,
+    }
+    check.choice(None, "eager", "sdpa")("attn_implementation", attn_implementation)
+    for name in _TRANSFORMERS_OPTIONS.keys() & config_overrides.keys():
+        check.choice(*_TRANSFORMERS_OPTIONS[name])(name, config_overrides.pop(name))
+    dtype = torch_dtype if dtype is None else dtype
+    is_file = os.path.isfile(name_or_path)
+    if config is not None or not is_file:
+        config = _find_config(config, name_or_path, download, config_overrides)
+    files = [Path(name_or_path)]
+    if not is_file:
+        files = find_weights(name_or_path, variant, use_safetensors, **download)
+    state_dict = read_weights(files)
+    if is_authors(state_dict):
+        try:
+            state_dict = from_authors(state_dict)
+            known = fields_of(state_dict)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise OSError(
+                f"{name_or_path}: the names of weights are those of the authors, their shapes are "
+                f"not ({error})"
+            ) from error
+        config = config or config_of_authors(files[0], known, config_overrides)
+        _compare(config, known, name_or_path, ignore_mismatched_sizes)
+    else:
+        state_dict = to_v5(state_dict)
+        config = config or _find_config(None, name_or_path, download, config_overrides)
+    config.name_or_path = os.fspath(name_or_path)
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
+
+    model = _build(model_class, config)
+    # `predict` finds the image processor there; a token is not kept.
+    model._processor_source = (
+        name_or_path,
+        {k: v for k, v in download.items() if k not in ("token", "force_download")},
+    )
+    chosen = _choose_dtype(dtype, config, state_dict)
+    report = _fill(model, state_dict)
+    report.complain(name_or_path, type(model).__name__, ignore_mismatched_sizes, strict)
+    config.dtype = chosen
+    model.to(dtype=chosen, device=_device(device_map))
+    model.eval()
+    if output_loading_info:
+        return model, report._asdict() | {"error_msgs": []}
+    return model
+
+
+def _find_config(
+    config: ConditionalDetrConfig | str | os.PathLike | None,
+    name_or_path: str | os.PathLike,
+    download: dict[str, Any],
+    overrides: dict[str, Any],
+) -> ConditionalDetrConfig:
+    if hasattr(config, "to_dict"):
+        return ConditionalDetrConfig.from_dict(config.to_dict(), **overrides)
+    if config is not None:
+        return ConditionalDetrConfig.from_pretrained(config, **overrides)
+    if not os.path.isfile(name_or_path):
+        return ConditionalDetrConfig.from_pretrained(name_or_path, **download, **overrides)
+    beside = Path(name_or_path).with_name(CONFIG_NAME)
+    if not beside.is_file():
+        raise FileNotFoundError(f"config: expected one, or {beside}, to go with {name_or_path}")
+    return ConditionalDetrConfig.from_pretrained(beside, **overrides)
+
+
+def _compare(
+    config: ConditionalDetrConfig,
+    known: dict[str, Any],
+    name: str | os.PathLike,
+    ignore_mismatched_sizes: bool,
+) -> None:
+    """Refuses a configuration that contradicts the weights."""
+    for field, expected in known.items():
+        got = getattr(config, field)
+        if field == "backbone":  # timm adds where the weights are from: resnet50.a1_in1k
+            got = got and got.split(".")[0]
+        if ignore_mismatched_sizes and field in ("num_labels", "num_queries"):
+            continue
+        if got != expected and got is not None:  # None: the ResNet that has no name in timm
+            check.refuse(field, f"{expected!r} as the weights in {name} have it", got)
+
+
+def _build(
+    model_class: Callable[[ConditionalDetrConfig], Model], config: ConditionalDetrConfig
+) -> Model:
+    """Builds a model that fetches no backbone weights; those are in the checkpoint."""
+    backbone = config.backbone_config
+    if not backbone.use_pretrained_backbone:
+        return model_class(config)
+    backbone.use_pretrained_backbone = False
+    try:
+        return model_class(config)
+    finally:
+        backbone.use_pretrained_backbone = True
+
+
+class LoadingReport(NamedTuple):
+    """What did not go from a checkpoint into a model.
+
+    Attributes:
+        missing_keys: Weights of the model that the checkpoint does not have.
+        unexpected_keys: Weights of the checkpoint that the model does not have.
+        mismatched_keys: (key, shape in the checkpoint, shape in the model).
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+    mismatched_keys: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+    def complain(
+        self, name: str | os.PathLike, model: str, ignore_mismatched_sizes: bool, strict: bool
+    ) -> None:
+        """Raises or warns, with a list of everything."""
+        shapes = [f"{key}: expected {list(b)}, got {list(a)}" for key, a, b in self.mismatched_keys]
+        if shapes and not ignore_mismatched_sizes:
+            raise ValueError(
+                f"{name}: weights of another shape than {model} with this configuration has "
+                f"(ignore_mismatched_sizes=True initialises them anew):{_listed(shapes)}"
+            )
+        parts = [
+            ("not in the checkpoint, initialised anew", self.missing_keys),
+            ("in the checkpoint, not in the model", self.unexpected_keys),
+            ("of another shape, initialised anew", shapes),
+        ]
+        text = "".join(
+            f"\n{len(keys)} weights {what}:{_listed(keys)}" for what, keys in parts if keys
+        )
+        if strict and (self.missing_keys or self.unexpected_keys):
+            raise ValueError(f"{name}: expected exactly the weights of {model}.{text}")
+        if text:
+            warnings.warn(f"{name}: not all weights went into {model}.{text}", stacklevel=4)
+
+
+def _listed(lines: list[str], limit: int = 60) -> str:
+    rest = [f"... and {len(lines) - limit} more"] if len(lines) > limit else []
+    return "".join(f"\n  {line}" for line in lines[:limit] + rest)
+
+
+def _fill(model: nn.Module, state_dict: StateDict) -> LoadingReport:
+    """Copies weights (v5 names, of any of the models) into a model."""
+    here = model.state_dict()
+    there = {
+        key: tensor
+        for key, tensor in to_level(state_dict, level_of(here)).items()
+        # counts batches, which frozen batch norm does not
+        if not key.endswith(".num_batches_tracked")
+    }
+    mismatched = [
+        (key, tuple(there[key].shape), tuple(tensor.shape))
+        for key, tensor in here.items()
+        if key in there and there[key].shape != tensor.shape
+    ]
+    report = LoadingReport(
+        missing_keys=[key for key in here if key not in there],
+        unexpected_keys=[key for key in there if key not in here],
+        mismatched_keys=mismatched,
+    )
+    skipped = {*report.unexpected_keys, *(key for key, *_ in mismatched)}
+    model.load_state_dict({k: v for k, v in there.items() if k not in skipped}, strict=False)
+    return report
+
+
+def _choose_dtype(
+    dtype: torch.dtype | str | None, config: ConditionalDetrConfig, state_dict: StateDict
+) -> torch.dtype:
+    if dtype not in (None, "auto"):
+        return check.dtype("dtype", dtype)
+    if config.dtype is not None:
+        return config.dtype
+    floats = (tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point())
+    return next(floats, torch.get_default_dtype())
+
+
+def _device(device_map: Any) -> torch.device | None:
+    if isinstance(device_map, Mapping) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if device_map is None:
+        return None
+    if device_map == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError):
+        check.refuse("device_map", 'None, "auto" or one device', device_map)

@@ -1,0 +1,204 @@
+"""Checkpoints, saved in the layout of transformers 5: `save_pretrained` and `push_to_hub`."""
+
+import copy
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from huggingface_hub import CommitInfo, HfApi, split_torch_state_dict_into_shards
+from torch import Tensor, nn
+
+from cdetr_fast.checkpoints.files import weight_names
+from cdetr_fast.checkpoints.key_maps import (
+    to_v4,
+)
+from cdetr_fast.common import validation as check
+from cdetr_fast.common.files import make_folder, replace_all, write_json
+from cdetr_fast.config.compat import departure_of
+from cdetr_fast.config.model import CONFIG_NAME
+
+
+def save_pretrained(
+    model: nn.Module,
+    save_directory: str | os.PathLike,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str = "50GB",
+    variant: str | None = None,
+    token: str | bool | None = None,
+    *,
+    safe_serialization: bool = True,
+    save_function: Callable | None = None,
+    **push_options: Any,
+) -> None:
+    """Saves weights and configuration in a folder that transformers 4 and 5 and this package read.
+
+    All files are written beside the old ones first, and then take their places. A write that is
+    interrupted leaves the old files.
+
+    Args:
+        model: The model.
+        save_directory: Folder, made if need be.
+        is_main_process: False writes nothing (for the other processes of a distributed run).
+        state_dict: Weights in the place of the model's own, with its names.
+        push_to_hub: Upload the folder's files too.
+        max_shard_size: Weights of more bytes are split over several files; "50GB" and the like.
+        variant: Part of the file name, as in `model.fp16.safetensors`.
+        token: Access token for the upload.
+        safe_serialization: False writes pytorch_model.bin in the place of model.safetensors.
+        save_function: Accepted for callers of transformers (Accelerate's idiom passes
+            `accelerator.save`), and without effect there and here.
+        **push_options: As in `push_to_hub`; `repo_id` is the folder's name unless given.
+
+    Raises:
+        TypeError: Options for an upload without push_to_hub=True.
+        ValueError: The configuration's fields do not go together.
+    """
+    for name in ("save_peft_format", "save_original_format", "distributed_checkpoint"):
+        neutral = (False,) if name == "distributed_checkpoint" else (True, False)
+        check.choice(*neutral)(name, push_options.pop(name, False))
+    if push_options and not push_to_hub:
+        raise TypeError(f"save_pretrained: unknown keyword {next(iter(push_options))!r}")
+    if not is_main_process:
+        return
+    folder = make_folder(save_directory)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    config.validate()
+    if config.compat == "paper" and (reason := departure_of(config)):
+        warnings.warn(
+            f"{save_directory}: transformers computes other numbers with these weights, as there "
+            f"{reason}. Models that go back and forth need compat='transformers'.",
+            stacklevel=3,
+        )
+    weights = model.state_dict() if state_dict is None else state_dict
+    weights = to_v4(weights, hf_resnet=config.backbone_config.model_type == "resnet")
+    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+
+    part = f".{variant}" if variant else ""
+    stem, suffix = ("model", "safetensors") if safe_serialization else ("pytorch_model", "bin")
+    shards = split_torch_state_dict_into_shards(
+        weights,
+        filename_pattern=f"{stem}{part}{{suffix}}.{suffix}",
+        max_shard_size=max_shard_size,
+    )
+    with replace_all(folder) as stage:
+        for name, keys in shards.filename_to_tensors.items():
+            shard = {key: weights[key] for key in keys}
+            if safe_serialization:
+                safetensors.torch.save_file(shard, stage(name), metadata={"format": "pt"})
+            else:
+                torch.save(shard, stage(name))
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            write_json(stage(f"{stem}.{suffix}.index{part}.json"), index)
+        write_json(stage(CONFIG_NAME), config.to_diff_dict())
+        written = [path.name for path in stage("").iterdir()]
+    _remove_stale(folder, variant, written)
+    if push_to_hub:
+        push_options.setdefault("repo_id", folder.resolve().name)
+        _upload(folder, written, token=token, **push_options)
+
+
+def _remove_stale(folder: Path, variant: str | None, written: list[str]) -> None:
+    """Removes older weights of the folder that a reader would take for the ones just written."""
+    names = weight_names(variant)
+    main = next(index for index, name in enumerate(names) if name in written)
+    stem, *_, suffix = names[main - main % 2].split(".")
+    shard = re.compile(
+        re.escape(f"{stem}.{variant}" if variant else stem) + rf"-\d{{5}}-of-\d{{5}}\.{suffix}"
+    )
+    # found first by a reader; and the other one, whole or sharded, of the same format
+    for name in {*names[:main], names[main ^ 1]}:
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if shard.fullmatch(path.name) and path.name not in written:
+            path.unlink()
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    variant: str | None = None,
+    safe_serialization: bool = True,
+) -> CommitInfo:
+    """Uploads weights and configuration to a repository on the hub, made if need be.
+
+    Args:
+        model: The model.
+        repo_id: Name of the repository, with the organisation in front if it is not one's own.
+        commit_message: Title of the commit.
+        commit_description: Its text.
+        private: Make a new repository private.
+        token: Access token; default the one of `hf auth login`.
+        revision: Branch, made if need be.
+        create_pr: Propose the commit in place of making it.
+        max_shard_size: As in `save_pretrained`.
+        variant: As in `save_pretrained`.
+        safe_serialization: As in `save_pretrained`.
+
+    Returns:
+        The commit, with its address.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(
+            model,
+            folder,
+            max_shard_size=max_shard_size,
+            variant=variant,
+            safe_serialization=safe_serialization,
+        )
+        return _upload(
+            Path(folder),
+            os.listdir(folder),
+            repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def _upload(
+    folder: Path,
+    names: list[str],
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=names,
+        commit_message=commit_message or "Upload model",
+        commit_description=commit_description,
+        revision=revision,
+        create_pr=create_pr,
+    )

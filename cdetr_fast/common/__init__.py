@@ -1,0 +1,1 @@
+"""Shared helpers: atomic files, checks of values, suggestions for misspelled names."""

@@ -1,0 +1,87 @@
+"""Model outputs to detections; what detection and segmentation share in reading outputs.
+
+The class head is trained with the sigmoid focal loss: its outputs are independent probabilities,
+and there is no "no object" class.
+
+Dimensions: B batch, Q queries, K classes, k detections kept, n of them above the threshold.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdetr_fast.images.batch_feature import BatchFeature
+from cdetr_kernels import detection_topk
+
+TargetSizes = Tensor | Sequence[Sequence[int]]
+
+
+def detections(
+    outputs: Any,
+    threshold: float,
+    target_sizes: TargetSizes | None,
+    top_k: int,
+    return_tensors: str | None,
+) -> list[dict[str, Tensor]] | BatchFeature:
+    """Implements `ConditionalDetrImageProcessor.post_process_object_detection`."""
+    if return_tensors not in (None, "pt"):
+        raise ValueError(f"return_tensors: expected None or 'pt', got {return_tensors!r}")
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise TypeError(f"top_k: expected an integer, got {type(top_k).__name__}")
+    if top_k < 1:
+        raise ValueError(f"top_k: expected at least 1, got {top_k}")
+    logits, boxes_cxcywh = field_of(outputs, "logits"), field_of(outputs, "pred_boxes")
+    batch, queries, classes = logits.shape
+    k = min(top_k, queries * classes)
+    if k == 0:  # no queries, or no classes
+        nothing = torch.zeros(batch, 0, dtype=torch.int64, device=logits.device)
+        scores, labels, query_index = nothing.float(), nothing, nothing
+        boxes_xyxy, counts = scores.new_zeros(batch, 0, 4), nothing.sum(dim=1)
+    else:
+        scores, labels, boxes_xyxy, query_index, counts = detection_topk(
+            logits, boxes_cxcywh, target_sizes, k, threshold=threshold
+        )
+    if return_tensors == "pt":
+        content = {"scores": scores, "labels": labels, "boxes": boxes_xyxy}
+        return BatchFeature(content | {"query_index": query_index, "counts": counts})
+    if batch == 1:
+        n = counts.item()
+        return [{"scores": scores[0, :n], "labels": labels[0, :n], "boxes": boxes_xyxy[0, :n]}]
+    # Views of what is above and below the threshold in turns; a slice for each would cost more.
+    parts = [part for n in counts.tolist() for part in (n, k - n)]
+    above = (
+        tensor.flatten(0, 1).split(parts)[::2] if parts else ()
+        for tensor in (scores, labels, boxes_xyxy)
+    )
+    return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(*above, strict=True)]
+
+
+def field_of(outputs: Any, name: str) -> Tensor:
+    """Reads a field of a model output, or of the plain dict that transformers' pipelines make."""
+    return outputs[name] if isinstance(outputs, Mapping) else getattr(outputs, name)
+
+
+def upcast(values: Tensor) -> Tensor:
+    """Half precision to fp32; probabilities of 16 bits tie and do not add up."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def target_sizes_hw(
+    target_sizes: TargetSizes | None, batch: int
+) -> list[tuple[int, int]] | list[None]:
+    """Returns the requested (height, width) of each image; None for each if none are requested."""
+    if target_sizes is None:
+        return [None] * batch
+    if len(target_sizes) != batch:
+        raise ValueError(
+            f"target_sizes: expected {batch} (one per image of the logits), got {len(target_sizes)}"
+        )
+    if isinstance(target_sizes, Tensor):
+        target_sizes = target_sizes.tolist()
+    sizes = [tuple(int(side) for side in size) for size in target_sizes]
+    for i, size in enumerate(sizes):
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"target_sizes[{i}]: expected (height, width) above 0, got {size}")
+    return sizes

@@ -1,0 +1,103 @@
+"""What happens to the pixels: resize, rescale, normalise, pad.
+
+Images keep the memory layout they come in: files, PIL images and most arrays have the channels
+last, and torchvision resizes such uint8 images in a third of the time (0.9 ms in place of 2.7 ms
+from 640x480 to 1066x800, one thread), to the same values.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tvF
+
+from cdetr_fast.images.settings import INTERPOLATION
+from cdetr_fast.images.sizes import resized_hw
+from cdetr_kernels import normalize_and_pad
+
+
+def resized(images: Sequence[Tensor], settings: Mapping[str, Any]) -> list[Tensor]:
+    """Resizes images `[C, h, w]`; those of one shape together on a GPU."""
+    if not settings["do_resize"]:
+        return list(images)
+    groups = defaultdict(list)
+    for i, image in enumerate(images):
+        alone = settings["disable_grouping"]
+        if alone is None:
+            alone = image.device.type == "cpu"  # there, stacking costs more than it saves
+        groups[i if alone else (image.shape, image.dtype, image.device)].append(i)
+
+    results: dict[int, Tensor] = {}
+    for members in groups.values():
+        batch = images[members[0]][None]
+        if len(members) > 1:
+            batch = torch.stack([images[i] for i in members])
+        new_hw = resized_hw(*batch.shape[-2:], settings["size"])
+        interpolation = INTERPOLATION[settings["resample"]]
+        batch = tvF.resize(batch, list(new_hw), interpolation=interpolation, antialias=True)
+        results.update(zip(members, batch, strict=True))
+    return [results[i] for i in range(len(images))]
+
+
+def normalized_batch(
+    images: Sequence[Tensor], settings: Mapping[str, Any], batch_hw: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Rescales, normalises and pads images `[C, h, w]` to one batch, in one pass over the pixels.
+
+    Returns:
+        pixel_values `[B, C, H, W]` and pixel_mask int64 `[B, H, W]`.
+    """
+    if not settings["do_normalize"]:  # the dtype stays that of the images, as in transformers
+        if settings["do_rescale"]:
+            images = [image * settings["rescale_factor"] for image in images]
+        return padded_batch(images, batch_hw)
+    channels = images[0].shape[0]
+    mean, std = (_per_channel(settings[name]) for name in ("image_mean", "image_std"))
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        if channels != 1 and len(values) not in (1, channels):
+            raise ValueError(f"{name}: expected {channels} values (channels), got {len(values)}")
+    if channels == 1 and len(mean) > 1:
+        images = [image.expand(len(mean), -1, -1) for image in images]
+    factor = settings["rescale_factor"] if settings["do_rescale"] else None
+    return normalize_and_pad(images, mean, std, factor, batch_hw)
+
+
+def _per_channel(values: float | Sequence[float]) -> tuple[float, ...]:
+    return (values,) if isinstance(values, float) else tuple(values)
+
+
+def batch_size_hw(
+    sizes: Sequence[tuple[int, int]], pad_size: Mapping[str, int] | None
+) -> tuple[int, int]:
+    """Returns the size that all images are padded to: `pad_size`, or the largest sides."""
+    height, width = (max(sides) for sides in zip(*sizes, strict=True))
+    if pad_size is None:
+        return height, width
+    if pad_size["height"] < height or pad_size["width"] < width:
+        raise ValueError(
+            f"pad_size: expected at least {[height, width]}, "
+            f"got {[pad_size['height'], pad_size['width']]}"
+        )
+    return pad_size["height"], pad_size["width"]
+
+
+def padded_batch(
+    images: Sequence[Tensor], batch_hw: tuple[int, int], fill: float = 0
+) -> tuple[Tensor, Tensor]:
+    """Returns images `[C, H, W]` of different sizes as a batch, and its pixel mask."""
+    first = images[0]
+    pixel_mask = torch.ones(len(images), *batch_hw, dtype=torch.int64, device=first.device)
+    if all(tuple(image.shape[-2:]) == batch_hw for image in images):
+        return (first[None] if len(images) == 1 else torch.stack(list(images))), pixel_mask
+    dtype = first.dtype
+    for image in images[1:]:
+        dtype = torch.promote_types(dtype, image.dtype)
+    pixel_values = first.new_full((len(images), len(first), *batch_hw), fill, dtype=dtype)
+    for values, mask, image in zip(pixel_values, pixel_mask, images, strict=True):
+        height, width = image.shape[-2:]
+        values[:, :height, :width] = image
+        mask[height:] = 0
+        mask[:, width:] = 0
+    return pixel_values, pixel_mask

@@ -1,0 +1,1 @@
+"""Training criterion. Data passes labels -> `targets` -> `assignment` -> `criterion`."""

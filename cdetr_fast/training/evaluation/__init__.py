@@ -1,0 +1,1 @@
+"""Evaluation: detections and segments of a model scored, and the report written."""

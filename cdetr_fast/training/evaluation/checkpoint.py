@@ -1,0 +1,154 @@
+"""Evaluation of a checkpoint on a data set: figures, tables and pictures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from cdetr_fast import (
+    ConditionalDetrConfig,
+    ConditionalDetrForObjectDetection,
+    ConditionalDetrForSegmentation,
+    ConditionalDetrImageProcessor,
+)
+from cdetr_fast.common import validation as check
+from cdetr_fast.models.auto import class_of_checkpoint
+from cdetr_fast.models.predict import PredictingModel
+from cdetr_fast.training import setup
+from cdetr_fast.training.data.coco import CocoIndex, read_coco
+from cdetr_fast.training.data.label_checks import check_labels
+from cdetr_fast.training.errors import DataError
+from cdetr_fast.training.evaluation.detection import Evaluation, evaluate_detections, predict
+from cdetr_fast.training.evaluation.panoptic import PanopticScorer
+from cdetr_fast.training.evaluation.report import write_evaluation
+from cdetr_fast.training.run.launch import shared_errors
+
+
+def evaluate(
+    model: str | os.PathLike,
+    annotations: str | os.PathLike,
+    images: str | os.PathLike | None = None,
+    output: str | os.PathLike | None = None,
+    *,
+    masks: str | os.PathLike | None = None,
+    batch_size: int = 1,
+    num_workers: int = 2,
+    device: str = "auto",
+    threshold: float = 0.5,
+    bad_labels: str = "stop",
+    bad_images: str = "stop",
+) -> Evaluation | None:
+    """Evaluates a checkpoint, on all processes that `torchrun` started.
+
+    Args:
+        model: Folder or hub name, with its image processor; or the authors' .pth file.
+        annotations: COCO JSON file, whose categories the model knows by name; by id if it is one
+            of the authors' files, which have no names.
+        images: Folder of its images; None looks where they usually lie.
+        output: Folder for tables and pictures; None writes none.
+        masks: Folder of panoptic PNG files, with a panoptic JSON file and a segmentation
+            checkpoint: panoptic quality is measured too.
+        batch_size: Images in a forward pass.
+        num_workers: Processes that load images.
+        device: "auto" or "cpu".
+        threshold: Lowest score that counts in the confusion, among the worst images and for a
+            segment. AP and AR take all scores.
+        bad_labels: "stop" or "drop", as in training.
+        bad_images: "stop" makes images that cannot be read an error; "skip" leaves them out of the
+            figures, and reports them.
+
+    Returns:
+        The figures; None on all processes but the first.
+
+    Raises:
+        DataError: An argument, the model or the data cannot be used.
+    """
+    from accelerate import Accelerator
+
+    try:
+        check.integer(1)("batch_size", batch_size)
+        check.integer(0)("num_workers", num_workers)
+        check.number(0, 1)("threshold", threshold)
+        check.choice("auto", "cpu")("device", device)
+        check.choice("stop", "drop")("bad_labels", bad_labels)
+        check.choice("stop", "skip")("bad_images", bad_images)
+    except (TypeError, ValueError) as error:
+        raise DataError(str(error)) from error
+    accelerator = Accelerator(cpu=device == "cpu")
+    with shared_errors(accelerator):
+        if output is not None:  # before an hour of work, not after it
+            setup.make_folder(output)
+        network, processor = _load(model, masks is not None)
+        index = read_coco(annotations, images, masks)
+        names = _class_names(network.config, model, index)
+        index, report = check_labels(index.with_classes(names, f"the model {model}"), bad_labels)
+    if accelerator.is_main_process:
+        print("\n".join(report.lines()))
+    loader = setup.evaluation_loader(
+        index, batch_size, processor.size, num_workers, accelerator=accelerator
+    )
+    network.to(accelerator.device)
+    statistics = setup.pixel_statistics(processor, accelerator.device)
+    segments = None if masks is None else PanopticScorer(index, threshold)
+    found = predict(network, loader, *statistics, accelerator, observe=segments)
+    if segments is not None:
+        segments.gather(accelerator)
+    if found.failures and bad_images == "stop":
+        elsewhere = not accelerator.is_main_process
+        raise DataError(found.described_failures(), said_elsewhere=elsewhere)
+    index, found = found.without_failures(index)
+    accelerator.wait_for_everyone()  # see the end of `Engine.run`
+    if not accelerator.is_main_process:
+        return None
+    if found.failures:
+        print(f"{found.described_failures()}\nthey are left out of the figures")
+    evaluation = evaluate_detections(index, found, segments)
+    if output is not None:
+        try:
+            write_evaluation(index, found, evaluation, Path(output), threshold)
+        except OSError as error:  # a full disk is no reason to lose the figures
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.stats.items())
+            raise DataError(f"output: {output} cannot be written ({error}); {figures}") from error
+    return evaluation
+
+
+def _load(
+    model: str | os.PathLike, segments: bool
+) -> tuple[PredictingModel, ConditionalDetrImageProcessor]:
+    """Loads model and image processor; of a segmentation checkpoint only the detector, if asked."""
+    network_class = ConditionalDetrForObjectDetection
+    try:
+        if segments:
+            network_class = class_of_checkpoint(model)
+            if network_class is not ConditionalDetrForSegmentation:
+                raise DataError(
+                    f"masks: {model} is no segmentation checkpoint but one of "
+                    f"{network_class.__name__}; leave masks out to score its boxes"
+                )
+        network = network_class.from_pretrained(model, dtype=torch.float32)
+        if os.path.isfile(model):  # there may be a processor beside it, else it is the default one
+            return network, network.image_processor
+        return network, ConditionalDetrImageProcessor.from_pretrained(model)
+    except DataError:
+        raise
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"model: {error}") from error
+
+
+def _class_names(
+    config: ConditionalDetrConfig, model: str | os.PathLike, index: CocoIndex
+) -> list[str]:
+    """Returns the names of a model's classes; those of the authors' files are category ids."""
+    names = [config.id2label.get(i, str(i)) for i in range(config.num_labels)]
+    if not os.path.isfile(model) or names != [f"LABEL_{i}" for i in range(len(names))]:
+        return names
+    for category, name in zip(index.category_ids.tolist(), index.classes, strict=True):
+        if not 0 <= category < len(names):
+            raise DataError(
+                f"{index.path}: category {category} ({name!r}): expected an id from 0 to "
+                f"{len(names) - 1}, as {model} has {len(names)} classes, which go by category ids"
+            )
+        names[category] = name
+    return names

@@ -1,0 +1,271 @@
+"""Detections of a model on a data set, and COCO's AP and AR of them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+from cdetr_fast.images.detections import detections as to_detections
+from cdetr_fast.training.data.coco import CocoIndex
+from cdetr_fast.training.data.dataset import Batch
+from cdetr_fast.training.errors import DataError
+
+if TYPE_CHECKING:
+    from cdetr_fast.training.evaluation.panoptic import PanopticScorer
+
+_STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+_STATS += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
+
+_PER_IMAGE = 100  # detections, as COCO's rules have it
+_FAILURES_SHOWN = 20
+
+
+@dataclass
+class Detections:
+    """Detections on a data set: 36 bytes each, 100 an image, which is 3.6 KB.
+
+    Attributes:
+        images: int64 `[n]` indices of images.
+        labels: int64 `[n]`.
+        scores: fp32 `[n]`, falling within an image.
+        boxes_xyxy: fp32 `[n, 4]`, pixels.
+        failures: What was wrong with images that could not be read.
+        evaluated: int64 `[N]` indices of the images that could be read, rising.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    boxes_xyxy: np.ndarray
+    failures: list[str]
+    evaluated: np.ndarray
+
+    def of_image(self, image: int) -> slice:
+        """Returns where the detections of an image are; images come in rising order."""
+        return slice(*np.searchsorted(self.images, [image, image + 1]).tolist())
+
+    def without_failures(self, index: CocoIndex) -> tuple[CocoIndex, Detections]:
+        """Leaves images that could not be read out of the truth, where they would count as missed.
+
+        Args:
+            index: The truth on all images.
+
+        Returns:
+            The truth on the images that could be read, and the detections on it.
+
+        Raises:
+            DataError: No image could be read.
+        """
+        if not self.failures:
+            return index, self
+        if not len(self.evaluated):
+            first = self.failures[0]
+            raise DataError(f"{index.path}: not one image could be read; the first: {first}")
+        chosen = np.zeros(len(index), dtype=bool)
+        chosen[self.evaluated] = True
+        return index.select(chosen, np.ones(index.num_objects, dtype=bool)), replace(
+            self,
+            images=np.searchsorted(self.evaluated, self.images),
+            evaluated=np.arange(len(self.evaluated)),
+        )
+
+    def described_failures(self) -> str:
+        """Returns how many images could not be read, and why; one line for each of the first."""
+        total = len(self.evaluated) + len(self.failures)
+        lines = [f"{len(self.failures)} of {total} images could not be read:"]
+        lines += self.failures[:_FAILURES_SHOWN]
+        more = len(self.failures) - _FAILURES_SHOWN
+        return "\n".join(lines + ([f"and {more} more"] if more > 0 else []))
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    mean: Tensor,
+    std: Tensor,
+    accelerator: Any = None,
+    observe: Callable[[Batch, Any], None] | None = None,
+) -> Detections:
+    """Runs a model over batches and collects what all processes found, the same on each of them.
+
+    Args:
+        model: A detection or segmentation model; left in the mode it came in.
+        batches: Of this process.
+        mean: Of the pixels `[3, 1, 1]`, on the model's device, in units of uint8.
+        std: The same.
+        accelerator: Of Accelerate, if several processes share the work.
+        observe: Called with each batch and the model's outputs for it.
+    """
+    was_training = model.training
+    model.eval()
+    parameter = next(model.parameters())
+    columns: list[list[np.ndarray]] = [[np.zeros(0, np.int64)], [np.zeros(0, np.int64)]]
+    columns += [[np.zeros(0, np.float32)], [np.zeros((0, 4), np.float32)]]
+    failures: list[str] = []
+    evaluated: list[int] = []
+    for batch in batches:
+        failures += batch.failures
+        batch.fill_if_empty()
+        inputs = batch.model_inputs(parameter.device, mean, std, parameter.dtype)
+        del inputs["labels"]
+        outputs = model(**inputs)
+        found = to_detections(outputs, 0.0, batch.orig_sizes_hw, _PER_IMAGE, "pt")
+        names = ("labels", "scores", "boxes", "counts")
+        labels, scores, boxes, counts = (found[name].cpu().numpy() for name in names)
+        for row, (image, counted) in enumerate(zip(batch.indices, batch.counted, strict=True)):
+            if not counted:
+                continue
+            evaluated.append(image)
+            count = counts[row]
+            values = (np.full(count, image), labels[row], scores[row], boxes[row])
+            for column, value in zip(columns, values, strict=True):
+                column.append(value[:count].copy())  # a view would keep the whole batch
+        if observe is not None:
+            observe(batch, outputs)
+    model.train(was_training)
+    merged = [np.concatenate(column) for column in columns]
+    seen = np.array(evaluated, dtype=np.int64)
+    if accelerator is not None and accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        parts = gather_object([(merged, failures, seen)])
+        merged = [np.concatenate(column) for column in zip(*(p[0] for p in parts), strict=True)]
+        failures = list(itertools.chain.from_iterable(p[1] for p in parts))
+        seen = np.concatenate([p[2] for p in parts])
+    order = np.argsort(merged[0], kind="stable")
+    return Detections(
+        *(column[order] for column in merged),
+        failures=sorted(set(failures)),  # an image that fills up a batch may fail twice
+        evaluated=np.sort(seen),
+    )
+
+
+@dataclass
+class Evaluation:
+    """COCO's figures of detections; with PQ, SQ and RQ too where segments were scored.
+
+    Attributes:
+        stats: AP, AP50, AP75, AP and AR by size of object and number of detections, in [0, 1]; NaN
+            where there is nothing to measure.
+        classes: For each class its name, number of objects, AP, AP50 and AR100.
+        precision: Precision at IoU 0.5 of all object sizes `[101, K]`, over recall 0, 0.01 ... 1;
+            -1 for classes without objects.
+    """
+
+    stats: dict[str, float]
+    classes: list[dict[str, Any]]
+    precision: np.ndarray
+
+
+def evaluate_detections(
+    index: CocoIndex, detections: Detections, panoptic: PanopticScorer | None = None
+) -> Evaluation:
+    """Scores detections by COCO's rules, with faster-coco-eval.
+
+    Args:
+        index: The truth; its labels are those of the detections.
+        detections: On images of the index.
+        panoptic: What scored the segments on the same images.
+    """
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    def quiet(*_: object) -> None:
+        return None
+
+    truth = COCO(index.coco_dictionary(), print_function=quiet)
+    left, top, right, bottom = detections.boxes_xyxy.astype(np.float64).T
+    rows = np.stack(
+        [
+            detections.images.astype(np.float64),
+            *(left, top, right - left, bottom - top),
+            detections.scores.astype(np.float64),
+            detections.labels.astype(np.float64),
+        ],
+        axis=1,
+    )
+    evaluation = COCOeval_faster(truth, truth.loadRes(rows), "bbox", print_function=quiet)
+    with contextlib.redirect_stdout(None):
+        evaluation.run()
+    stats = {
+        name: float(value) if value >= 0 else float("nan")
+        for name, value in zip(_STATS, evaluation.stats[:12], strict=True)
+    }
+    precision = evaluation.eval["precision"]  # [IoU, recall, class, size, detections]
+    recall = evaluation.eval["recall"]  # [IoU, class, size, detections]
+    counts = np.bincount(index.labels[~index.crowd], minlength=len(index.classes))
+    classes = []
+    for label, name in enumerate(index.classes):
+        own, own_recall = precision[:, :, label, 0, -1], recall[:, label, 0, -1]
+        has = counts[label] > 0
+        classes.append(
+            {
+                "class": name,
+                "objects": int(counts[label]),
+                "AP": float(own.mean()) if has else float("nan"),
+                "AP50": float(own[0].mean()) if has else float("nan"),
+                "AR100": float(own_recall.mean()) if has else float("nan"),
+            }
+        )
+    if panoptic is not None:
+        stats |= panoptic.stats()
+        for name, values in panoptic.quality.per_class().items():
+            for one, value in zip(classes, values.tolist(), strict=True):
+                one[name] = value
+    return Evaluation(stats, classes, precision[0, :, :, 0, -1])
+
+
+def confusion_matrices(
+    index: CocoIndex, detections: Detections, threshold: float = 0.5, iou: float = 0.5
+) -> Iterator[np.ndarray]:
+    """Counts, image by image, which class was found where which class is.
+
+    Args:
+        index: The truth.
+        detections: On its images.
+        threshold: Lowest score that counts.
+        iou: Least overlap of a pair, whatever its classes; best pairs first.
+
+    Yields:
+        int64 `[K + 1, K + 1]`, rows the truth and columns what was found; the last row counts
+        detections of nothing, the last column objects that were missed.
+    """
+    classes = len(index.classes)
+    for image in range(len(index)):
+        matrix = np.zeros((classes + 1, classes + 1), dtype=np.int64)
+        truth, labels = true_boxes(index, image)
+        where = detections.of_image(image)
+        kept = detections.scores[where] >= threshold
+        boxes, found = detections.boxes_xyxy[where][kept], detections.labels[where][kept]
+        overlaps = box_iou(torch.from_numpy(truth), torch.from_numpy(boxes)).numpy()
+        missed, made_up = set(range(len(truth))), set(range(len(found)))
+        for place in np.argsort(-overlaps, axis=None, kind="stable"):
+            i, j = divmod(int(place), len(found))
+            if overlaps[i, j] < iou:
+                break
+            if i in missed and j in made_up:
+                matrix[labels[i], found[j]] += 1
+                missed.remove(i)
+                made_up.remove(j)
+        for i in missed:
+            matrix[labels[i], classes] += 1
+        for j in made_up:
+            matrix[classes, found[j]] += 1
+        yield matrix
+
+
+def true_boxes(index: CocoIndex, image: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns boxes xyxy fp32 `[T, 4]` and labels `[T]` of an image, crowds left out."""
+    where = index.objects(image)
+    keep = ~index.crowd[where]
+    boxes = index.boxes_xywh[where][keep].astype(np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes, index.labels[where][keep]

@@ -1,0 +1,188 @@
+"""Panoptic quality: how well segments of things and stuff are found, image by image.
+
+A found and a true segment of one class match if their IoU is above 0.5; no segment can match twice
+then. PQ = sum of matched IoUs / (matches + half of the rest on both sides) = SQ * RQ, of each class
+and averaged over the classes that occur. Source: Kirillov et al., "Panoptic Segmentation" (2019);
+panopticapi/evaluation.py has COCO's rules for void and crowds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from cdetr_fast.images import segments as segmentation
+from cdetr_fast.training.data.coco import CocoIndex
+from cdetr_fast.training.data.dataset import Batch
+
+_FIGURES = ("PQ", "SQ", "RQ")
+_MASK_THRESHOLD = 0.5  # as in the image processor
+_VISIBLE_SHARE = 0.8
+
+
+class PanopticQuality:
+    """Counts matches of segments; what it holds does not grow with the number of images.
+
+    Args:
+        classes: Number of classes K.
+
+    Attributes:
+        counts: fp64 `[4, K]`, of each class the sum of IoUs, matches, false positives, and false
+            negatives; those of several processes add up.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.counts = np.zeros((4, classes))
+
+    def add(
+        self,
+        true_map: np.ndarray,
+        true_ids: Sequence[int],
+        true_labels: Sequence[int],
+        crowd: Sequence[bool],
+        found_map: np.ndarray,
+        found_ids: Sequence[int],
+        found_labels: Sequence[int],
+    ) -> None:
+        """Takes an image.
+
+        Args:
+            true_map: Integers `[H, W]`, the segment of each pixel; what is not among `true_ids` is
+                void: it counts neither for nor against what is found there.
+            true_ids: Of T segments.
+            true_labels: Their classes.
+            crowd: Which of them are crowds: what lies mostly on crowds of its class is not counted.
+            found_map: Integers `[H, W]`; what is not among `found_ids` is nothing.
+            found_ids: Of segments that were found.
+            found_labels: Their classes.
+        """
+        ious, matches, made_up, missed = self.counts
+        true, found = _positions(true_map, true_ids), _positions(found_map, found_ids)
+        width = len(found_ids) + 1
+        shared = np.bincount((true * width + found).ravel(), minlength=(len(true_ids) + 1) * width)
+        shared = shared.reshape(-1, width)  # [T + 1, F + 1], the last ones void and nothing
+        true_areas, found_areas = shared.sum(1)[:-1], shared.sum(0)[:-1]
+        shared, void = shared[:-1, :-1], shared[-1, :-1]
+        true_labels, found_labels = (np.asarray(v, np.int64) for v in (true_labels, found_labels))
+        crowd = np.asarray(crowd, bool)
+
+        same_class = true_labels[:, None] == found_labels
+        union = true_areas[:, None] + found_areas - shared - void
+        iou = shared / np.maximum(union, 1)
+        pairs = np.argwhere(same_class & ~crowd[:, None] & (iou > 0.5))
+        np.add.at(ious, true_labels[pairs[:, 0]], iou[tuple(pairs.T)])
+        np.add.at(matches, true_labels[pairs[:, 0]], 1)
+        left = ~crowd & ~np.isin(np.arange(len(crowd)), pairs[:, 0])
+        np.add.at(missed, true_labels[left], 1)
+        on_crowd = (shared * (same_class & crowd[:, None])).sum(0)
+        ignored = (void + on_crowd > 0.5 * found_areas) | (found_areas == 0)
+        left = ~ignored & ~np.isin(np.arange(len(found_labels)), pairs[:, 1])
+        np.add.at(made_up, found_labels[left], 1)
+
+    def per_class(self) -> dict[str, np.ndarray]:
+        """Returns PQ, SQ and RQ, each `[K]`; NaN for classes neither there nor found."""
+        ious, matches, made_up, missed = self.counts
+        whole = matches + 0.5 * (made_up + missed)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            quality = np.where(matches > 0, ious / matches, np.where(whole > 0, 0.0, np.nan))
+            recognition = matches / whole
+        return {"PQ": quality * recognition, "SQ": quality, "RQ": recognition}
+
+    def stats(self, is_stuff: np.ndarray) -> dict[str, float]:
+        """Returns PQ, SQ and RQ over all classes, over things and over stuff.
+
+        Args:
+            is_stuff: bool `[K]`.
+        """
+        figures, result = self.per_class(), {}
+        for suffix, chosen in (("", is_stuff | True), ("_things", ~is_stuff), ("_stuff", is_stuff)):
+            for name in _FIGURES:
+                values = figures[name][chosen & ~np.isnan(figures[name])]
+                result[name + suffix] = float(values.mean()) if len(values) else float("nan")
+        return result
+
+
+def _positions(segments: np.ndarray, ids: Sequence[int]) -> np.ndarray:
+    """Turns ids into positions in `ids`, `len(ids)` for all others; int64 of the map's shape."""
+    ids = np.asarray(ids, np.int64)
+    order = np.argsort(ids, kind="stable")
+    places = np.searchsorted(ids[order], segments)
+    places = np.append(order, len(ids))[places]
+    return np.where(np.append(ids, -1)[places] == segments, places, len(ids))
+
+
+class PanopticScorer:
+    """Scores a model's segments, batch by batch.
+
+    Args:
+        index: The truth.
+        threshold: Score above which a query is a segment.
+    """
+
+    def __init__(self, index: CocoIndex, threshold: float = 0.5) -> None:
+        self.index = index
+        self.threshold = threshold
+        self.quality = PanopticQuality(len(index.classes))
+        self.is_stuff = np.array([name in index.stuff for name in index.classes])
+
+    def __call__(self, batch: Batch, outputs: Any) -> None:
+        """Takes the outputs for a batch that has `segment_maps`."""
+        kept = segmentation.kept_queries(outputs.logits.float(), self.threshold, "paper")[2].cpu()
+        sizes_hw = batch.sizes_hw()
+        for row, image in enumerate(batch.indices):
+            if not batch.counted[row]:
+                continue
+            true_map = batch.segment_maps[row].numpy()
+            queries = kept[row].nonzero()[:, 0].to(outputs.logits.device)
+            found_map, infos = np.zeros_like(true_map), []
+            if len(queries):
+                found = self._segments(outputs, row, queries, sizes_hw[row], batch, true_map.shape)
+                found_map, infos = found.segmentation.cpu().numpy(), found.infos
+            where = self.index.objects(image)
+            self.quality.add(
+                true_map,
+                self.index.object_ids[where],
+                self.index.labels[where],
+                self.index.crowd[where],
+                found_map,
+                [info["id"] for info in infos],
+                [info["label_id"] for info in infos],
+            )
+
+    def _segments(
+        self,
+        outputs: Any,
+        row: int,
+        queries: Tensor,
+        size_hw: tuple[int, int],
+        batch: Batch,
+        orig_hw: tuple[int, int],
+    ) -> segmentation.Segments:
+        masks = outputs.pred_masks[row, queries].float()[None]
+        # A mask covers the padding too: the image is cut out before its size is restored.
+        masks = F.interpolate(masks, batch.pixels.shape[2:], mode="bilinear", align_corners=False)
+        logits, (height, width) = outputs.logits[row : row + 1, queries], size_hw
+        return segmentation.segments(
+            {"logits": logits, "pred_masks": masks[..., :height, :width]},
+            self.threshold,
+            _MASK_THRESHOLD,
+            _VISIBLE_SHARE,
+            set(np.flatnonzero(self.is_stuff).tolist()),
+            [orig_hw],
+            "paper",
+        )[0]
+
+    def gather(self, accelerator: Any) -> None:
+        """Adds up what all processes counted; all of them take part."""
+        if accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            self.quality.counts = np.sum(gather_object([self.quality.counts]), axis=0)
+
+    def stats(self) -> dict[str, float]:
+        """Returns the figures over all classes, things and stuff."""
+        return self.quality.stats(self.is_stuff)

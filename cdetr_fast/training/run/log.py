@@ -1,0 +1,157 @@
+"""What a run tells while it goes on: rows of metrics.jsonl, trackers, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cdetr_fast.common.files import write_atomically
+from cdetr_fast.training.step import StepReport
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_OF_RATE = 5.0  # images per second are an average over so long
+_SECONDS_OF_FIRST_RATE = 0.5  # reports of two steps may come at once
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Reads metrics.jsonl; a line that a kill cut short is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
+
+
+class RunLog:
+    """Collects reports of steps, and writes their means every `every` steps.
+
+    Args:
+        path: metrics.jsonl; None writes nothing (all processes but the first).
+        every: Steps between rows.
+        total_steps: Of the run.
+        tracker: Called with values and step; Accelerate's `log`.
+    """
+
+    def __init__(self, path: Path | None, every: int, total_steps: int, tracker: Any) -> None:
+        self.path = path
+        self.every = every
+        self.tracker = tracker
+        self.window: list[dict[str, float]] = []
+        self.skipped = 0
+        self.clock: float | None = None
+        self.images = 0
+        self.rate: float | None = None  # images per second, once known
+        self.seconds = 0.0  # in training steps; evaluation is not counted
+        self.step_clock = time.perf_counter()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=path is None or not sys.stderr.isatty(),
+        )
+        self.task = self.progress.add_task("training", total=total_steps)
+
+    def resume(self, step: int, state: dict[str, Any]) -> None:
+        """Goes on after `step` steps: rows of later ones, which come anew, are removed."""
+        self.window, self.skipped = list(state["window"]), state["skipped"]
+        self.seconds = state.get("seconds", 0.0)  # states of before it was counted
+        self.progress.update(self.task, completed=step)
+        if self.path is not None:
+            rows = [row for row in read_rows(self.path) if row["step"] <= step]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            write_atomically(self.path, lambda temporary: temporary.write_text(text, "utf-8"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what `resume` takes."""
+        window = [dict(row) for row in self.window]
+        return {"window": window, "skipped": self.skipped, "seconds": self.seconds}
+
+    def start_clock(self) -> None:
+        """Leaves what has passed since the last step out of `seconds` and the rate."""
+        now = time.perf_counter()
+        if self.clock is not None:
+            self.clock += now - self.step_clock
+        self.step_clock = now
+
+    def add(self, report: StepReport, rates: dict[str, float]) -> None:
+        """Takes the report of a step."""
+        for problem in report.problems:
+            logger.warning("step %d skipped, not finite: %s", report.step + 1, problem)
+        if report.skipped:
+            self.skipped += 1
+        else:
+            self.window.append(report.losses | {"grad_norm": report.grad_norm})
+        self._measure_rate(report.images)
+        before, self.step_clock = self.step_clock, time.perf_counter()
+        self.seconds += self.step_clock - before
+        self.progress.update(
+            self.task,
+            completed=report.step + 1,
+            description=f"{_losses_text(report.losses)}  {self._rate_text()}",
+        )
+        if (report.step + 1) % self.every == 0:
+            self._write_window(report, rates)
+
+    def _measure_rate(self, images: int) -> None:
+        now = time.perf_counter()
+        if self.clock is None:  # the first step also starts workers and caches
+            self.clock = now
+            return
+        self.images += images
+        elapsed = now - self.clock
+        if elapsed > (_SECONDS_OF_FIRST_RATE if self.rate is None else _SECONDS_OF_RATE):
+            self.rate = self.images / elapsed
+        if elapsed > _SECONDS_OF_RATE:
+            self.clock, self.images = now, 0
+
+    def _rate_text(self) -> str:
+        return "" if self.rate is None else f"{self.rate:.1f} images/s"
+
+    def _write_window(self, report: StepReport, rates: dict[str, float]) -> None:
+        names = self.window[0] if self.window else {}
+        means = {name: sum(row[name] for row in self.window) / len(self.window) for name in names}
+        rate = None if self.rate is None else round(self.rate, 2)
+        extra = {"images_per_second": rate, "skipped": self.skipped}
+        self.write("train", report.step + 1, means | rates | extra)
+        if self.progress.disable and self.path is not None and means:
+            self.tell(
+                f"step {report.step + 1}: {_losses_text(means)}, "
+                f"gradient {means['grad_norm']:.2f}, {self._rate_text()}".rstrip(", ")
+            )
+        self.window = []
+
+    def tell(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Appends a row, and passes its numbers to the trackers."""
+        if self.path is None:
+            return
+        values = values | {"seconds": round(self.seconds, 2)}
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+        try:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
+            self.tracker({f"{kind}/{k}": v for k, v in numbers.items()}, step=step)
+        except OSError as error:  # a full disk is no reason to lose the run
+            logger.error("%s: row of step %d lost (%s)", self.path, step, error)
+
+
+def _losses_text(losses: dict[str, float]) -> str:
+    """The weighted sum over all layers, and what it is made of in the last one."""
+    parts = [f"{k[5:]} {v:.3f}" for k, v in losses.items() if k.startswith("loss_")]
+    return f"loss {losses['loss']:.3f} ({', '.join(parts)})"

@@ -1,0 +1,476 @@
+"""The command line, run as users run it: arguments in, exit code, output and files out."""
+
+import json
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.tiny import randomized, tiny_config
+
+import cdetr_fast
+from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor, cli
+from cdetr_fast.checkpoints.key_maps import to_authors
+from cdetr_fast.demo.scenes import CLASSES, TRAIN_SEED, coco_ground_truth, draw_scene
+from cdetr_fast.images.results import DetectionResult
+
+
+class Done(NamedTuple):
+    """What a command left: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs `cdetr-fast` with arguments in an empty folder."""
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def call(*arguments: object) -> Done:
+        monkeypatch.chdir(work)
+        monkeypatch.setattr(sys, "argv", ["cdetr-fast", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return Done(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny model with random weights, saved with its image processor."""
+    config = tiny_config()
+    folder = tmp_path_factory.mktemp("checkpoint")
+    ConditionalDetrForObjectDetection(config).save_pretrained(folder)
+    size = {"shortest_edge": 64, "longest_edge": 96}
+    ConditionalDetrImageProcessor(size=size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Three images of different sizes, and a file that is none."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, size in enumerate([(90, 60), (64, 96), (80, 80)]):
+        noise = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{'cab'[i]}.png")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def authors_file(checkpoint, tmp_path_factory) -> Path:
+    """The weights of `checkpoint` in a file as the paper's authors save them."""
+    model = ConditionalDetrForObjectDetection.from_pretrained(checkpoint)
+    path = tmp_path_factory.mktemp("authors") / "checkpoint.pth"
+    args = Namespace(dilation=False, nheads=8)
+    torch.save({"model": to_authors(model.state_dict()), "args": args}, path)
+    (path.parent / "preprocessor_config.json").write_text(
+        (checkpoint / "preprocessor_config.json").read_text()
+    )
+    return path
+
+
+def read(path: Path) -> object:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_help_is_quick_and_names_the_commands():
+    code = (
+        "import sys\n"
+        "from cdetr_fast import cli\n"
+        "sys.argv[1:] = ['--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit: print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for command in ("detect", "demo", "train", "evaluate", "convert", "info"):
+        assert re.search(rf"^\s+{command} ", done.stdout, flags=re.MULTILINE)
+
+
+def test_authors_file(run, checkpoint, authors_file, pictures):
+    """Detections are those of the folder with the same weights."""
+    found = {}
+    for model in (checkpoint, authors_file):
+        arguments = ("--model", model, "--threshold", 0.0, "--device", "cpu")
+        done = run("detect", pictures / "a.png", *arguments, "--output", "found")
+        assert done.code == 0, done.err
+        found[model] = read(pictures.parent / "work" / "found" / "detections.json")
+    assert len(found[checkpoint]) == 21
+    for ours, theirs in zip(found[authors_file], found[checkpoint], strict=True):
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
+        assert ours["bbox"] == pytest.approx(theirs["bbox"], abs=1e-3)
+
+
+def test_file_that_is_no_checkpoint(run, pictures):
+    done = run("detect", pictures / "a.png", "--model", pictures / "notes.txt")
+    assert done.code == 1
+    assert f"--model {pictures / 'notes.txt'}: {pictures / 'notes.txt'}: broken" in done.err
+
+
+def test_module_is_the_same_command(root):
+    command = [sys.executable, "-m", "cdetr_fast", "detect"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 2
+    assert "Usage: cdetr-fast detect" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["detect"],
+        ["detect", "a.png", "--threshold", "1.5"],
+        ["detect", "a.png", "--batch-size", "0"],
+        ["detect", "a.png", "--top-k", "many"],
+        ["demo", "--seed", "-1"],
+        ["demo", "--count", "0"],
+        ["unknown"],
+    ],
+)
+def test_wrong_usage_exits_with_2(run, arguments):
+    done = run(*arguments)
+    assert done.code == 2
+    assert "Error:" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_detect_writes_results_that_coco_reads(run, checkpoint, pictures, tmp_path):
+    output = tmp_path / "results"
+    done = run("detect", pictures, "--model", checkpoint, "--threshold", 0, "--output", output)
+    assert (done.code, done.err.strip()) == (0, "")
+    images, results = read(output / "images.json"), read(output / "detections.json")
+    assert [Path(i["file_name"]).name for i in images["images"]] == ["a.png", "b.png", "c.png"]
+    assert [i["id"] for i in images["images"]] == [0, 1, 2]
+    assert images["categories"] == [
+        {"id": 0, "name": "cat"},
+        {"id": 1, "name": "dog"},
+        {"id": 2, "name": "remote"},
+    ]
+    assert set(results[0]) == {"image_id", "category_id", "bbox", "score"}
+    assert len(results) == 3 * 7 * 3  # images x queries x classes
+    for record in images["images"]:
+        with (
+            Image.open(output / record["picture"]) as picture,
+            Image.open(record["file_name"]) as o,
+        ):
+            assert picture.size == o.size == (record["width"], record["height"])
+    assert f"3 images, {len(results)} detections: {output}" in done.out
+
+    coco = pytest.importorskip("pycocotools.coco")
+    loaded = coco.COCO(output / "images.json").loadRes(str(output / "detections.json"))
+    assert len(loaded.getAnnIds(imgIds=[1])) == 21
+
+
+def test_detect_gives_the_boxes_of_the_model(run, checkpoint, pictures, tmp_path):
+    from cdetr_fast import ConditionalDetrImageProcessor
+
+    path = pictures / "b.png"
+    run("detect", path, "--model", checkpoint, "--threshold", 0, "--top-k", 4, "--output", tmp_path)
+    results = read(tmp_path / "detections.json")
+
+    model = ConditionalDetrForObjectDetection.from_pretrained(checkpoint).eval()
+    processor = ConditionalDetrImageProcessor.from_pretrained(checkpoint)
+    image = Image.open(path)
+    with torch.inference_mode():
+        outputs = model(**processor(images=[image], return_tensors="pt"))
+    sizes = [(image.height, image.width)]
+    (expected,) = processor.post_process_object_detection(
+        outputs, threshold=0.0, target_sizes=sizes, top_k=4
+    )
+    assert len(results) == 4
+    boxes_xywh = expected["boxes"].clone()
+    boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
+    np.testing.assert_allclose([r["bbox"] for r in results], boxes_xywh, atol=1e-3)
+    np.testing.assert_allclose([r["score"] for r in results], expected["scores"], atol=1e-6)
+    assert [r["category_id"] for r in results] == expected["labels"].tolist()
+
+
+def test_batches_change_nothing(run, checkpoint, pictures, tmp_path):
+    found = []
+    for size in (1, 2, 3):
+        output = tmp_path / str(size)
+        common = ["--model", checkpoint, "--threshold", 0, "--output", output]
+        assert run("detect", pictures, *common, "--batch-size", size).code == 0
+        results = read(output / "detections.json")
+        results.sort(key=lambda r: (r["image_id"], r["category_id"], -r["score"]))
+        found.append(results)
+    for results in found[1:]:
+        boxes = [[r["bbox"] for r in some] for some in (results, found[0])]
+        np.testing.assert_allclose(*boxes, atol=0.02)
+
+
+def test_many_images_are_detected_by_the_optimised_model(
+    run, checkpoint, pictures, tmp_path, monkeypatch
+):
+    """The numbers are those of the model one image at a time."""
+    made = []
+
+    def optimize(model, **options):
+        made.append(cdetr_fast.inference.optimize(model, **options))
+        return made[-1]
+
+    monkeypatch.setattr(cdetr_fast, "optimize", optimize)
+    run("detect", pictures, "--model", checkpoint, "--output", tmp_path)
+    assert made == []  # three images
+    Image.open(pictures / "a.png").rotate(90).save(pictures / "d.png")
+    done = run("detect", pictures, "--model", checkpoint, "--threshold", 0, "--output", tmp_path)
+    assert done.code == 0
+    results = read(tmp_path / "detections.json")
+    model = ConditionalDetrForObjectDetection.from_pretrained(checkpoint, dtype=torch.float32)
+    for i, name in enumerate("abcd"):
+        expected = model.predict(pictures / f"{name}.png", 0.0)
+        got = [result for result in results if result["image_id"] == i]
+        scores = torch.tensor([result["score"] for result in got])
+        torch.testing.assert_close(scores, expected.scores, rtol=0, atol=1e-4)
+    assert len(made) == 1
+    assert made[0].runner.last_plain is None
+
+
+def test_detect_with_a_segmentation_model(run, pictures, tmp_path):
+    from cdetr_fast import ConditionalDetrForSegmentation
+
+    size = {"shortest_edge": 64, "longest_edge": 96}
+    model = randomized(ConditionalDetrForSegmentation(tiny_config(num_queries=1)))
+    model.save_pretrained(tmp_path / "model")
+    ConditionalDetrImageProcessor(size=size).save_pretrained(tmp_path / "model")
+    output = tmp_path / "results"
+    options = ["--model", tmp_path / "model", "--output", output, "--threshold", 0]
+    done = run("detect", pictures, *options)
+    assert (done.code, done.err.strip()) == (0, "")
+    coco_mask = pytest.importorskip("pycocotools.mask")
+    results = read(output / "detections.json")
+    assert results
+    for record in read(output / "images.json")["images"]:
+        masks = [
+            coco_mask.decode(item["segmentation"])
+            for item in results
+            if item["image_id"] == record["id"]
+        ]
+        assert all(mask.shape == (record["height"], record["width"]) for mask in masks)
+        assert np.sum(masks, axis=0).max() <= 1  # no pixel is in two of them
+        assert (output / record["picture"]).is_file()
+
+
+def test_threshold_drops_what_is_below(run, checkpoint, pictures, tmp_path):
+    common = [pictures, "--model", checkpoint, "--output", tmp_path]
+    run("detect", *common, "--threshold", 0)
+    scores = sorted(r["score"] for r in read(tmp_path / "detections.json"))
+    limit = (scores[30] + scores[31]) / 2
+    run("detect", *common, "--threshold", limit)
+    assert sorted(r["score"] for r in read(tmp_path / "detections.json")) == scores[31:]
+    done = run("detect", *common, "--threshold", 1)
+    assert done.code == 0
+    assert read(tmp_path / "detections.json") == []
+    assert "3 images, 0 detections" in done.out
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_unreadable_images_are_reported_and_skipped(
+    run, checkpoint, pictures, tmp_path, batch_size
+):
+    whole = (pictures / "c.png").read_bytes()
+    (pictures / "b.png").write_bytes(whole[: len(whole) // 2])
+    (pictures / "aa.jpg").write_bytes(b"nothing")
+    Image.new("I;16", (8, 8)).save(pictures / "d.png")
+    missing = tmp_path / "missing.png"
+    common = ["--model", checkpoint, "--threshold", 0, "--output", tmp_path / "o"]
+    done = run("detect", missing, pictures, *common, "--batch-size", batch_size)
+    assert done.code == 1
+    reports = done.err.strip().splitlines()
+    assert [r.split(":")[1:3] for r in reports] == [
+        [" skipped", f" {missing}"],
+        [" skipped", f" {pictures / 'aa.jpg'}"],
+        [" skipped", f" {pictures / 'b.png'}"],
+        [" skipped", f" {pictures / 'd.png'}"],
+    ]
+    assert "8 bits per channel, got PIL mode 'I;16'" in reports[3]
+    assert "No such file" in reports[0]
+    assert "2 images" in done.out
+    assert "4 skipped" in done.out
+    images = read(tmp_path / "o" / "images.json")["images"]
+    assert [(i["id"], Path(i["file_name"]).name) for i in images] == [(1, "a.png"), (4, "c.png")]
+    assert {r["image_id"] for r in read(tmp_path / "o" / "detections.json")} == {1, 4}
+
+
+def test_equal_file_names_get_two_pictures(run, checkpoint, tmp_path):
+    paths = []
+    for folder, colour in (("x", "red"), ("y", "blue"), ("z", "green")):
+        (tmp_path / folder).mkdir()
+        paths.append(tmp_path / folder / ("A.png" if folder == "z" else "a.png"))
+        Image.new("RGB", (64, 64), colour).save(paths[-1])
+    output = tmp_path / "o"
+    run("detect", *paths, paths[0], "--model", checkpoint, "--output", output)
+    records = read(output / "images.json")["images"]
+    assert [r["picture"] for r in records] == ["a.jpg", "a_2.jpg", "A_3.jpg"]
+    for record, colour in zip(records, [(255, 0, 0), (0, 0, 255), (0, 128, 0)], strict=True):
+        pixel = Image.open(output / record["picture"]).getpixel((32, 32))
+        assert np.abs(np.subtract(pixel, colour)).max() < 10
+
+
+def test_pictures_never_overwrite_inputs(run, checkpoint, tmp_path):
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (64, 64), "red").save(path)
+    before = path.read_bytes()
+    done = run("detect", path, "--model", checkpoint, "--threshold", 0, "--output", tmp_path)
+    assert done.code == 0
+    assert path.read_bytes() == before
+    assert (tmp_path / "photo_2.jpg").is_file()
+
+
+def test_rotated_photographs_are_set_upright(run, checkpoint, tmp_path):
+    image = Image.new("RGB", (80, 40))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    image.save(tmp_path / "r.jpg", exif=exif)
+    run("detect", tmp_path / "r.jpg", "--model", checkpoint, "--output", tmp_path / "o")
+    (record,) = read(tmp_path / "o" / "images.json")["images"]
+    assert (record["width"], record["height"]) == (40, 80)
+    assert Image.open(tmp_path / "o" / "r.jpg").size == (40, 80)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("model", "--model .*no-such-folder"),
+        ("model file", "--model .*empty: expected"),
+        ("no image", "none of 1 images could be read"),
+        ("empty folder", "no images in this folder"),
+        ("device", "--device frobnicator"),
+        ("output", "--output .*: (File exists|Not a directory)"),
+    ],
+)
+def test_errors_are_one_line(run, checkpoint, pictures, tmp_path, case, message):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    arguments = {
+        "model": [pictures, "--model", tmp_path / "no-such-folder"],
+        "model file": [pictures, "--model", empty],
+        "no image": [pictures / "notes.txt", "--model", checkpoint],
+        "empty folder": [empty, "--model", checkpoint],
+        "device": [pictures, "--model", checkpoint, "--device", "frobnicator"],
+        "output": [pictures, "--model", checkpoint, "--output", pictures / "notes.txt"],
+    }[case]
+    done = run("detect", *arguments)
+    assert done.code == 1
+    last = done.err.strip().splitlines()[-1]
+    assert last.startswith("cdetr-fast: ")
+    assert re.search(message, last)
+    assert "Traceback" not in done.err
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "detections.json"
+    cli.write_json(path, [1])
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        cli.write_json(path, [2])
+    assert read(path) == [1]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_average_precision_of_known_cases(capsys):
+    pytest.importorskip("pycocotools")
+    annotations = [draw_scene(seed)[1] for seed in range(6)]
+    truth = coco_ground_truth(annotations)
+
+    def detections(shift: float, images: int) -> list:
+        results = []
+        for i, annotation in enumerate(annotations[:images]):
+            boxes = torch.tensor(annotation["boxes_xyxy"])
+            width = (boxes[:, 2] - boxes[:, 0])[:, None] * torch.tensor([1.0, 0.0, 1.0, 0.0])
+            labels = torch.tensor(annotation["labels"])
+            found = DetectionResult(labels * 0 + 1.0, labels, boxes + shift * width, (128, 128), {})
+            results += found.to_coco(i)
+        return results
+
+    assert cli.average_precision(truth, detections(0.0, 6)) == pytest.approx((1.0, 1.0))
+    # A shift by a quarter of the width has IoU 0.6: right at 0.50, 0.55 and 0.60 at most.
+    ap, ap50 = cli.average_precision(truth, detections(0.24, 6))
+    assert ap50 == pytest.approx(1.0)
+    assert 0.2 <= ap <= 0.35
+    assert 0 < cli.average_precision(truth, detections(0.0, 3))[1] < 0.9
+    assert cli.average_precision(truth, []) == (0.0, 0.0)
+    assert capsys.readouterr().out == ""
+
+
+def test_demo_scores_unseen_scenes(run, tmp_path):
+    pytest.importorskip("pycocotools")
+    done = run("demo", "--output", tmp_path, "--device", "cpu")
+    assert done.code == 0, done.err
+    values = dict(line.split(maxsplit=1) for line in done.out.splitlines())
+    assert values["scenes"].startswith("200 unseen")
+    assert float(values["AP50"]) >= 0.80
+    assert 0.3 <= float(values["AP"]) <= float(values["AP50"])
+    assert re.match(r"\d+\.\d ms per image", values["time"])
+    assert Image.open(tmp_path / "contact_sheet.png").size > (640, 480)
+    assert len(list(tmp_path.glob("scene_*.png"))) == 6
+
+
+def test_demo_depends_on_the_seed_alone(run, tmp_path):
+    pytest.importorskip("pycocotools")
+    sheets = {}
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run("demo", "--count", 2, "--seed", seed, "--output", tmp_path / name, "--device", "cpu")
+        sheets[name] = (tmp_path / name / "contact_sheet.png").read_bytes()
+    assert sheets["a"] == sheets["b"] != sheets["c"]
+
+
+def test_demo_never_draws_a_training_scene():
+    largest = 99_999 * cli._SCENES_PER_SEED + cli._SCENES_PER_SEED - 1
+    assert largest < TRAIN_SEED
+
+
+def test_demo_on_a_photograph_with_any_model(run, checkpoint, photo, tmp_path):
+    photo.save(tmp_path / "p.png")
+    done = run(
+        *["demo", "--image", tmp_path / "p.png", "--model", checkpoint],
+        *["--threshold", 0, "--output", tmp_path / "o"],
+    )
+    assert done.code == 0, done.err
+    assert "remote at" in done.out
+    assert Image.open(tmp_path / "o" / "p.jpg").size == photo.size
+
+
+def test_demo_refuses_to_score_a_model_of_other_classes(run, checkpoint, tmp_path):
+    done = run("demo", "--model", checkpoint, "--output", tmp_path)
+    assert done.code == 1
+    assert ", ".join(CLASSES) in done.err
+    assert len(done.err.strip().splitlines()) == 1
+
+
+def test_demo_without_pycocotools_says_what_to_install(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    done = run("demo", "--output", tmp_path)
+    assert done.code == 1
+    assert "pip install 'cdetr-fast[eval]'" in done.err
+
+
+def test_info_names_versions_and_the_path_of_every_operator(run):
+    from cdetr_kernels import dispatch
+
+    done = run("info")
+    assert done.code == 0
+    for name in ("cdetr_fast", "python", "torch", "triton", "timm", "torchvision", "cpu", "cuda"):
+        assert re.search(rf"^{name}\S* +\S", done.out, flags=re.MULTILINE)
+    for choice in dispatch.report():
+        assert re.search(rf"^{choice.op} +{choice.path} +\S", done.out, flags=re.MULTILINE)
+    assert re.search(r"^assignment +(scipy|torch-linear-assignment) \S", done.out, re.MULTILINE)

@@ -1,0 +1,137 @@
+"""`optimize()` of transformers' models: their classes and numbers, this package's engine."""
+
+import copy
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from support.oracle import CLASSES, TINY, padded_images, randomise
+
+from cdetr_fast import optimize
+
+HF_RESNET = {
+    "use_timm_backbone": False,
+    "backbone": None,
+    "backbone_config": transformers.ResNetConfig(
+        depths=[2, 2, 2, 2],
+        layer_type="basic",
+        hidden_sizes=[64, 128, 256, 512],
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    ),
+}
+VARIANTS = {
+    "base": ("base", {"auxiliary_loss": True}),
+    "detection": ("detection", {"backbone": "resnet18"}),
+    "mobilenet": ("detection", {"backbone": "tf_mobilenetv3_small_075"}),
+    "auxiliary": ("detection", {"auxiliary_loss": True}),
+    "hf-resnet": ("detection", HF_RESNET),
+    "segmentation": ("segmentation", {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def their_model(task="detection", seed=0, **config):
+    settings = TINY | {"backbone": "test_resnet"} | config
+    model = getattr(transformers, CLASSES[task])(transformers.ConditionalDetrConfig(**settings))
+    randomise(model, seed)
+    return model.eval()
+
+
+def assert_same(got, expected, tolerance=1e-4):
+    assert type(got) is type(expected)
+    assert list(got) == list(expected)
+    for name in expected:
+        assert (got[name] - expected[name]).abs().max() <= tolerance, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_same_outputs_and_interface(variant):
+    task, config = VARIANTS[variant]
+    model, images = their_model(task, **config), padded_images()
+    fast = optimize(model)
+    assert_same(fast(*images), model(*images))
+    assert_same(fast(images[0]), model(images[0]))
+    assert fast.runner.last_plain is None
+    assert type(fast).__name__ == type(model).__name__
+    assert isinstance(fast, type(model))
+    assert inspect.signature(fast.forward) == inspect.signature(model.forward)
+    state = model.state_dict(keep_vars=True)
+    shared = {name: tensor.data_ptr() for name, tensor in fast.state_dict(keep_vars=True).items()}
+    assert shared == {name: tensor.data_ptr() for name, tensor in state.items()}
+    got, expected = (x(*images, output_hidden_states=True) for x in (fast, model))
+    assert fast.runner.last_plain == "output_hidden_states is given"
+    torch.testing.assert_close(got.to_tuple(), expected.to_tuple(), rtol=0, atol=1e-4)
+    assert_same(fast(*images), model(*images))  # transformers' recorders hinder nobody
+    assert fast.runner.last_plain is None
+    assert isinstance(fast(*images, return_dict=False), tuple)
+
+
+def test_saved_files_are_those_of_the_model(tmp_path):
+    model, images = their_model(), padded_images()
+    fast = optimize(model)
+    fast.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert_same(again(*images), model(*images), 1e-6)
+
+
+def test_follows_weights():
+    model, other, images = their_model(), their_model(seed=4), padded_images()
+    fast = optimize(model)
+    model.model.backbone.model.layer2[0].bn1.running_mean.add_(1)
+    assert_same(fast(*images), model(*images))
+    expected = model(*images)
+    fast.load_state_dict(other.state_dict())
+    assert_same(fast(*images), other(*images))
+    assert_same(model(*images), expected, 0)
+    assert_same(copy.deepcopy(fast)(*images), other(*images))
+
+
+def test_detections_of_a_pipeline(photo):
+    model = their_model()
+    model.class_labels_classifier.weight.mul_(3)  # scores apart from each other
+    processor = transformers.ConditionalDetrImageProcessor(size={"height": 160, "width": 192})
+    results = [
+        transformers.pipeline("object-detection", model=m, image_processor=processor)(
+            [photo, photo.rotate(90, expand=True)], threshold=0.3
+        )
+        for m in (model, optimize(model))
+    ]
+    for expected, got in zip(*results, strict=True):
+        assert len(expected) > 3
+        assert [x["label"] for x in got] == [x["label"] for x in expected]
+        for x, y in zip(got, expected, strict=True):
+            assert x["score"] == pytest.approx(y["score"], abs=1e-5)
+            # pipelines cut boxes to whole pixels
+            assert all(abs(x["box"][side] - y["box"][side]) <= 1 for side in y["box"])
+
+
+def test_backbones_that_are_not_here_are_refused():
+    swin = transformers.SwinConfig(
+        image_size=64, embed_dim=8, depths=[1, 1], num_heads=[1, 1], out_features=["stage2"]
+    )
+    config = {"use_timm_backbone": False, "backbone": None, "backbone_config": swin}
+    model = transformers.ConditionalDetrForObjectDetection(
+        transformers.ConditionalDetrConfig(**(TINY | config))
+    ).eval()
+    with pytest.raises(ValueError, match=r"backbone_config.model_type: expected"):
+        optimize(model)
+    assert type(model) is transformers.ConditionalDetrForObjectDetection
+
+
+def test_own_models_do_not_import_transformers(root):
+    code = (
+        "import sys, cdetr_fast\n"
+        "config = cdetr_fast.ConditionalDetrConfig(backbone='test_resnet', d_model=32)\n"
+        "cdetr_fast.optimize(cdetr_fast.ConditionalDetrModel(config).eval())\n"
+        "sys.exit('transformers' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)

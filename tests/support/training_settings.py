@@ -1,0 +1,48 @@
+"""Small scenes, small models, and settings that train them in seconds."""
+
+from pathlib import Path
+from typing import Any
+
+from cdetr_fast.demo.scenes import write_coco_dataset
+
+MODEL = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "num_queries": 12,
+}
+
+
+def write_scenes(folder: Path) -> Path:
+    """Writes `train` (14 scenes) and `val` (5 scenes), 64 x 80 pixels."""
+    write_coco_dataset(folder / "train", range(14), (64, 80))
+    write_coco_dataset(folder / "val", range(100, 105), (64, 80))
+    return folder
+
+
+def short_run(scenes: Path, output: Path) -> dict[str, Any]:
+    """Returns settings of a run of two epochs with four steps each."""
+    return {
+        "train_annotations": str(scenes / "train" / "annotations.json"),
+        "output": str(output),
+        "backbone": "test_resnet",
+        "backbone_weights": "none",
+        "model_options": MODEL,
+        "scales": [48, 64],
+        "crop_scales": [64],
+        "crop_sizes": [40, 64],
+        "eval_size": 64,
+        "max_size": 96,
+        "epochs": 2,
+        "batch_size": 4,
+        "num_workers": 0,
+        "device": "cpu",
+        "log_every": 1,
+        "evaluate_every": 100,  # and at the end
+        "learning_rate": 1e-3,
+        "backbone_learning_rate": 1e-4,
+    }
