@@ -1,1 +1,1 @@
-"""Shared helpers: atomic files, checks of values, suggestions for misspelled names."""
+"""Shared helpers: atomic files, checks of values, errors, devices, suggestions for wrong names."""

@@ -131,13 +131,18 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         write(stage(path.name))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    write_atomically(path, lambda staged: staged.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any, *, indent: int = 2, sort_keys: bool = True) -> None:
+    """Write a JSON file atomically; the defaults are the format of transformers."""
+    write_text(path, json.dumps(content, indent=indent, sort_keys=sort_keys) + "\n")
+
+
 def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # file systems without hard links
         shutil.copy2(source, target)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON object as transformers formats it."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cdetr_fast.common.files import read_json, write_atomically, write_json
+from cdetr_fast.common.files import read_json, write_json
 from cdetr_fast.training.errors import DataError
 
 _FILE = "launch.json"
@@ -68,7 +68,7 @@ def agents(accelerator: Any) -> list[dict[str, Any]]:
 
 def remember(folder: Path, agents: list[dict[str, Any]]) -> None:
     """Writes down who has the run in this folder."""
-    write_atomically(folder / _FILE, lambda path: write_json(path, {"agents": agents}))
+    write_json(folder / _FILE, {"agents": agents})
 
 
 def has_run(folder: Path, agents: list[dict[str, Any]]) -> bool:
