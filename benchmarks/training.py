@@ -11,7 +11,7 @@ paper. Both models have the same weights, images and labels, and compute what tr
 what a new model of this package does: stem and first stage of the backbone do not train. On a GPU
 there is a row with forward and backward as CUDA graphs (`cdetr_fast/training/graphs.py`).
 
-Dispatches and waits of the host are counted on a CPU as on a GPU (`benchmarks/counting.py`).
+Dispatches and waits of the host are counted on a CPU as on a GPU (`cdetr_fast/models/counting.py`).
 """
 
 import argparse
@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 
 import cdetr_fast
-from benchmarks.counting import Counting, as_on_a_gpu
 from benchmarks.measure import interleaved, print_table, save
 from benchmarks.model import on_kernels
 from benchmarks.timing import peak_mib
 from cdetr_fast.loss.criterion import detection_loss
+from cdetr_fast.models.counting import OperatorCounter, as_on_a_gpu
 from cdetr_fast.training.graphs import use_graphs
 
 THEIRS, OURS, PAPER = "transformers sdpa", "cdetr_fast", "cdetr_fast, paper"
@@ -111,10 +111,10 @@ class Step:
 
     def counts(self) -> dict[str, int]:
         """Dispatches of forward and backward, and how often the host would wait for a GPU."""
-        with as_on_a_gpu(), Counting() as counting:
+        with as_on_a_gpu(), OperatorCounter() as counting:
             self.backward()
         return {
-            "dispatches": counting.dispatches.total(),
+            "dispatches": counting.launches.total(),
             "host waits": counting.waits.total(),
             "copies to the device": counting.copies.total(),
         }

@@ -1,6 +1,6 @@
 """What a step asks of torch and of the host, counted on a CPU: ours against transformers'.
 
-What is counted, and what cannot be seen: `benchmarks/counting.py`.
+What is counted, and what cannot be seen: `cdetr_fast/models/counting.py`.
 """
 
 from unittest import mock
@@ -10,17 +10,17 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from support.oracle import make_ours, make_theirs, padded_images, random_labels
 
-from benchmarks.counting import Counting, as_on_a_gpu
 from cdetr_fast.loss import assignment
+from cdetr_fast.models.counting import OperatorCounter, as_on_a_gpu
 
 STEP = {"encoder_layers": 6, "decoder_layers": 6, "auxiliary_loss": True}
 COUNTS = (3, 0, 5, 2)
 
 
-def count(model, labels=None) -> Counting:
+def count(model, labels=None) -> OperatorCounter:
     """A training step with labels, a forward pass without."""
     images = [torch.cat([x, x]) for x in padded_images()]
-    with as_on_a_gpu(), Counting() as counting:
+    with as_on_a_gpu(), OperatorCounter() as counting:
         outputs = model(*images, labels=labels)
         if labels is not None:
             outputs.loss.backward()
@@ -38,9 +38,9 @@ def theirs():
 
 
 @pytest.mark.parametrize("compat", ["paper", "transformers"])
-def test_a_training_step_takes_half_of_the_dispatches_and_waits_once(theirs, compat):
+def test_a_training_step_takes_half_of_the_launches_and_waits_once(theirs, compat):
     ours = count(make_ours("detection", compat, **STEP).train(), random_labels(COUNTS))
-    assert 2 * ours.dispatches.total() <= theirs.dispatches.total(), ours.dispatches
+    assert 2 * ours.launches.total() <= theirs.launches.total(), ours.launches
     assert ours.waits == {"cpu": 1}
     # The labels of the batch, and the matches of all layers on their way back.
     assert ours.copies == {"from_numpy": 2}
@@ -75,4 +75,4 @@ def test_a_forward_pass_does_not_wait():
     with torch.inference_mode():
         counting = count(model)
     assert not counting.waits
-    assert counting.dispatches.total() <= 700
+    assert counting.launches.total() <= 700
