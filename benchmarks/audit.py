@@ -8,7 +8,7 @@ What is compiled is what a launcher would launch: its arguments are made from me
 machine code it counts registers, spills, shared memory, tensor-core instructions, and loads and
 stores of 16 bytes.
 The exit status is 1 if a kernel spills, exceeds a budget of its entry in
-`cdetr_kernels.fused.configurations`, or lacks an instruction that it is supposed to use. Where an
+`cdetr_kernels.gpu.configurations`, or lacks an instruction that it is supposed to use. Where an
 architecture runs with the entries of another one, that one's budgets do not count, but everything
 has to fit.
 """
@@ -28,21 +28,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cdetr_kernels.fused import (
-    conditional_attention,
-    configurations,
-    launching,
-    matching_cost,
-    normalize_and_pad,
-    residual_layer_norm,
-    separable_attention,
-    set_loss,
-    sine_position_2d,
-    sine_query,
-)
-from cdetr_kernels.fused.conditional_attention_kernels import merge_kernel
-from cdetr_kernels.fused.launching import Launch
-from cdetr_kernels.fused.separable_attention_kernels import backward_codes_kernel
+from cdetr_kernels.gpu import configurations, launching
+from cdetr_kernels.gpu.launching import Launch
+from cdetr_kernels.ops.conditional_attention import triton as conditional_attention
+from cdetr_kernels.ops.conditional_attention.kernels import merge_kernel
+from cdetr_kernels.ops.conditional_attention_separable import triton as separable_attention
+from cdetr_kernels.ops.conditional_attention_separable.kernels import backward_codes_kernel
+from cdetr_kernels.ops.matching_cost import triton as matching_cost
+from cdetr_kernels.ops.normalize_and_pad import triton as normalize_and_pad
+from cdetr_kernels.ops.residual_layer_norm import triton as residual_layer_norm
+from cdetr_kernels.ops.set_loss import triton as set_loss
+from cdetr_kernels.ops.sine_position_2d import triton as sine_position_2d
+from cdetr_kernels.ops.sine_query import triton as sine_query
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -19,16 +19,16 @@ import torch
 
 import cdetr_kernels
 from benchmarks.measure import print_table, save
-from cdetr_kernels.ops import OPERATORS
-from cdetr_kernels.reference import (
-    attention,
-    loss,
-    matching,
-    norm,
-    position,
-    preprocessing,
-    topk,
-)
+from cdetr_kernels import registry
+from cdetr_kernels.ops.conditional_attention import reference as attention
+from cdetr_kernels.ops.conditional_attention_separable import reference as separable
+from cdetr_kernels.ops.detection_topk import reference as topk
+from cdetr_kernels.ops.matching_cost import reference as matching
+from cdetr_kernels.ops.normalize_and_pad import reference as preprocessing
+from cdetr_kernels.ops.residual_layer_norm import reference as norm
+from cdetr_kernels.ops.set_loss import reference as loss
+from cdetr_kernels.ops.sine_position_2d import reference as position
+from cdetr_kernels.ops.sine_query import reference as query
 
 LIMIT_US = 6.0
 CALLS = 100
@@ -61,7 +61,7 @@ def make_pairs() -> dict[str, tuple[Callable, Callable]]:
             lambda: cdetr_kernels.conditional_attention_separable(
                 rows, rows, keys, code, code, keys
             ),
-            lambda: attention.conditional_attention_separable(
+            lambda: separable.conditional_attention_separable(
                 rows, rows, keys, code, code, keys, None, *options
             ),
         ),
@@ -71,7 +71,7 @@ def make_pairs() -> dict[str, tuple[Callable, Callable]]:
         ),
         "sine_query": (
             lambda: cdetr_kernels.sine_query(points, 8, query_scale),
-            lambda: position.sine_query(points, 8, query_scale, 1e4, circle, torch.float32),
+            lambda: query.sine_query(points, 8, query_scale, 1e4, circle, torch.float32),
         ),
         "residual_layer_norm": (
             lambda: cdetr_kernels.residual_layer_norm(query_scale, query_scale, *affine),
@@ -115,15 +115,15 @@ def main() -> int:
     torch.set_num_threads(1)
     pairs = make_pairs()
     rows = []
-    for operator in OPERATORS:
+    for operator in map(registry.operator, registry.NAMES):
         calls = pairs[operator.name]
         turns = [[microseconds(call) for call in calls] for _ in range(arguments.repeats)]
         time_, plain = (statistics.median(times) for times in zip(*turns, strict=True))
         nothing = {
             name: dataclasses.replace(path, run=lambda *_: (None, None))
-            for name, path in operator.paths.items()
+            for name, path in operator.implementations.items()
         }
-        with mock.patch.dict(operator.paths, nothing):
+        with mock.patch.dict(operator.implementations, nothing):
             overheads = [microseconds(calls[0]) for _ in range(arguments.repeats)]
         rows.append(
             {

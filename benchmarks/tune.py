@@ -5,7 +5,7 @@
 
 For each kernel, precision and width of a head it compiles a reviewed list of tiles ahead of time,
 drops those that spill or do not fit, checks the results of the others against fp64, and times them.
-The fastest ones go into `kernels/cdetr_kernels/fused/tiles.py` (lines of this architecture only,
+The fastest ones go into `kernels/cdetr_kernels/gpu/tiles.py` (lines of this architecture only,
 with the budgets that the audit holds them to), and all that was tried into `benchmarks/results`.
 With `--dry-run`, which needs no GPU, it lists what would be timed and what was dropped, and why.
 """
@@ -28,10 +28,10 @@ from unittest import mock
 import torch
 
 from benchmarks import accuracy, audit, measure, timing, works
-from cdetr_kernels.fused import conditional_attention as fused
-from cdetr_kernels.fused import configurations, launching
-from cdetr_kernels.fused import separable_attention as separable
-from cdetr_kernels.fused.tiles import Tile
+from cdetr_kernels.gpu import configurations, launching
+from cdetr_kernels.gpu.tiles import Tile
+from cdetr_kernels.ops.conditional_attention import triton as fused
+from cdetr_kernels.ops.conditional_attention_separable import triton as separable
 
 TABLE = Path(configurations.__file__).with_name("tiles.py")
 # Cross-attention of the model at batch 8, of one large image, and self-attention of the encoder.

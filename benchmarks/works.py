@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cdetr_kernels
-from cdetr_kernels import dispatch, ops
+from cdetr_kernels import dispatch, registry
 
 Function = Callable[..., Tensor | Sequence[Tensor]]
 HEADS, SIZE, CLASSES, LAYERS = 8, 32, 91, 6
@@ -60,8 +60,8 @@ class Work:
 
 def own_backends(op: str, tensor: Tensor) -> list[str]:
     """Returns the backends that can run an operator where a tensor is."""
-    operator = next(x for x in ops.OPERATORS if x.name == op)
-    return [name for name, path in operator.paths.items() if path.reason_against(tensor) is None]
+    implementations = registry.operator(op).implementations
+    return [name for name, x in implementations.items() if x.unsupported_reason(tensor) is None]
 
 
 def _own(op: str, tensor: Tensor, call: Callable[..., Function]) -> dict[str, Callable]:

@@ -1,4 +1,4 @@
-// torch.ops.cdetr_fast on CPUs. Schemas are in kernels/cdetr_kernels/native.py.
+// torch.ops.cdetr_fast on CPUs. Schemas are in kernels/cdetr_kernels/ops/*/native.py.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif

@@ -1,4 +1,4 @@
-// torch.ops.cdetr_fast on CUDA devices. Schemas are in kernels/cdetr_kernels/native.py.
+// torch.ops.cdetr_fast on CUDA devices. Schemas are in kernels/cdetr_kernels/ops/*/native.py.
 #define USE_CUDA  // declares aoti_torch_get_current_cuda_stream
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

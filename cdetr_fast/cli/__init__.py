@@ -316,7 +316,7 @@ def info() -> None:
 
     import cdetr_fast
     from cdetr_fast.loss.assignment import solver_choice
-    from cdetr_kernels import dispatch, native
+    from cdetr_kernels import native, registry
 
     table = Table("what", "value", box=None, show_header=False, pad_edge=False)
     table.add_row("cdetr_fast", cdetr_fast.__version__)
@@ -344,7 +344,7 @@ def info() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table.add_row("assignment", solver_choice(device))
     operators = Table("operator", "path", "reason", box=None, pad_edge=False)
-    for entry in dispatch.report(device):
+    for entry in registry.report(device):
         operators.add_row(entry.op, entry.path, entry.reason)
     console = Console(highlight=False, markup=False)
     console.print(table)

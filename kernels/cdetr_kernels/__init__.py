@@ -1,17 +1,19 @@
 """Operators of Conditional DETR: attention, position codes, post-processing, matching and loss.
 
-Every operator is a plain function of tensors and knows nothing of models. The definition of each
-one is its PyTorch reference in `cdetr_kernels.reference`; `cdetr_kernels.dispatch` chooses the
-path.
+Every operator is a plain function of tensors and knows nothing of models. Each is a folder of
+`cdetr_kernels.ops`, with its definition in plain PyTorch and its kernels; `cdetr_kernels.dispatch`
+chooses which of them runs, and `cdetr_kernels.registry` lists all operators.
 """
 
-from cdetr_kernels.attention_ops import (
-    conditional_attention,
-    conditional_attention_separable,
-)
-from cdetr_kernels.image_ops import detection_topk, normalize_and_pad
-from cdetr_kernels.loss_ops import matching_cost, set_loss
-from cdetr_kernels.ops import residual_layer_norm, sine_position_2d, sine_query
+from cdetr_kernels.ops.conditional_attention import conditional_attention
+from cdetr_kernels.ops.conditional_attention_separable import conditional_attention_separable
+from cdetr_kernels.ops.detection_topk import detection_topk
+from cdetr_kernels.ops.matching_cost import matching_cost
+from cdetr_kernels.ops.normalize_and_pad import normalize_and_pad
+from cdetr_kernels.ops.residual_layer_norm import residual_layer_norm
+from cdetr_kernels.ops.set_loss import set_loss
+from cdetr_kernels.ops.sine_position_2d import sine_position_2d
+from cdetr_kernels.ops.sine_query import sine_query
 
 __all__ = [
     "conditional_attention",

@@ -1,22 +1,23 @@
-"""Which implementation of an operator runs, and why.
+"""Choice of the implementation that runs an operator, with the reason.
 
-Each operator has a table of paths, best first, that ends with its PyTorch reference.
-`backend="auto"` takes the first one that can run on the tensors and is not held back; a path that
-is asked for by name and cannot run raises `RuntimeError` with the reason, so a request is never
-answered by another path in silence.
+An operator has a table of implementations, best first, that ends with its PyTorch reference.
+`backend="auto"` takes the first one that supports the arguments and is not opt-in. An
+implementation that is asked for by name and cannot run raises `RuntimeError` with the reason: a
+request is never answered silently by another implementation.
 
-The environment variable `CDETR_FAST_BACKEND` names a path that "auto" takes, held back or not,
-wherever it can run; it is read once, when this module is imported.
+The environment variable `CDETR_FAST_BACKEND` names the implementation, opt-in or not, that "auto"
+takes wherever it can run. It is read once, when this module is imported.
 """
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 BACKENDS = ("auto", "torch", "triton", "native")
-"""What `backend` may be, and "cuda", which is "native" for tensors on a GPU only."""
+"""Values of `backend`. "cuda" is accepted too: "native", for tensors on a GPU only."""
 
 
 def _preference() -> str:
@@ -31,34 +32,34 @@ PREFERRED = _preference()
 
 @dataclass(frozen=True)
 class Choice:
-    """The path that `backend="auto"` takes for one operator, and the reason."""
+    """The implementation that `backend="auto"` takes for one operator, and the reason."""
 
     op: str
     path: str
     reason: str
 
 
+def _supports_everything(*_: Any) -> None:
+    return None
+
+
 @dataclass(frozen=True)
-class Path:
+class Implementation:
     """One implementation of an operator.
 
     Args:
         run: Takes the operator's arguments.
-        reason_against: Says why it cannot run on the operator's arguments, None if it can. It is
-            called in every call, so it has to be cheap; and with the first argument alone, to say
-            what runs on a device.
-        held_back: Why "auto" does not take it; it then runs only when asked for by name.
-        held_back_on: Type of the devices that `held_back` is about; None is all.
+        unsupported_reason: Returns why it cannot run on the operator's arguments, None if it can.
+            It is called in every call, so it has to be cheap. With the first argument alone it
+            answers for the device.
+        opt_in_reason: Why "auto" skips it; it then runs only when asked for by name.
+        opt_in_device: Type of the devices that `opt_in_reason` is limited to; None is all.
     """
 
-    run: Callable
-    reason_against: Callable[..., str | None] = lambda *_: None
-    held_back: str | None = None
-    held_back_on: str | None = None
-
-    def reason_to_hold_back(self, device_type: str) -> str | None:
-        """Says why "auto" does not take it on a device."""
-        return self.held_back if self.held_back_on in (None, device_type) else None
+    run: Callable[..., Any]
+    unsupported_reason: Callable[..., str | None] = _supports_everything
+    opt_in_reason: str | None = None
+    opt_in_device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,81 +68,77 @@ class Operator:
 
     Args:
         name: Public name of the operator.
-        paths: Implementations by backend name, best first.
+        implementations: Implementations by backend name, best first.
     """
 
     name: str
-    paths: dict[str, Path] = field(default_factory=dict)
+    implementations: dict[str, Implementation]
 
-    def __call__(self, backend: str, *args):
-        """Runs the path that `backend` names.
+    def __call__(self, backend: str, *args: Any) -> Any:
+        """Run the implementation that `backend` names.
 
         Raises:
             ValueError: `backend` is not one of `BACKENDS`.
-            RuntimeError: The path was asked for by name and this build does not have it, or it
-                cannot run on these tensors.
+            RuntimeError: The implementation was asked for by name and this build does not have it,
+                or it cannot run on these tensors.
         """
         if backend == "auto":
-            return self.paths[self._best(*args)].run(*args)
-        asked_for = backend
+            return self.implementations[self._select(*args)].run(*args)
+        requested = backend
         if backend == "cuda":
             backend = "native"
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
-        if backend not in self.paths:
-            reason = self._absence(backend)
+        if backend not in self.implementations:
+            reason: str | None = self._missing_reason(backend)
         else:
-            reason = self.paths[backend].reason_against(*args)
-        if reason is None and asked_for == "cuda" and _device_type(args[0]) != "cuda":
+            reason = self.implementations[backend].unsupported_reason(*args)
+        if reason is None and requested == "cuda" and _device_type(args[0]) != "cuda":
             reason = f"the tensors are on {_device_type(args[0])}"
         if reason is not None:
-            raise RuntimeError(f"{self.name}: backend {asked_for!r} cannot run: {reason}")
-        return self.paths[backend].run(*args)
+            raise RuntimeError(f"{self.name}: backend {requested!r} cannot run: {reason}")
+        return self.implementations[backend].run(*args)
 
     def choice(self, device: torch.device | str = "cpu") -> Choice:
-        """Returns the path that "auto" takes for fp32 tensors on a device, with the reason."""
+        """Return the implementation that "auto" takes for fp32 tensors on a device, and why."""
         tensor = torch.empty(0, device=device)
-        best = self._best(tensor)
-        if best == PREFERRED:
-            return Choice(self.name, best, f"CDETR_FAST_BACKEND={PREFERRED}")
+        selected = self._select(tensor)
+        if selected == PREFERRED:
+            return Choice(self.name, selected, f"CDETR_FAST_BACKEND={PREFERRED}")
         reasons = []
         for name in BACKENDS[2:]:
-            if name == best:
+            if name == selected:
                 reasons.append(f"{name} runs on {tensor.device.type}")
-            elif name not in self.paths:
-                reasons.append(self._absence(name))
+            elif name not in self.implementations:
+                reasons.append(self._missing_reason(name))
             else:
-                path = self.paths[name]
-                reason = path.reason_against(tensor)
-                reason = reason or path.reason_to_hold_back(tensor.device.type)
+                implementation = self.implementations[name]
+                reason = implementation.unsupported_reason(tensor)
+                if reason is None and implementation.opt_in_device in (None, tensor.device.type):
+                    reason = implementation.opt_in_reason
                 reasons.append(f"not {name}: {reason or 'slower here'}")
-        return Choice(self.name, best, "; ".join(reasons))
+        return Choice(self.name, selected, "; ".join(reasons))
 
-    def _best(self, *args) -> str:
-        preferred = self.paths.get(PREFERRED)
-        if preferred is not None and preferred.reason_against(*args) is None:
+    def _select(self, *args: Any) -> str:
+        preferred = self.implementations.get(PREFERRED)
+        if preferred is not None and preferred.unsupported_reason(*args) is None:
             return PREFERRED
-        # Written for speed, as it runs in every call: no device is asked for its name in vain.
-        for name, path in self.paths.items():
-            if path.held_back is not None and (
-                path.held_back_on is None or path.held_back_on == _device_type(args[0])
+        # Written for speed, as it runs in every call: the device's name is looked up only where
+        # an implementation is opt-in on some devices.
+        for name, implementation in self.implementations.items():
+            if implementation.opt_in_reason is not None and (
+                implementation.opt_in_device is None
+                or implementation.opt_in_device == _device_type(args[0])
             ):
                 continue
-            if path.reason_against(*args) is None:
+            if implementation.unsupported_reason(*args) is None:
                 return name
-        raise AssertionError(f"{self.name}: the last path runs everywhere")
+        raise AssertionError(f"{self.name}: expected the last implementation to run everywhere")
 
-    def _absence(self, backend: str) -> str:
+    def _missing_reason(self, backend: str) -> str:
         return f"this version of cdetr_kernels has no {backend} path for {self.name}"
 
 
 def _device_type(first: torch.Tensor | Sequence[torch.Tensor]) -> str:
-    """Of an operator's first argument: a tensor, or images."""
+    """Return the device type of an operator's first argument: a tensor, or images."""
     return (first if isinstance(first, torch.Tensor) else first[0]).device.type
-
-
-def report(device: torch.device | str = "cpu") -> list[Choice]:
-    """Returns the path that "auto" takes on a device, and why, for every operator."""
-    from cdetr_kernels.ops import OPERATORS
-
-    return [operator.choice(device) for operator in OPERATORS]

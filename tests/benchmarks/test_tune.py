@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 from benchmarks import tune
-from cdetr_kernels.fused.tiles import TILES, Tile
+from cdetr_kernels.gpu.tiles import TILES, Tile
 
 
 def test_a_dry_run_says_what_would_be_timed_and_what_is_dropped(monkeypatch, capsys):

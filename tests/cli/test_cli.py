@@ -465,12 +465,12 @@ def test_demo_without_pycocotools_says_what_to_install(run, monkeypatch, tmp_pat
 
 
 def test_info_names_versions_and_the_path_of_every_operator(run):
-    from cdetr_kernels import dispatch
+    from cdetr_kernels import registry
 
     done = run("info")
     assert done.code == 0
     for name in ("cdetr_fast", "python", "torch", "triton", "timm", "torchvision", "cpu", "cuda"):
         assert re.search(rf"^{name}\S* +\S", done.out, flags=re.MULTILINE)
-    for choice in dispatch.report():
+    for choice in registry.report():
         assert re.search(rf"^{choice.op} +{choice.path} +\S", done.out, flags=re.MULTILINE)
     assert re.search(r"^assignment +(scipy|torch-linear-assignment) \S", done.out, re.MULTILINE)

@@ -8,10 +8,11 @@ import torch
 
 from cdetr_kernels import detection_topk, native
 
+NO_EXTENSION = native.UNAVAILABLE["cuda"]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(native.ABSENT["cuda"] is not None, reason=str(native.ABSENT["cuda"])),
+    pytest.mark.skipif(NO_EXTENSION is not None, reason=str(NO_EXTENSION)),
 ]
 
 # One block an image, several, and more than the one-launch form keeps.

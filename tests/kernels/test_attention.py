@@ -1,17 +1,14 @@
 """`conditional_attention` against the concatenated form of the paper, written out in fp64."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdetr_kernels import conditional_attention, dispatch
-from cdetr_kernels.reference import attention as reference
+from cdetr_kernels import conditional_attention
+from cdetr_kernels.ops.conditional_attention import reference
 
 NAMES = ("q_content", "q_spatial", "k_content", "k_spatial", "value")
 
@@ -220,54 +217,3 @@ def test_a_path_asked_for_by_name_is_not_replaced(backend):
         RuntimeError, match=f"conditional_attention: backend '{backend}' cannot run: "
     ):
         conditional_attention(**inputs(), backend=backend)
-
-
-def test_report_names_every_operator():
-    choices = {choice.op: choice for choice in dispatch.report()}
-    assert set(choices) == {
-        "conditional_attention",
-        "conditional_attention_separable",
-        "detection_topk",
-        "matching_cost",
-        "normalize_and_pad",
-        "residual_layer_norm",
-        "set_loss",
-        "sine_position_2d",
-        "sine_query",
-    }
-    native = {"detection_topk", "normalize_and_pad"}  # "native" only where it is built
-    assert all(c.path == "torch" for c in choices.values() if c.op not in native)
-    assert all(choice.reason for choice in choices.values())
-    reason = choices["conditional_attention"].reason
-    assert "not triton: the tensors are on cpu" in reason
-
-
-def test_a_preferred_path_is_taken_where_it_can_run(monkeypatch):
-    """What `CDETR_FAST_BACKEND` does, with stand-ins for the paths."""
-    operator = dispatch.Operator(
-        "sum",
-        {
-            "triton": dispatch.Path(
-                lambda x: "triton", lambda x: "too long" if len(x) > 2 else None, "never run"
-            ),
-            "torch": dispatch.Path(lambda x: "torch"),
-        },
-    )
-    short, long = torch.zeros(1), torch.zeros(3)
-    assert operator("auto", short) == "torch"
-    assert operator("triton", short) == "triton"
-    with pytest.raises(RuntimeError, match="sum: backend 'triton' cannot run: too long"):
-        operator("triton", long)
-    monkeypatch.setattr(dispatch, "PREFERRED", "triton")
-    assert operator("auto", short) == "triton"
-    assert operator("auto", long) == "torch"
-    assert operator.choice().reason == "CDETR_FAST_BACKEND=triton"
-
-
-def test_an_unknown_preference_is_refused(root):
-    code = "import cdetr_kernels.dispatch"
-    environment = os.environ | {"CDETR_FAST_BACKEND": "cuda", "PYTHONPATH": "kernels"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=root
-    )
-    assert "CDETR_FAST_BACKEND: expected one of" in done.stderr

@@ -5,7 +5,7 @@ from support.interpreter import INTERPRETED
 
 pytest.importorskip("triton")
 from benchmarks import audit
-from cdetr_kernels.fused import configurations
+from cdetr_kernels.gpu import configurations
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="needs kernels that can be compiled")
 

@@ -17,7 +17,7 @@ import torch
 from support.topk_cases import KINDS, VALUES, adversarial, expected_order
 from torch import Tensor
 
-from cdetr_kernels.reference import topk as reference
+from cdetr_kernels.ops.detection_topk import reference
 
 compiler = shutil.which("g++")
 pytestmark = pytest.mark.skipif(compiler is None, reason="needs g++")

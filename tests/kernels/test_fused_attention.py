@@ -29,8 +29,9 @@ from support.attention_oracle import (
 from support.interpreter import INTERPRETED, run_in_the_interpreter
 from torch import Tensor
 
-from cdetr_kernels import conditional_attention, triton_support
-from cdetr_kernels.reference.attention import conditional_attention as reference
+from cdetr_kernels import conditional_attention
+from cdetr_kernels.gpu import support
+from cdetr_kernels.ops.conditional_attention.reference import conditional_attention as reference
 
 triton = pytest.importorskip("triton")
 
@@ -179,8 +180,8 @@ def test_the_same_bits_in_every_run():
 
 @contextlib.contextmanager
 def tiles_of(queries: int, keys: int):
-    from cdetr_kernels.fused import configurations
-    from cdetr_kernels.fused.tiles import Tile
+    from cdetr_kernels.gpu import configurations
+    from cdetr_kernels.gpu.tiles import Tile
 
     tile = Tile(queries, keys)
     with mock.patch.object(configurations, "tile", return_value=tile):
@@ -297,7 +298,7 @@ def test_map_and_output_agree_under_dropout():
 @pytest.mark.parametrize("case", ["padded", "plain", "widest"])
 def test_split_over_keys(case):
     """The parts put together are the whole, rows without keys and parts without keys included."""
-    from cdetr_kernels.fused import configurations
+    from cdetr_kernels.gpu import configurations
 
     tensors, mask, grad_output = draw(case)
     whole = differentiate(fused(mask), tensors, grad_output)
@@ -308,7 +309,7 @@ def test_split_over_keys(case):
 
 
 def test_number_of_parts():
-    from cdetr_kernels.fused.configurations import parts
+    from cdetr_kernels.gpu.configurations import parts
 
     assert parts(programs=40, tiles_of_keys=66, multiprocessors=132) == 3
     assert parts(programs=40, tiles_of_keys=17, multiprocessors=132) == 2
@@ -341,7 +342,7 @@ def operators(mask_case, dropout_p=0.0):
     ["conditional_attention", "conditional_attention_backward", "conditional_attention_map"],
 )
 def test_registration(name, case, dropout_p):
-    from cdetr_kernels.fused import conditional_attention as _registered  # noqa: F401
+    from cdetr_kernels.ops.conditional_attention import triton as _registered  # noqa: F401
 
     arguments = operators(case, dropout_p)[name]
     differentiable = name != "conditional_attention_backward"
@@ -387,7 +388,7 @@ def test_tensors_on_a_cpu_are_refused():
 def test_a_machine_without_triton_says_so():
     tensors, _, _ = draw("odd sizes")
     with (
-        mock.patch.object(triton_support, "HAS_TRITON", False),
+        mock.patch.object(support, "HAS_TRITON", False),
         pytest.raises(RuntimeError, match="'triton' cannot run: triton is not installed"),
     ):
         fused(None)(**tensors)
@@ -395,7 +396,7 @@ def test_a_machine_without_triton_says_so():
 
 @compiled_only
 def test_precision_of_dots_follows_torch():
-    from cdetr_kernels.fused.launching import dot_precision
+    from cdetr_kernels.gpu.launching import dot_precision
 
     before = torch.backends.cuda.matmul.fp32_precision
     try:
@@ -410,7 +411,7 @@ def test_precision_of_dots_follows_torch():
 
 def test_every_kernel_has_a_tile_on_every_architecture():
     from benchmarks.audit import TARGETS
-    from cdetr_kernels.fused import configurations as c
+    from cdetr_kernels.gpu import configurations as c
 
     for architecture in (*TARGETS, "interpreter", "sm_86", "sm_120", "gfx950", "a new one"):
         precisions = ("half", "ieee") + (() if architecture.startswith("gfx") else ("tf32",))

@@ -168,7 +168,7 @@ def test_a_label_out_of_range_is_not_read():
 
 @needs_kernels
 def test_registration_of_the_cost():
-    from cdetr_kernels.fused import matching_cost as _registered  # noqa: F401
+    from cdetr_kernels.ops.matching_cost import triton as _registered  # noqa: F401
 
     inputs = draw("more targets than queries", torch.bfloat16)
     inputs["target_boxes_cxcywh"].nan_to_num_(0.5)
@@ -369,7 +369,7 @@ def test_loss_without_images_or_queries():
 @needs_kernels
 @pytest.mark.parametrize("name", ["set_loss", "set_loss_backward"])
 def test_registration_of_the_loss(name):
-    from cdetr_kernels.fused import set_loss as _registered  # noqa: F401
+    from cdetr_kernels.ops.set_loss import triton as _registered  # noqa: F401
 
     inputs = with_matches(draw("more targets than queries", torch.bfloat16))
     inputs["target_boxes_cxcywh"].nan_to_num_(0.5)

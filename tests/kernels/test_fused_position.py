@@ -4,6 +4,7 @@ On a machine with a GPU the tests run there. Everywhere they run in triton's int
 process of its own: whether a kernel is interpreted is decided when triton is imported.
 """
 
+import importlib
 import math
 from unittest import mock
 
@@ -12,8 +13,8 @@ import torch
 from support.interpreter import INTERPRETED, run_in_the_interpreter
 from torch import Tensor
 
-from cdetr_kernels import ops, sine_position_2d, sine_query, triton_support
-from cdetr_kernels.reference import position as reference
+from cdetr_kernels import registry, sine_position_2d, sine_query
+from cdetr_kernels.gpu import support
 
 triton = pytest.importorskip("triton")
 
@@ -148,7 +149,7 @@ def test_position_on_an_empty_map(shape):
 
 @needs_kernels
 def test_registration_of_the_position():
-    from cdetr_kernels.fused import sine_position_2d as _registered  # noqa: F401
+    from cdetr_kernels.ops.sine_position_2d import triton as _registered  # noqa: F401
 
     arguments = (draw_mask("holes", 2, 3, 4), 8, 10000.0, True, 6.28, torch.float16)
     torch.library.opcheck(torch.ops.cdetr_fast.sine_position_2d.default, arguments)
@@ -347,7 +348,7 @@ def test_nan_stays_in_its_row():
 @pytest.mark.parametrize(("scaled", "shared"), [(False, False), (True, True)])
 @pytest.mark.parametrize("name", ["sine_query", "sine_query_backward"])
 def test_registration_of_the_query(name, scaled, shared):
-    from cdetr_kernels.fused import sine_query as _registered  # noqa: F401
+    from cdetr_kernels.ops.sine_query import triton as _registered  # noqa: F401
 
     differentiable = name == "sine_query"
     points = random(1 if shared else 2, 5, 4).requires_grad_(differentiable)
@@ -437,7 +438,7 @@ def test_tensors_on_a_cpu_are_refused():
 
 def test_a_machine_without_triton_says_so():
     with (
-        mock.patch.object(triton_support, "HAS_TRITON", False),
+        mock.patch.object(support, "HAS_TRITON", False),
         pytest.raises(RuntimeError, match="'triton' cannot run: triton is not installed"),
     ):
         sine_query(torch.rand(3, 2), 8, backend="triton")
@@ -445,15 +446,16 @@ def test_a_machine_without_triton_says_so():
 
 @pytest.mark.parametrize("name", ["sine_position_2d", "sine_query"])
 def test_auto_takes_the_reference_and_says_why(name):
-    operator = next(operator for operator in ops.OPERATORS if operator.name == name)
+    operator = registry.operator(name)
     choice = operator.choice()
     assert choice.path == "torch"
     assert "not run on a GPU yet" in choice.reason or "the tensors are on cpu" in choice.reason
-    assert operator.paths["torch"].run is getattr(reference, name)
+    reference = importlib.import_module(f"cdetr_kernels.ops.{name}.reference")
+    assert operator.implementations["torch"].run is getattr(reference, name)
 
 
 def test_frequencies_in_two_parts():
-    from cdetr_kernels.fused.waves import frequency_step
+    from cdetr_kernels.gpu.waves import frequency_step
 
     for temperature, features in ((10000.0, 128), (20.0, 10), (0.5, 2), (1.0, 64), (2.0**100, 4)):
         high, low = frequency_step(temperature, features)

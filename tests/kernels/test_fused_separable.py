@@ -222,7 +222,7 @@ def test_gradients_of_the_attention_map(case, dropout_p):
 @pytest.mark.parametrize("case", ["padded", "one column", "lines of several tiles"])
 def test_parts_of_the_lines(case):
     """The parts put together are the whole, rows without keys and parts without lines included."""
-    from cdetr_kernels.fused import configurations
+    from cdetr_kernels.gpu import configurations
 
     tensors, mask, grad_output = draw(case)
     whole = differentiate(fused(mask), tensors, grad_output)
@@ -233,7 +233,7 @@ def test_parts_of_the_lines(case):
 
 
 def test_lines_are_what_fills_more_of_the_tiles():
-    from cdetr_kernels.fused.configurations import places, rows_are_lines
+    from cdetr_kernels.gpu.configurations import places, rows_are_lines
 
     assert [places(32, line) for line in (1, 16, 17, 34)] == [16, 16, 32, 32]
     assert not rows_are_lines(25, 34, 32)  # 34 columns in tiles of 32, not 25 rows in two each
@@ -261,7 +261,7 @@ def operators(case, dropout_p):
 @pytest.mark.parametrize(("case", "dropout_p"), [("odd sizes", 0.2), ("one of each", 0.0)])
 @pytest.mark.parametrize("suffix", ["", "_backward", "_map"])
 def test_registration(suffix, case, dropout_p):
-    from cdetr_kernels.fused import separable_attention as _registered  # noqa: F401
+    from cdetr_kernels.ops.conditional_attention_separable import triton as _registered  # noqa: F401
 
     name = f"conditional_attention_separable{suffix}"
     arguments = tuple(

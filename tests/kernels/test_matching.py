@@ -14,9 +14,8 @@ from cdetr_fast.loss.assignment import match
 from cdetr_fast.loss.criterion import detection_loss
 from cdetr_fast.loss.targets import Targets, pad_targets
 from cdetr_kernels import matching_cost, set_loss
-from cdetr_kernels.reference.focal import focal_in_one_pass
-from cdetr_kernels.reference.loss import focal_loss
-from cdetr_kernels.reference.matching import generalized_iou, planes
+from cdetr_kernels.ops.matching_cost.reference import generalized_iou, planes
+from cdetr_kernels.ops.set_loss.focal import focal_in_one_pass, focal_loss
 
 COUNTS = (4, 0, 2, 7)
 

@@ -9,7 +9,7 @@ from support.interpreter import INTERPRETED, run_in_the_interpreter
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvF
 
-from cdetr_kernels import image_ops, native, normalize_and_pad
+from cdetr_kernels import native, normalize_and_pad, registry
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = [(5, 7), (9, 4), (1, 1), (16, 33)]
@@ -45,9 +45,9 @@ def expected(images, mean, std, factor, size_hw) -> tuple[Tensor, Tensor]:
     return values, mask
 
 
-def reason_against(backend: str, images) -> str | None:
-    path = image_ops.NORMALIZE_AND_PAD.paths[backend]
-    return path.reason_against(images, None, None, 1.0, 1, 1)
+def unsupported_reason(backend: str, images) -> str | None:
+    implementation = registry.operator("normalize_and_pad").implementations[backend]
+    return implementation.unsupported_reason(images, None, None, 1.0, 1, 1)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
@@ -61,7 +61,7 @@ def check(images, mean=MEAN, std=STD, factor=1 / 255, size_hw=None):
     largest = tuple(max(x.shape[axis] for x in images) for axis in (1, 2))
     wanted = expected(images, mean, std, 1.0 if factor is None else factor, size_hw or largest)
     for backend in ("torch", "native", "triton", "auto"):
-        if backend != "auto" and reason_against(backend, images) is not None:
+        if backend != "auto" and unsupported_reason(backend, images) is not None:
             continue
         got = normalize_and_pad(images, mean, std, factor, size_hw, backend)
         torch.testing.assert_close(tuple(x.cpu() for x in got), wanted, rtol=0, atol=0)
@@ -100,20 +100,22 @@ def test_images_of_several_dtypes():
 
 
 needs_extension = pytest.mark.skipif(
-    native.ABSENT["cpu"] is not None, reason=str(native.ABSENT["cpu"])
+    native.UNAVAILABLE["cpu"] is not None, reason=str(native.UNAVAILABLE["cpu"])
 )
 
 
 @needs_extension
 def test_what_the_extension_takes():
-    assert reason_against("native", draw(torch.uint8)) is None
-    assert reason_against("native", draw(torch.float32)) is None
+    assert unsupported_reason("native", draw(torch.uint8)) is None
+    assert unsupported_reason("native", draw(torch.float32)) is None
     with pytest.raises(RuntimeError, match=r"native.*the kernel takes images in .*uint8"):
         normalize_and_pad(draw(torch.int32), backend="native")
 
 
 @needs_extension
 def test_registration():
+    from cdetr_kernels.ops.normalize_and_pad import native as _registered  # noqa: F401
+
     images = draw(torch.uint8)
     arguments = images, [1.0, 2.0, 3.0], [4.0, 5.0, 6.0], 1.0, 20, 40
     torch.library.opcheck(torch.ops.cdetr_fast.normalize_and_pad.default, arguments)
@@ -121,7 +123,7 @@ def test_registration():
 
 @needs_kernels
 def test_registration_of_the_kernel():
-    from cdetr_kernels.fused import normalize_and_pad as _registered  # noqa: F401
+    from cdetr_kernels.ops.normalize_and_pad import triton as _registered  # noqa: F401
 
     arguments = draw(torch.uint8), [1.0, 2.0, 3.0], [4.0, 5.0, 6.0], 20, 40
     torch.library.opcheck(torch.ops.cdetr_fast.normalize_and_pad_fused.default, arguments)
@@ -130,7 +132,7 @@ def test_registration_of_the_kernel():
 @needs_kernels
 def test_the_kernel_writes_all_of_its_outputs_and_nothing_else():
     """Guards around both outputs, NaN in and around them, and NaN around the pixels."""
-    from cdetr_kernels.fused.normalize_and_pad import pad_launch
+    from cdetr_kernels.ops.normalize_and_pad.triton import pad_launch
 
     (image,) = draw(torch.float32, 3, [(9, 21)])
     frame = image.new_full([side + 4 for side in image.shape], torch.nan)

@@ -94,7 +94,7 @@ def test_strided_inputs_and_what_lies_around_them():
 
 @needs_kernels
 def test_the_kernel_writes_all_of_its_output_and_nothing_else():
-    from cdetr_kernels.fused.residual_layer_norm import norm_launch
+    from cdetr_kernels.ops.residual_layer_norm.triton import norm_launch
 
     inputs = draw((1, 7, 20), torch.float32)
     buffer = torch.full((1024 + 140 + 1024,), math.nan, device=DEVICE)
@@ -113,7 +113,7 @@ def test_empty_batch():
 
 @needs_kernels
 def test_registration():
-    from cdetr_kernels.fused import residual_layer_norm as _registered  # noqa: F401
+    from cdetr_kernels.ops.residual_layer_norm import triton as _registered  # noqa: F401
 
     inputs = draw((2, 5, 16), torch.float32)
     torch.library.opcheck(torch.ops.cdetr_fast.residual_layer_norm.default, (*inputs, 1e-5))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdetr_kernels import conditional_attention, conditional_attention_separable
-from cdetr_kernels.reference import attention as reference
+from cdetr_kernels.ops.conditional_attention import reference
 
 NAMES = ("q_content", "q_spatial", "k_content", "k_rows", "k_columns", "value")
 

@@ -13,8 +13,8 @@ from hypothesis.extra import numpy as hnp
 from support.topk_cases import KINDS, VALUES, adversarial, expected_order
 from torch import Tensor
 
-from cdetr_kernels import detection_topk, image_ops, native
-from cdetr_kernels.reference import topk as reference
+from cdetr_kernels import detection_topk, native, registry
+from cdetr_kernels.ops.detection_topk import reference
 
 HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 DTYPES = (*HALF_AND_SINGLE, torch.float64)
@@ -25,7 +25,7 @@ def implementations(*backends: str):
     parameters = []
     for backend in backends:
         for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
-            absent = native.ABSENT[device] if backend == "native" else None
+            absent = native.UNAVAILABLE[device] if backend == "native" else None
             marks = [pytest.mark.skipif(absent is not None, reason=str(absent))]
             marks += [pytest.mark.gpu] if device == "cuda" else []
             parameters.append(
@@ -278,6 +278,8 @@ def test_exports_with_a_dynamic_batch(path):
 @implementations("native")
 @pytest.mark.parametrize("sizes", [None, torch.int64, torch.float32])
 def test_registration(path, sizes):
+    from cdetr_kernels.ops.detection_topk import native as _registered  # noqa: F401
+
     device = path[1]
     arguments = torch.randn(2, 6, 4, device=device), torch.rand(2, 6, 4, device=device)
     for tensor in arguments:
@@ -290,6 +292,8 @@ def test_registration(path, sizes):
 
 @implementations("native")
 def test_the_operator_itself_refuses_what_it_cannot_read(path):
+    from cdetr_kernels.ops.detection_topk import native as _registered  # noqa: F401
+
     device = path[1]
     operator = torch.ops.cdetr_fast.detection_topk
     logits, boxes = torch.zeros(2, 3, 4, device=device), torch.zeros(2, 3, 4, device=device)
@@ -308,28 +312,28 @@ def test_the_operator_itself_refuses_what_it_cannot_read(path):
 
 
 def test_auto_takes_the_extension_on_a_cpu_where_it_is_built():
-    choice = image_ops.DETECTION_TOPK.choice()
-    if native.ABSENT["cpu"] is None:
+    choice = registry.operator("detection_topk").choice()
+    if native.UNAVAILABLE["cpu"] is None:
         assert choice.path == "native"
     else:
         assert choice.path == "torch"
         assert "cdetr-fast build-native" in choice.reason
     if os.environ.get("CI") and os.environ.get("CDETR_FAST_NATIVE") != "0":
-        assert native.ABSENT["cpu"] is None
+        assert native.UNAVAILABLE["cpu"] is None
 
 
 @pytest.mark.parametrize("backend", ["native", "cuda"])
 def test_without_the_extension(backend, monkeypatch):
     """Everything works but what is asked for by name, and that says what is missing."""
     absent = "the C++ part of the extension is not built: run `cdetr-fast build-native`"
-    monkeypatch.setitem(native.ABSENT, "cpu", absent)
+    monkeypatch.setitem(native.UNAVAILABLE, "cpu", absent)
     arguments = torch.randn(1, 4, 3), torch.rand(1, 4, 4)
     detection_topk(*arguments, k=2)
     with pytest.raises(RuntimeError, match=re.escape(f"{backend!r} cannot run: {absent}")):
         detection_topk(*arguments, k=2, backend=backend)
 
 
-@pytest.mark.skipif(native.ABSENT["cpu"] is not None, reason="needs the extension")
+@pytest.mark.skipif(native.UNAVAILABLE["cpu"] is not None, reason="needs the extension")
 def test_what_the_extension_does_not_take():
     logits, boxes = torch.randn(1, 4, 3), torch.rand(1, 4, 4)
     with pytest.raises(RuntimeError, match="'cuda' cannot run: the tensors are on cpu"):

@@ -1,0 +1,132 @@
+"""What the kernels of both attention operators share: blocks of rows, masks, gradients of keys.
+
+Names as in `conditional_attention_kernels`.
+"""
+
+import triton
+import triton.language as tl
+
+from cdetr_kernels.gpu.arithmetic import dot, rounded
+from cdetr_kernels.gpu.random import keep, row_streams
+
+# Below every score, and finite: -inf minus -inf would be NaN.
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def load_rows(p, o_rows, rows, stride_row, o_columns, stride_column, COLUMNS: tl.constexpr):
+    """Rows `o_rows` (those below `rows`) of a matrix of COLUMNS columns; zeros around it."""
+    # 64-bit offsets: a row may lie more than 2^31 elements after the first one.
+    p_rows = p + o_rows.to(tl.int64)[:, None] * stride_row
+    m_rows = (o_rows < rows)[:, None]
+    if o_columns.shape[0] > COLUMNS:
+        m_rows = m_rows & (o_columns < COLUMNS)[None, :]
+    return tl.load(p_rows + o_columns.to(tl.int64)[None, :] * stride_column, m_rows, other=0.0)
+
+
+@triton.jit
+def store_rows(
+    p, b_x, o_rows, rows, stride_row, o_columns, COLUMNS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Writes what `load_rows` reads, columns contiguous."""
+    p_rows = p + o_rows.to(tl.int64)[:, None] * stride_row
+    m_rows = (o_rows < rows)[:, None]
+    if o_columns.shape[0] > COLUMNS:
+        m_rows = m_rows & (o_columns < COLUMNS)[None, :]
+    b_x = rounded(b_x, p.dtype.element_ty, PRECISION)
+    tl.store(p_rows + o_columns[None, :], b_x, m_rows)
+
+
+@triton.jit
+def mask_bias(p_mask, o_s, S, stride_s, MASKED: tl.constexpr):
+    """0 for keys that are attended to, -inf for others and beyond S."""
+    m_s = o_s < S
+    if MASKED:
+        m_s = tl.load(p_mask + o_s.to(tl.int64) * stride_s, m_s, other=0) != 0
+    return tl.where(m_s, 0.0, float("-inf"))  # [BS]
+
+
+@triton.jit
+def program(rows, BLOCK: tl.constexpr, N):
+    """Tile, head and image of this program. Neighbours share a head, and so its keys in the L2."""
+    tiles = tl.cdiv(rows, BLOCK)
+    i = tl.program_id(0)
+    return i % tiles, (i // tiles) % N, i // tiles // N
+
+
+@triton.jit
+def key_gradients(
+    b_kc, b_ks, b_ks2, b_v,  # a tile of keys; b_ks + b_ks2 are the spatial ones if TWO
+    bias, o_s,
+    p_qc, p_qs, p_do,  # of this image and head
+    o_row,  # number of the first row of this image and head
+    p_lse, p_delta, p_streams,
+    qc_q, qc_d, qs_q, qs_d, do_q, do_d,
+    Q, scale_log2, threshold, inverse_keep,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BQ: tl.constexpr,
+    SPATIAL: tl.constexpr, TWO: tl.constexpr, DKS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk_content, dk_spatial (if DKS) and dvalue of a tile of keys, before the scale."""
+    BS: tl.constexpr = b_kc.shape[0]
+    o_d, o_v = tl.arange(0, BD), tl.arange(0, BV)
+    b_dkc = tl.zeros([BS, BD], tl.float32)
+    b_dv = tl.zeros([BS, BV], tl.float32)
+    if DKS:
+        b_dks = tl.zeros([BS, BD], tl.float32)
+    # A tile of padding has gradients of zero: nothing to visit.
+    queries = tl.where(tl.max(bias, 0) == 0.0, Q, 0)
+    for i_q in range(0, queries, BQ):
+        o_q = i_q + tl.arange(0, BQ)
+        b_qc = load_rows(p_qc, o_q, Q, qc_q, o_d, qc_d, D)
+        b_s = dot(b_kc, tl.trans(b_qc), PRECISION)  # [BS, BQ]
+        if SPATIAL:
+            b_qs = load_rows(p_qs, o_q, Q, qs_q, o_d, qs_d, D)
+            b_s = dot(b_ks, tl.trans(b_qs), PRECISION, b_s)
+            if TWO:
+                b_s = dot(b_ks2, tl.trans(b_qs), PRECISION, b_s)
+        b_lse = tl.load(p_lse + o_row + o_q, o_q < Q, other=float("inf"))
+        b_p = tl.exp2(b_s * scale_log2 + bias[:, None] - b_lse[None, :])
+        b_do = load_rows(p_do, o_q, Q, do_q, o_v, do_d, DV)
+        b_dp = dot(b_v, tl.trans(b_do), PRECISION)
+        b_weight = b_p
+        if DROPOUT:
+            p_stream = p_streams + (o_row + o_q) * 2
+            start = tl.load(p_stream, o_q < Q, other=0).to(tl.uint32, bitcast=True)
+            step = tl.load(p_stream + 1, o_q < Q, other=0).to(tl.uint32, bitcast=True)
+            kept = keep(start[None, :], step[None, :], o_s[:, None], threshold)
+            b_weight = tl.where(kept, b_p * inverse_keep, 0.0)
+            b_dp = tl.where(kept, b_dp * inverse_keep, 0.0)
+        b_dv = dot(rounded(b_weight, b_do.dtype, PRECISION), b_do, PRECISION, b_dv)
+        b_delta = tl.load(p_delta + o_row + o_q, o_q < Q, other=0.0)
+        b_ds = rounded(b_p * (b_dp - b_delta[None, :]), b_qc.dtype, PRECISION)
+        b_dkc = dot(b_ds, b_qc, PRECISION, b_dkc)
+        if DKS:
+            b_dks = dot(b_ds, b_qs, PRECISION, b_dks)
+    if not DKS:
+        b_dks = b_dkc
+    return b_dkc, b_dks, b_dv
+
+
+@triton.jit
+def store_map(
+    p_map, p_lse, p_seed,
+    b_s,  # scores to base 2, with the bias
+    i_head,  # image times heads plus head
+    o_q, Q, o_s, S, threshold, inverse_keep,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile of the attention map, after dropout, from the scores and the log-sum-exp."""
+    b_lse = tl.load(p_lse + i_head * Q + o_q, o_q < Q, other=float("inf"))
+    b_p = tl.exp2(b_s - b_lse[:, None])
+    if DROPOUT:
+        start, step = row_streams(p_seed, i_head.to(tl.int32), o_q)
+        kept = keep(start[:, None], step[:, None], o_s[None, :], threshold)
+        b_p = tl.where(kept, b_p * inverse_keep, 0.0)
+    p_map += i_head * Q * S
+    p_tile = p_map + o_q.to(tl.int64)[:, None] * S + o_s[None, :]
+    tl.store(
+        p_tile,
+        rounded(b_p, p_map.dtype.element_ty, PRECISION),
+        (o_q < Q)[:, None] & (o_s < S)[None, :],
+    )

@@ -1,0 +1,64 @@
+"""Where triton's kernels can run, without importing triton."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdetr_kernels.dispatch import Implementation
+
+_WIDEST_HEAD = 128
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def unsupported_device(tensor: Tensor) -> str | None:
+    """Return why kernels cannot run where a tensor is, None if they can."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            f"the tensors are on {tensor.device}, and triton kernels run on GPUs "
+            "(on CPUs only under TRITON_INTERPRET=1)"
+        )
+    if torch.onnx.is_in_onnx_export():
+        return "ONNX has no operator for the kernel; it gets PyTorch's own ones"
+    return None
+
+
+def unsupported_dtype(dtype: torch.dtype) -> str | None:
+    """Return why kernels cannot compute in a dtype, None if they can."""
+    if dtype in (torch.float16, torch.bfloat16, torch.float32):
+        return None
+    return f"the kernels are for float16, bfloat16 and float32, not {dtype}"
+
+
+def opt_in(
+    run: Callable[..., Any], unsupported_reason: Callable[..., str | None]
+) -> Implementation:
+    """Return an implementation that "auto" skips until a GPU has run it."""
+    reason = "not run on a GPU yet; ask for it by name, or by CDETR_FAST_BACKEND=triton"
+    return Implementation(run, unsupported_reason, reason)
+
+
+def unsupported_attention(q_content: Tensor, value: Tensor | None) -> str | None:
+    """Return why the attention kernels cannot run on these tensors, None if they can."""
+    reason = unsupported_device(q_content) or unsupported_dtype(q_content.dtype)
+    if reason is None and value is not None:
+        width = max(q_content.shape[-1], value.shape[-1])
+        if width > _WIDEST_HEAD:
+            reason = f"the kernels take heads of up to {_WIDEST_HEAD}, not {width}"
+    return reason
+
+
+def unsupported_criterion(logits: Tensor, *rest: Any) -> str | None:
+    """Return why the kernels of matching and loss cannot run on these arguments."""
+    reason = unsupported_device(logits) or unsupported_dtype(logits.dtype)
+    if reason is None and rest:
+        boxes_cxcywh, target_boxes_cxcywh = rest[0], rest[2]
+        reason = unsupported_dtype(boxes_cxcywh.dtype) or unsupported_dtype(
+            target_boxes_cxcywh.dtype
+        )
+    return reason

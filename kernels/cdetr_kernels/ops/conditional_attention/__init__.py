@@ -1,0 +1,104 @@
+"""`conditional_attention`: public function, argument checks and implementations."""
+
+from typing import Any
+
+from torch import Tensor
+
+from cdetr_kernels.checks import check_alike, check_attention_options, check_rank, check_shape
+from cdetr_kernels.dispatch import Implementation, Operator
+from cdetr_kernels.gpu.support import opt_in, unsupported_attention
+from cdetr_kernels.ops.conditional_attention import reference
+
+
+# Imported at the first call: triton is slow to import and not installed everywhere. The import is a
+# statement, as torch.compile does not follow importlib.
+def _triton(*args: Any) -> Any:
+    from cdetr_kernels.ops.conditional_attention.triton import conditional_attention
+
+    return conditional_attention(*args)
+
+
+def _unsupported_by_triton(q_content: Tensor, *rest: Any) -> str | None:
+    return unsupported_attention(q_content, rest[3] if rest else None)
+
+
+OPERATOR = Operator(
+    "conditional_attention",
+    {
+        "triton": opt_in(_triton, _unsupported_by_triton),
+        "torch": Implementation(reference.conditional_attention),
+    },
+)
+
+
+def conditional_attention(
+    q_content: Tensor,
+    q_spatial: Tensor | None,
+    k_content: Tensor,
+    k_spatial: Tensor | None,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    backend: str = "auto",
+    *,
+    return_attention: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Multi-head attention whose score is the sum of a content and a spatial dot product.
+
+    Args:
+        q_content: Content queries `[B, Q, N, D]`.
+        q_spatial: Spatial queries `[B, Q, N, D]`; None makes this plain attention.
+        k_content: Content keys `[B, S, N, D]` (or `[1, S, N, D]`, shared by the batch).
+        k_spatial: Spatial keys `[B, S, N, D]` or `[1, S, N, D]`; None exactly if `q_spatial` is.
+        value: Values `[B, S, N, Dv]`.
+        key_mask: bool `[B, S]`, True = attend. A row without any such key gives 0.
+        scale: Factor of the score; `1 / sqrt(2 D)`, or `1 / sqrt(D)` without a spatial half.
+        dropout_p: Probability with which an attention weight is dropped.
+        seed: Makes dropout repeatable; None draws from torch's generator.
+        backend: "auto", "torch", "triton" or "native".
+        return_attention: Also return the attention map (after dropout).
+
+    Returns:
+        `[B, Q, N, Dv]` in the dtype of `value`, with `return_attention` also the map `[B, N, Q,
+        S]`.
+
+    Raises:
+        TypeError: A dtype differs from that of `q_content`, or `key_mask` is not bool.
+        ValueError: A shape, `scale` or `dropout_p` is out of range.
+        RuntimeError: `backend` was named and cannot run.
+
+    Source: Meng et al., section 3.3.
+    """
+    check_rank("q_content", q_content, 4)
+    check_rank("value", value, 4)
+    batch, _, heads, size = q_content.shape
+    _, keys, _, value_size = value.shape
+    key_shape = (batch, keys, heads, size)
+    check_shape("k_content", k_content, key_shape, True)
+    check_shape("value", value, (batch, keys, heads, value_size))
+    if q_spatial is not None and k_spatial is not None:
+        check_shape("q_spatial", q_spatial, q_content.shape)
+        check_shape("k_spatial", k_spatial, key_shape, True)
+        check_alike("q_content", q_content, q_spatial=q_spatial, k_spatial=k_spatial)
+    elif q_spatial is not k_spatial:
+        missing = "q_spatial" if q_spatial is None else "k_spatial"
+        raise ValueError(f"{missing}: expected a tensor, as its counterpart is given, got None")
+    check_alike("q_content", q_content, k_content=k_content, value=value)
+    width = size if q_spatial is None else 2 * size
+    scale = check_attention_options(key_mask, (batch, keys), scale, dropout_p, width)
+    output, attention_map = OPERATOR(
+        backend,
+        q_content,
+        q_spatial,
+        k_content,
+        k_spatial,
+        value,
+        key_mask,
+        scale,
+        dropout_p,
+        seed,
+        return_attention,
+    )
+    return (output, attention_map) if return_attention else output

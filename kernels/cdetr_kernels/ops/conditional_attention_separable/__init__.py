@@ -1,0 +1,118 @@
+"""`conditional_attention_separable`: public function, argument checks and implementations."""
+
+from typing import Any
+
+from torch import Tensor
+
+from cdetr_kernels.checks import check_alike, check_attention_options, check_rank, check_shape
+from cdetr_kernels.dispatch import Implementation, Operator
+from cdetr_kernels.gpu.support import opt_in, unsupported_attention
+from cdetr_kernels.ops.conditional_attention_separable import reference
+
+
+# Imported at the first call: triton is slow to import and not installed everywhere. The import is a
+# statement, as torch.compile does not follow importlib.
+def _triton(*args: Any) -> Any:
+    from cdetr_kernels.ops.conditional_attention_separable.triton import (
+        conditional_attention_separable,
+    )
+
+    return conditional_attention_separable(*args)
+
+
+def _unsupported_by_triton(q_content: Tensor, *rest: Any) -> str | None:
+    return unsupported_attention(q_content, rest[4] if rest else None)
+
+
+OPERATOR = Operator(
+    "conditional_attention_separable",
+    {
+        "triton": opt_in(_triton, _unsupported_by_triton),
+        "torch": Implementation(reference.conditional_attention_separable),
+    },
+)
+
+
+def conditional_attention_separable(
+    q_content: Tensor,
+    q_spatial: Tensor,
+    k_content: Tensor,
+    k_rows: Tensor,
+    k_columns: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    backend: str = "auto",
+    *,
+    return_attention: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`conditional_attention` over a map whose spatial keys are a row's plus a column's code.
+
+    With `k_spatial[:, y * w + x] = k_rows[:, y] + k_columns[:, x]` both give the same, dropout
+    included; here no spatial keys are made, and a query has h + w spatial products, not h * w.
+
+    Args:
+        q_content: Content queries `[B, Q, N, D]`.
+        q_spatial: Spatial queries `[B, Q, N, D]`.
+        k_content: Content keys `[B, h*w, N, D]` (or `[1, h*w, N, D]`), row by row of the map.
+        k_rows: Spatial key of each row, `[B, h, N, D]` or `[1, h, N, D]`.
+        k_columns: Spatial key of each column, `[B, w, N, D]` or `[1, w, N, D]`.
+        value: Values `[B, h*w, N, Dv]`.
+        key_mask: bool `[B, h*w]`, True = attend. A row without any such key gives 0.
+        scale: Factor of the score; None is `1 / sqrt(2 D)`.
+        dropout_p: Probability with which an attention weight is dropped.
+        seed: Makes dropout repeatable; None draws from torch's generator.
+        backend: "auto", "torch", "triton" or "native".
+        return_attention: Also return the attention map (after dropout).
+
+    Returns:
+        `[B, Q, N, Dv]` in the dtype of `value`, with `return_attention` also the map `[B, N, Q,
+        h*w]`.
+
+    Raises:
+        TypeError: A dtype differs from that of `q_content`, or `key_mask` is not bool.
+        ValueError: A shape, `scale` or `dropout_p` is out of range.
+        RuntimeError: `backend` was named and cannot run.
+
+    Source: Meng et al., section 3.3; the authors' models/position_encoding.py, whose code of a
+    position is its row's next to its column's.
+    """
+    check_rank("q_content", q_content, 4)
+    check_rank("k_rows", k_rows, 4)
+    check_rank("k_columns", k_columns, 4)
+    check_rank("value", value, 4)
+    batch, _, heads, size = q_content.shape
+    height, width, value_size = k_rows.shape[1], k_columns.shape[1], value.shape[3]
+    keys = height * width
+    check_shape("k_rows", k_rows, (batch, height, heads, size), True)
+    check_shape("k_columns", k_columns, (batch, width, heads, size), True)
+    check_shape("q_spatial", q_spatial, q_content.shape)
+    check_shape("k_content", k_content, (batch, keys, heads, size), True)
+    check_shape("value", value, (batch, keys, heads, value_size))
+    check_alike(
+        "q_content",
+        q_content,
+        q_spatial=q_spatial,
+        k_content=k_content,
+        k_rows=k_rows,
+        k_columns=k_columns,
+        value=value,
+    )
+    scale = check_attention_options(key_mask, (batch, keys), scale, dropout_p, 2 * size)
+    output, attention_map = OPERATOR(
+        backend,
+        q_content,
+        q_spatial,
+        k_content,
+        k_rows,
+        k_columns,
+        value,
+        key_mask,
+        scale,
+        dropout_p,
+        seed,
+        return_attention,
+    )
+    return (output, attention_map) if return_attention else output

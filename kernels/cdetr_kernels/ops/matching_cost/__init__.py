@@ -1,0 +1,89 @@
+"""`matching_cost`: public function, argument checks and implementations."""
+
+from typing import Any
+
+from torch import Tensor
+
+from cdetr_kernels.checks import check_predictions, check_targets
+from cdetr_kernels.dispatch import Implementation, Operator
+from cdetr_kernels.gpu.support import opt_in, unsupported_criterion
+from cdetr_kernels.ops.matching_cost import reference
+
+
+# Imported at the first call: triton is slow to import and not installed everywhere. The import is a
+# statement, as torch.compile does not follow importlib.
+def _triton(*args: Any) -> Any:
+    from cdetr_kernels.ops.matching_cost.triton import matching_cost
+
+    return matching_cost(*args)
+
+
+OPERATOR = Operator(
+    "matching_cost",
+    {
+        "triton": opt_in(_triton, unsupported_criterion),
+        "torch": Implementation(reference.matching_cost),
+    },
+)
+
+
+def matching_cost(
+    logits: Tensor,
+    boxes_cxcywh: Tensor,
+    target_labels: Tensor,
+    target_boxes_cxcywh: Tensor,
+    target_counts: Tensor,
+    class_weight: float = 2.0,
+    bbox_weight: float = 5.0,
+    giou_weight: float = 2.0,
+    classification: str = "focal",
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Cost of giving each prediction to each target of the same image, for all decoder layers.
+
+    Args:
+        logits: `[L, B, Q, K]`.
+        boxes_cxcywh: Predicted boxes `[L, B, Q, 4]`, relative.
+        target_labels: int64 `[B, T]`, padded with any label in [0, K).
+        target_boxes_cxcywh: `[B, T, 4]`, relative, padded with anything.
+        target_counts: int64 `[B]`, number of targets of each image.
+        class_weight: Weight of the classification cost.
+        bbox_weight: Weight of the L1 distance of boxes.
+        giou_weight: Weight of the negative generalized IoU.
+        classification: "focal", or "softmax" for minus the softmax probability.
+        alpha: Balance of the focal cost.
+        gamma: Exponent of the focal cost.
+        backend: "auto", "torch", "triton" or "native".
+
+    Returns:
+        `[L*B, Q, T]`, fp32 at least, stored with neighbouring queries side by side (a transposed
+        `[L*B, T, Q]`, which is what solvers read); 0 in padded columns.
+
+    Raises:
+        TypeError: `target_labels` is not int64.
+        ValueError: A shape does not fit, or `classification` is unknown.
+        NotImplementedError: In backward, on the path "triton": it has no derivative.
+
+    Source: the authors' models/matcher.py.
+    """
+    check_predictions(logits, boxes_cxcywh)
+    batch = logits.shape[1]
+    check_targets(batch, target_labels, target_boxes_cxcywh, target_counts)
+    if classification not in ("focal", "softmax"):
+        raise ValueError(f'classification: expected "focal" or "softmax", got {classification!r}')
+    return OPERATOR(
+        backend,
+        logits,
+        boxes_cxcywh,
+        target_labels,
+        target_boxes_cxcywh,
+        target_counts,
+        class_weight,
+        bbox_weight,
+        giou_weight,
+        classification,
+        alpha,
+        gamma,
+    )

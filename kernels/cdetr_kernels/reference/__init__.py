@@ -1,1 +1,0 @@
-"""The operators' definitions in plain PyTorch, valid in double precision."""
