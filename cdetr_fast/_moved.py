@@ -30,7 +30,7 @@ MOVED = {
     "models.segmentation": "models.mask_head",
     "results": "images.results",
     "scenes": "demo.scenes",
-    "suggestions": "common.suggestions",
+    "suggestions": "common.validation",
     "targets": "loss.targets",
     "training.checkpoint_evaluation": "training.evaluation.checkpoint",
     "training.coco": "training.data.coco",

@@ -1,1 +1,1 @@
-"""Shared helpers: atomic files, checks of values, errors, devices, suggestions for wrong names."""
+"""Shared helpers: checks of values by their types, atomic files, first lines of errors, devices."""

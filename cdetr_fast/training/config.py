@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cdetr_fast.common.files import write_atomically
-from cdetr_fast.common.suggestions import did_you_mean
+from cdetr_fast.common.validation import did_you_mean
 from cdetr_fast.training.errors import DataError
 
 
