@@ -135,7 +135,7 @@ def graphed_step(model: nn.Module, batch: tuple, autocast: str | None) -> Step |
         return None
     step = Step(model, model, batch, autocast)
     step.backward()
-    if graphs.failures:
+    if graphs.table.failures:
         print(f"{GRAPHS}: {graphs.describe()}", file=sys.stderr)
         return None
     return step

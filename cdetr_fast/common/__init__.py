@@ -1,1 +1,1 @@
-"""Shared helpers: checks of values by their types, atomic files, first lines of errors, devices."""
+"""Shared helpers: checks of values by their types, atomic files, errors, devices, CUDA graphs."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdetr_fast.common import cuda_graphs
 from cdetr_fast.inference.backbone import InferenceBackbone
 from cdetr_fast.inference.convolution import FusedConv2d
 from cdetr_fast.inference.int8 import Int8Conv2d, quantize
@@ -237,7 +238,7 @@ class Engine(nn.Module):
         self, feature_map: Tensor, mask: Tensor | None, dtype: torch.dtype
     ) -> MapConstants:
         """What the position code gives, kept by map size where nothing is padded."""
-        if mask is not None or torch.compiler.is_compiling():
+        if mask is not None or torch.compiler.is_compiling() or cuda_graphs.is_capturing():
             return self._make_constants(feature_map, mask, dtype)
         size = tuple(feature_map.shape[-2:])
         with self._lock:

@@ -1,206 +1,121 @@
-"""CUDA graphs of an engine, one a shape, in one pool of memory.
-
-A captured graph is a forward pass that the host launches at once. It reads and writes fixed
-addresses, so images are copied in and results copied out, and graphs that share a pool never run
-side by side: each use waits, on the device, for the one before.
-"""
+"""Inference by CUDA graphs, captured when a shape is first seen."""
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, cuda
+
+from cdetr_fast.common.cuda_graphs import (
+    GraphKey,
+    GraphMemory,
+    GraphTable,
+    channels_last_copy,
+    free_cached_memory,
+)
 
 Outputs = dict[str, Tensor]
-Key = tuple[tuple[int, ...], torch.dtype, bool]
+Call = Callable[[Tensor, Tensor | None], Outputs]
 
-
-@dataclass
-class Captured:
-    """One graph with its tensors.
-
-    Attributes:
-        replay: Launches it on the current stream.
-        pixel_values: Where it reads images.
-        pixel_mask: Where it reads the mask; None if it was captured without one.
-        outputs: Where it leaves results.
-        held: What it reads besides, which has to stay alive.
-    """
-
-    replay: Callable[[], Any]
-    pixel_values: Tensor
-    pixel_mask: Tensor | None
-    outputs: Outputs
-    held: Any = None
-
-
-class Capturer(Protocol):
-    """What captures graphs and orders their uses."""
-
-    def capture(
-        self, call: Callable, pixel_values: Tensor, pixel_mask: Tensor | None
-    ) -> Captured: ...
-
-    def begin(self) -> None:
-        """Makes the current stream wait for the last use of the pool."""
-
-    def end(self) -> None:
-        """Marks the end of a use."""
-
-    def wait(self) -> None:
-        """Waits, on the host, until no graph runs."""
-
-
-class CudaCapturer:
-    """Captures on a CUDA device.
-
-    Args:
-        device: The device.
-    """
-
-    device_type = "cuda"
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        with torch.cuda.device(device):
-            self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(device)
-            self._done = torch.cuda.Event()
-
-    def capture(self, call: Callable, pixel_values: Tensor, pixel_mask: Tensor | None) -> Captured:
-        with torch.cuda.device(self.device):
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                # Libraries choose algorithms and allocate workspaces in the first calls.
-                for _ in range(2):
-                    call(pixel_values, pixel_mask)
-            self._stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: other threads may go on using the device meanwhile
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                outputs = call(pixel_values, pixel_mask)
-            torch.cuda.current_stream().wait_stream(self._stream)
-        return Captured(graph.replay, pixel_values, pixel_mask, outputs, held=graph)
-
-    def begin(self) -> None:
-        torch.cuda.current_stream(self.device).wait_event(self._done)
-
-    def end(self) -> None:
-        self._done.record(torch.cuda.current_stream(self.device))
-
-    def wait(self) -> None:
-        self._done.synchronize()
+_WARM_UP = 2  # libraries choose algorithms and allocate workspaces in the first calls
 
 
 class GraphCache:
-    """Runs a call through graphs, captured when a shape is first seen.
+    """Runs a call through graphs; a shape that cannot be captured runs without from then on.
 
     Args:
         call: Computes outputs from images and a mask (or None), on one device.
-        held: Gives what the call reads besides its arguments and weights.
-        capturer: What captures.
-        limit: Graphs that are kept; the one not used for longest is dropped first.
-        static_outputs: Return the graphs' own tensors.
+        constants: Returns tensors that the call reads besides its arguments and the weights; a
+            graph keeps them alive.
+        limit: Number of graphs to keep; the least recently used one is dropped first.
+        static_outputs: Return the graphs' own tensors, which the next use overwrites.
     """
 
     def __init__(
-        self,
-        call: Callable[[Tensor, Tensor | None], Outputs],
-        held: Callable[[], Any],
-        capturer: Capturer,
-        limit: int,
-        static_outputs: bool,
+        self, call: Call, constants: Callable[[], object], limit: int, static_outputs: bool
     ) -> None:
-        self._call, self._held, self._capturer = call, held, capturer
-        self._limit, self._static_outputs = limit, static_outputs
-        self._graphs: OrderedDict[Key, Captured] = OrderedDict()
+        self._call, self._constants = call, constants
+        self._static_outputs = static_outputs
+        self._table: GraphTable[_InferenceGraph] = GraphTable(limit)
         self._lock = threading.RLock()
-        self.failures: dict[Key, str] = {}
 
     def __call__(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Outputs:
-        """Runs the call; a shape that cannot be captured runs without a graph from then on."""
-        key = (tuple(pixel_values.shape), pixel_values.dtype, pixel_mask is not None)
+        """Return what the call does."""
+        key = GraphKey(tuple(pixel_values.shape), pixel_values.dtype, pixel_mask is not None)
+        table = self._table
         with self._lock:
-            if key in self.failures:
+            graph = table.graphs.get(key)
+            if graph is None and key not in table.failures:
+                while table.is_full:
+                    table.drop(next(iter(table.graphs)))
+                graph = table.capture(
+                    key,
+                    pixel_values.device,
+                    lambda memory: self._capture(memory, pixel_values, pixel_mask),
+                )
+            if graph is None:
                 return self._without_graph(pixel_values, pixel_mask)
-            captured = self._graphs.get(key)
-            if captured is None:
-                captured = self._capture(key, pixel_values, pixel_mask)
-                if captured is None:
-                    return self._without_graph(pixel_values, pixel_mask)
-            self._graphs.move_to_end(key)
-            self._capturer.begin()
-            captured.pixel_values.copy_(pixel_values, non_blocking=True)
-            if pixel_mask is not None:
-                captured.pixel_mask.copy_(pixel_mask, non_blocking=True)
-            captured.replay()
-            outputs = captured.outputs
-            if not self._static_outputs:
-                outputs = {name: tensor.clone() for name, tensor in outputs.items()}
-            self._capturer.end()
-        return dict(outputs)
+            table.graphs.move_to_end(key)
+            return graph.replay(pixel_values, pixel_mask, self._static_outputs)
 
     def describe(self) -> list[tuple[str, str]]:
-        """Which shapes have graphs, and which do not, with the reason."""
+        """Return which shapes have graphs, and which do not, with the reason."""
         with self._lock:
-            rows = [("graph", describe(key)) for key in self._graphs]
-            rows += [("no graph", f"{describe(k)}: {r}") for k, r in self.failures.items()]
-        return rows
+            return self._table.describe()
 
     def clear(self) -> None:
-        """Drops all graphs, once none of them runs."""
+        """Drop all graphs and failures, once no graph runs."""
         with self._lock:
-            if self._graphs:
-                self._capturer.wait()
-            self._graphs.clear()
-            self.failures.clear()
+            self._table.drop(*self._table.graphs)
+            self._table.failures.clear()
 
     def _capture(
-        self, key: Key, pixel_values: Tensor, pixel_mask: Tensor | None
-    ) -> Captured | None:
-        while len(self._graphs) >= self._limit:
-            self._drop_oldest()
-        try:
-            # Tensors that may be written to in later calls, in inference mode or not; channels-last
-            # as the backbone wants them.
-            with torch.inference_mode(False), torch.no_grad():
-                static_values = torch.empty_like(pixel_values, memory_format=torch.channels_last)
-                static_values.copy_(pixel_values)
-                static_mask = None
-                if pixel_mask is not None:
-                    static_mask = torch.empty_like(pixel_mask, dtype=torch.bool).copy_(pixel_mask)
-                captured = self._capturer.capture(self._call, static_values, static_mask)
-        except Exception as error:  # a library in the call may refuse capture in any way
-            lines = str(error).strip().splitlines()
-            self.failures[key] = f"{type(error).__name__}: {lines[0] if lines else ''}"
-            return None
-        captured.held = (captured.held, self._held())
-        self._graphs[key] = captured
-        return captured
-
-    def _drop_oldest(self) -> None:
-        self._capturer.wait()
-        self._graphs.popitem(last=False)
+        self, memory: GraphMemory, pixel_values: Tensor, pixel_mask: Tensor | None
+    ) -> "_InferenceGraph":
+        # Tensors that later calls may write to, in inference mode or not.
+        with torch.inference_mode(False), torch.no_grad():
+            pixel_values = channels_last_copy(pixel_values)
+            if pixel_mask is not None:
+                pixel_mask = torch.empty_like(pixel_mask, dtype=torch.bool).copy_(pixel_mask)
+            with memory.preparing():
+                for _ in range(_WARM_UP):
+                    self._call(pixel_values, pixel_mask)
+                graph, outputs = memory.capture(lambda: self._call(pixel_values, pixel_mask))
+            return _InferenceGraph(
+                memory, graph, pixel_values, pixel_mask, outputs, self._constants()
+            )
 
     def _without_graph(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Outputs:
         try:
             return self._call(pixel_values, pixel_mask)
         except torch.OutOfMemoryError:
-            if not self._graphs:
+            if not self._table.graphs:
                 raise
-        while self._graphs:  # their memory may be what is missing
-            self._drop_oldest()
-        torch.cuda.empty_cache()
+        self._table.drop(*self._table.graphs)  # their memory may be what is missing
+        free_cached_memory()
         return self._call(pixel_values, pixel_mask)
 
 
-def describe(key: Key) -> str:
-    """Says in words what a graph is for."""
-    (batch, _, height, width), dtype, masked = key
-    mask = "with a mask" if masked else "without mask"
-    return f"{batch} x {height} x {width}, {str(dtype).removeprefix('torch.')}, {mask}"
+@dataclass
+class _InferenceGraph:
+    """One graph, the tensors that it reads and writes, and the constants that it reads."""
+
+    memory: GraphMemory
+    graph: cuda.CUDAGraph
+    pixel_values: Tensor
+    pixel_mask: Tensor | None
+    outputs: Outputs
+    constants: object
+
+    def replay(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None, static_outputs: bool
+    ) -> Outputs:
+        with self.memory.using():
+            self.pixel_values.copy_(pixel_values, non_blocking=True)
+            if self.pixel_mask is not None and pixel_mask is not None:
+                self.pixel_mask.copy_(pixel_mask, non_blocking=True)
+            self.graph.replay()
+            if static_outputs:
+                return dict(self.outputs)
+            return {name: tensor.clone() for name, tensor in self.outputs.items()}

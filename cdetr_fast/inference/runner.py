@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdetr_fast.common import cuda_graphs
 from cdetr_fast.inference.engine import Engine
-from cdetr_fast.inference.graphs import CudaCapturer, GraphCache
+from cdetr_fast.inference.graphs import GraphCache
 from cdetr_fast.inference.origin import Origin
 from cdetr_fast.inference.watch import Settings, Watch
 
@@ -129,7 +130,7 @@ class Runner:
         rows.append(("compile", self.options.compile or "no"))
         if self._graphs is not None:
             rows += self._graphs.describe()
-        elif self.options.cuda_graphs and self.engine.device.type == CudaCapturer.device_type:
+        elif self.options.cuda_graphs and self.engine.device.type == cuda_graphs.DEVICE_TYPE:
             rows.append(("graph", "none captured yet"))
         else:
             rows.append(("graph", "not used"))
@@ -211,10 +212,9 @@ class Runner:
         call = self.engine
         if self.options.compile is not None:
             call = torch.compile(call, mode=self.options.compile, fullgraph=True, dynamic=False)
-        if self.options.cuda_graphs and self.engine.device.type == CudaCapturer.device_type:
-            capturer = CudaCapturer(self.engine.device)
+        if self.options.cuda_graphs and self.engine.device.type == cuda_graphs.DEVICE_TYPE:
             options = (self.options.max_graphs, self.options.static_outputs)
-            call = GraphCache(call, self.engine.kept_constants, capturer, *options)
+            call = GraphCache(call, self.engine.kept_constants, *options)
             self._graphs = call
         return call
 

@@ -1,4 +1,4 @@
-"""Training by CUDA graphs, on a CPU that plays the device (`graph_stand_in.py`)."""
+"""Training by CUDA graphs, on a CPU that plays the device."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from cdetr_fast.training.run.signals import StopSignals
 
 
 @pytest.fixture
-def generator(monkeypatch):
+def cuda(monkeypatch):
     return graph_stand_in.install(monkeypatch)
 
 
@@ -42,7 +42,7 @@ def assert_same(got, expected):
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 @pytest.mark.parametrize("compat", ["paper", "transformers"])
-def test_losses_gradients_and_weights_are_those_without_graphs(generator, compat, accumulate):
+def test_losses_gradients_and_weights_are_those_without_graphs(cuda, compat, accumulate):
     model = small_model(compat=compat)
     graphed = copy.deepcopy(model)
     used = graphs.use_graphs(graphed, eager_first=1)
@@ -52,13 +52,15 @@ def test_losses_gradients_and_weights_are_those_without_graphs(generator, compat
     assert_same(list(graphed.parameters()), list(model.parameters()))
 
 
-def test_gradients_that_autograd_would_keep_are_not_the_graphs_own(generator, monkeypatch):
+def test_gradients_that_autograd_would_keep_are_not_the_graphs_own(cuda, monkeypatch):
     """Without the copies an accumulated step is wrong: the stand-in is as strict as a graph."""
 
-    def hand_on(ctx, *gradients):
-        return None, None, *gradients
+    def uncopied(ctx, *output_gradients):
+        ctx.graph.backward(output_gradients)
+        own = (None if x is None else x.detach() for x in ctx.graph._gradients)
+        return None, None, None, None, *own
 
-    monkeypatch.setattr(graphs._OwnGradients, "backward", staticmethod(hand_on))
+    monkeypatch.setattr(graphs._Replay, "backward", staticmethod(uncopied))
     model = small_model()
     graphed = copy.deepcopy(model)
     graphs.use_graphs(graphed, eager_first=0)
@@ -66,7 +68,7 @@ def test_gradients_that_autograd_would_keep_are_not_the_graphs_own(generator, mo
         assert_same(run(graphed, 2), run(model, 2))
 
 
-def test_without_auxiliary_loss_and_mask(generator):
+def test_without_auxiliary_loss_and_mask(cuda):
     model = small_model(auxiliary_loss=False)
     graphed = copy.deepcopy(model)
     used = graphs.use_graphs(graphed, eager_first=0)
@@ -78,7 +80,7 @@ def test_without_auxiliary_loss_and_mask(generator):
     assert len(used.describe()) == 2
 
 
-def test_autocast(generator):
+def test_autocast(cuda):
     """As without autocast's cache, by which gradients of a weight's uses are summed in bf16."""
     model = small_model()
     graphed = copy.deepcopy(model)
@@ -89,7 +91,7 @@ def test_autocast(generator):
     assert used.describe()[0][1] == "2 x 64 x 96, bfloat16, with a mask"
 
 
-def test_dropout_draws_the_same_numbers(generator):
+def test_dropout_draws_the_same_numbers(cuda):
     """Warm-up and capture take none of them, and each replay draws new ones."""
     model = small_model(dropout=0.3)
     graphed = copy.deepcopy(model)
@@ -104,7 +106,7 @@ def test_dropout_draws_the_same_numbers(generator):
     assert first != second
 
 
-def test_parameters_that_do_not_train_and_those_without_a_gradient(generator):
+def test_parameters_that_do_not_train_and_those_without_a_gradient(cuda):
     model = small_model()
     model.model.freeze_backbone()
     model.unread = torch.nn.Parameter(torch.ones(3))
@@ -116,7 +118,7 @@ def test_parameters_that_do_not_train_and_those_without_a_gradient(generator):
     assert all(p.grad is None for p in graphed.model.backbone.model.parameters())
 
 
-def test_under_ddp(generator, tmp_path):
+def test_under_ddp(cuda, tmp_path):
     """Its hooks run, once a step; a capture leaves the parameters' own nodes of autograd alone."""
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -149,7 +151,7 @@ def _counted(bucket, reduced):
     return future
 
 
-def test_a_backward_pass_comes_once_and_in_its_turn(generator):
+def test_a_backward_pass_comes_once_and_in_its_turn(cuda):
     model = small_model()
     graphs.use_graphs(model, eager_first=0)
     first, second = model(**batch(0)).loss, model(**batch(1, SHAPES[1])).loss
@@ -162,7 +164,7 @@ def test_a_backward_pass_comes_once_and_in_its_turn(generator):
         second.backward()
 
 
-def test_only_training_with_labels_runs_by_graphs(generator):
+def test_only_training_with_labels_runs_by_graphs(cuda):
     model = small_model()
     used = graphs.use_graphs(model, eager_first=0)
     inputs = batch(0)
@@ -179,7 +181,7 @@ def test_only_training_with_labels_runs_by_graphs(generator):
     assert used.replays == 1
 
 
-def test_which_shapes_get_graphs(generator):
+def test_which_shapes_get_graphs(cuda):
     model = small_model()
     used = graphs.use_graphs(model, limit=2, eager_first=1)
 
@@ -192,12 +194,12 @@ def test_which_shapes_get_graphs(generator):
     assert see(SHAPES[0], 5) == 4
     assert see(SHAPES[1], 2) == 1
     assert see(SHAPES[2], 3) == 0  # no room, and not seen twice as often
-    assert see(SHAPES[2], 1) == 1  # now in place of the second
+    assert see(SHAPES[2], 1) == 1  # now it replaces the second
     assert [text.split(",")[0] for _, text in used.describe()] == ["2 x 64 x 96", "1 x 96 x 64"]
     assert see(SHAPES[1], 1) == 0
 
 
-def test_what_cannot_be_captured_runs_without_and_is_named_once(generator, caplog):
+def test_what_cannot_be_captured_runs_without_and_is_named_once(cuda, caplog):
     """A look at a number is refused while capturing, as on a GPU; random numbers go on."""
     model = small_model(dropout=0.3)
     graphed = copy.deepcopy(model)
@@ -219,26 +221,26 @@ def test_what_cannot_be_captured_runs_without_and_is_named_once(generator, caplo
     assert_same(*results)
     reason = "RuntimeError: operation not permitted when stream is capturing"
     assert ("no graph", f"2 x 64 x 96, float32, with a mask: {reason}") in used.describe()
-    assert len(caplog.records) == generator.renewed == 1
+    assert len(caplog.records) == cuda.generator.renewed == 1
     assert f"batches of 2 x 64 x 96, float32, with a mask run without a graph: {reason}" in (
         caplog.text
     )
-    # The other shape's graph went with the generator's state, and was captured anew.
+    # The other shape's graph went with the generator's state, and was captured again.
     assert [kind for kind, _ in used.describe()] == ["graph", "no graph"]
     assert used.replays == 3
 
 
-def test_after_some_failures_no_other_shape_is_tried(generator, caplog, monkeypatch):
+def test_after_some_failures_no_other_shape_is_tried(cuda, caplog, monkeypatch):
     model = small_model()
     used = graphs.use_graphs(model, eager_first=0)
 
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(used._predictor, "graphed", exhausted)
+    monkeypatch.setattr(graphs, "_TrainingGraph", exhausted)
     for size in (32, 64, 96, 128, 160):
         model(**batch(0, (1, 3, 32, size))).loss.backward()
-    assert len(used.failures) == len(caplog.records) == 3
+    assert len(used.table.failures) == len(caplog.records) == 3
     assert caplog.text.count("no other shape is tried") == 1
 
 
@@ -289,7 +291,7 @@ def test_which_models_it_does_not_go_with():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_is_the_same(settings, generator, monkeypatch, tmp_path, precision):
+def test_a_run_is_the_same(settings, cuda, monkeypatch, tmp_path, precision):
     """Through Accelerate, with accumulation, clipping and dropout."""
     rows = []
     for graphed in (False, True):
