@@ -20,7 +20,6 @@ from cdetr_fast.checkpoints.key_maps import (
 )
 from cdetr_fast.common import validation as check
 from cdetr_fast.common.files import make_folder, replace_all, write_json
-from cdetr_fast.config.compat import departure_of
 from cdetr_fast.config.model import CONFIG_NAME
 
 
@@ -73,7 +72,7 @@ def save_pretrained(
     config.architectures = [type(model).__name__]
     config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     config.validate()
-    if config.compat == "paper" and (reason := departure_of(config)):
+    if config.compat == "paper" and (reason := config.departure()):
         warnings.warn(
             f"{save_directory}: transformers computes other numbers with these weights, as there "
             f"{reason}. Models that go back and forth need compat='transformers'.",

@@ -20,7 +20,7 @@ DOWNLOAD_OPTIONS = (
 
 
 def resolve_file(
-    name_or_path: str | os.PathLike, file_name: str, *, subfolder: str = "", **options: Any
+    name_or_path: str | os.PathLike[str], file_name: str, *, subfolder: str = "", **options: Any
 ) -> Path:
     """Finds a file of a model in a local folder, or fetches it from the hub.
 
@@ -72,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def make_folder(path: str | os.PathLike) -> Path:
+def make_folder(path: str | os.PathLike[str]) -> Path:
     """Makes a folder to save into; NotADirectoryError if it is a file."""
     folder = Path(path)
     if folder.is_file():

@@ -101,10 +101,16 @@ class Before(NamedTuple):
         return core_schema.no_info_before_validator_function(self.convert, handler(source))
 
 
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 PositiveInt = Annotated[int, Bounds(1)]
 NonNegativeInt = Annotated[int, Bounds(0)]
 NonNegativeNumber = Annotated[float | int, Bounds(0)]
 Probability = Annotated[float | int, Bounds(0, 1)]
+IntList = Annotated[list[int], Before(_as_list)]
+StrList = Annotated[list[str], Before(_as_list)]
 
 
 class Problem(NamedTuple):
@@ -219,8 +225,9 @@ def first_problem(error: "ValidationError", kind: Any, value: Any) -> Problem:
         name = str(location[-1])
         text = f"unknown field {name!r}{did_you_mean(name, field_types(_plain(kind)))}"
         return Problem(tuple(path), text, is_type_error=True)
-    if error_type == "value_error" and _explicit(kind) is None:
-        return Problem(tuple(path), str(first["ctx"]["error"]), is_type_error=False)
+    message = str(first["ctx"]["error"]) if error_type == "value_error" else ""
+    if message and _explicit(kind) is None:
+        return Problem(tuple(path), message, is_type_error=False)
     got = "nothing" if error_type == "missing" else shortened(value)
     is_type_error = error_type.endswith("_type") or error_type == "is_instance_of"
     return Problem(tuple(path), f"expected {describe(kind)}, got {got}", is_type_error)

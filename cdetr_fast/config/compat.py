@@ -1,44 +1,42 @@
-"""Which models compute other numbers in transformers than the paper's authors have it.
+"""Where transformers departs from the paper's authors in the numbers that a model computes.
 
-Their weights, if trained there, are only right with `compat="transformers"`.
+Weights that were trained with a departure are only right with `compat="transformers"`.
 """
 
 import functools
 import re
-from typing import TYPE_CHECKING
 
 import torch
 
-from cdetr_fast.common import validation as check
-
-if TYPE_CHECKING:
-    from cdetr_fast.config.model import ConditionalDetrConfig
+from cdetr_fast.common.validation import refuse
+from cdetr_fast.config.backbone import BackboneConfig
 
 
-def departure_of(config: "ConditionalDetrConfig") -> str | None:
-    """Says what transformers does otherwise with a model of this configuration, or returns None."""
-    if config.auxiliary_loss:
+def departure_of(
+    auxiliary_loss: bool, architectures: list[str] | None, backbone: BackboneConfig
+) -> str | None:
+    """Return how transformers departs from the authors for these fields, or None."""
+    if auxiliary_loss:
         return "with auxiliary_loss=True the decoder feeds the layer-normed state to the next layer"
-    if "ConditionalDetrForSegmentation" in (config.architectures or ()):
+    if "ConditionalDetrForSegmentation" in (architectures or ()):
         return "a segmentation model predicts boxes without reference points"
-    backbone = config.backbone_config
     # freeze_batch_norm_2d freezes through timm, which keeps activations and epsilon
-    timm_freezes = backbone.model_type != "timm_backbone" or backbone.freeze_batch_norm_2d
-    if not timm_freezes and _changed_by_freezing(backbone.backbone):
+    is_timm = backbone.model_type == "timm_backbone" and backbone.backbone is not None
+    if is_timm and not backbone.freeze_batch_norm_2d and _changed_by_freezing(backbone.backbone):
         return f"{backbone.backbone!r} loses its activations (or epsilon) with the batch norms"
     return None
 
 
 @functools.cache
 def _changed_by_freezing(backbone: str) -> bool:
-    """Whether batch norms of this timm model have an activation inside, or another epsilon."""
+    """Return whether batch norms of this timm model have an activation or another epsilon."""
     if re.fullmatch(r"resnet(18|34|50|101|152)(\..*)?", backbone):  # known: no need to build them
         return False
     import timm  # 1 s to import, and only some backbones need it
-    from timm.layers import BatchNormAct2d
+    from timm.layers.norm_act import BatchNormAct2d
 
     if not timm.is_model(backbone):
-        check.refuse("backbone_config.backbone", "the name of a timm model", backbone)
+        refuse("backbone_config.backbone", "the name of a timm model", backbone)
     with torch.device("meta"):
         model = timm.create_model(backbone, features_only=True)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
