@@ -99,7 +99,7 @@ def stages(lines: Path, rehearse: bool) -> dict[str, Stage]:
             80, needs=theirs,
         ),
         "loss": Stage(
-            ["benchmarks.loss", "--device", "cuda", "--repeats", "10"], 60, needs=theirs
+            ["benchmarks", "loss", "--device", "cuda", "--repeats", "10"], 60, needs=theirs
         ),
         "memcheck": Stage(once, 90, (*sanitizer, "--tool", "memcheck"), sanitizer[:1], exact),
         "racecheck": Stage(once, 90, (*sanitizer, "--tool", "racecheck"), sanitizer[:1]),
@@ -238,6 +238,8 @@ def run_stage(stage: Stage, seconds: float, log: Path) -> dict[str, Any]:
 def output_options(name: str, stage: Stage, folder: Path) -> Stage:
     """Has a benchmark write its rows beside the results, from where they are taken over."""
     program = stage.command[0].removeprefix("benchmarks.")
+    if program == "benchmarks":
+        program = stage.command[1]
     if program not in ("model", "training", "loss"):
         return stage
     env = stage.env | {"CDETR_FAST_RESULTS": str(folder)}

@@ -1,81 +1,150 @@
-"""Times of one call on a device, with a cold L2, and the most that the device can do."""
+"""The timer: calls of several providers in turns, and the rates that a device can reach at most."""
 
 import functools
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
+from benchmarks.memory import peak_mib as peak_mib
+
+CPU = torch.device("cpu")
 # Larger than any L2 or last-level cache that it has to empty.
 FLUSHED_BYTES = 256 * 2**20
 
+Call = Callable[[], Any]
 
-def call_times(
-    call: Callable[[], Any], device: torch.device, repeats: int, seconds: float
-) -> dict[str, float]:
-    """Times `call()`: median, 10th and 90th percentile in milliseconds, and how many calls.
 
-    Before each call a buffer larger than the caches is written. On a GPU the times are those
-    between two events on the current stream.
+def time_in_turns(
+    calls: Mapping[str, Call],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    device: torch.device = CPU,
+    cold: bool = False,
+    seconds: float = math.inf,
+) -> dict[str, dict[str, float]]:
+    """Time calls in turns, so that a busy moment of the machine hits all of them.
 
     Args:
-        call: What is timed. Its result is dropped.
-        device: Where it works.
-        repeats: How often it is called.
-        seconds: Calls stop when they have taken this long, but not before the tenth.
+        calls: Each is called once per round; results are dropped.
+        repeats: Timed rounds.
+        warmup: Rounds before them.
+        device: Where the calls work. A call has ended when its GPU is idle.
+        cold: Write a buffer larger than the caches before each call, and leave the time of the host
+            out: on a GPU by events, on a CPU with one thread by processor time.
+        seconds: No round begins after this long, but ten are timed in any case.
+
+    Returns:
+        The statistics of each call in milliseconds, see `summarised`.
     """
-    times = (_gpu_times if device.type == "cuda" else _cpu_times)(call, device, repeats, seconds)
-    # Of a single one twice: there are no deciles of one number.
-    deciles = statistics.quantiles(
-        times * 2 if len(times) == 1 else times, n=10, method="inclusive"
-    )
-    return {"ms": statistics.median(times), "p10": deciles[0], "p90": deciles[-1], "n": len(times)}
+    stopwatch = _stopwatch(device, cold)
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    samples: dict[str, list[Any]] = {name: [] for name in calls}
+    started = time.perf_counter()
+    for round_ in range(repeats):
+        for name, call in calls.items():
+            samples[name].append(stopwatch.run(call))
+        # Not after every round: the host stays ahead of a GPU.
+        if round_ % 10 == 9:
+            stopwatch.wait()
+            if time.perf_counter() - started > seconds:
+                break
+    stopwatch.wait()
+    return {name: summarised(map(stopwatch.milliseconds, taken)) for name, taken in samples.items()}
+
+
+def call_times(call: Call, device: torch.device, repeats: int, seconds: float) -> dict[str, float]:
+    """Time one call with cold caches; arguments and result as of `time_in_turns`."""
+    warmup = 3 if device.type == "cuda" else 1
+    options = {"warmup": warmup, "device": device, "cold": True, "seconds": seconds}
+    return time_in_turns({"": call}, repeats, **options)[""]
+
+
+def summarised(milliseconds: Iterable[float]) -> dict[str, float]:
+    """Return the median, the fastest, the 95th percentile, the slowest and the number of times."""
+    taken = sorted(milliseconds)
+    return {
+        "ms": statistics.median(taken),
+        "min_ms": taken[0],
+        "p95_ms": taken[math.ceil(0.95 * len(taken)) - 1],
+        "max_ms": taken[-1],
+        "calls": len(taken),
+    }
 
 
 def now() -> float:
-    """Seconds. With one thread processor time, which other processes lengthen least."""
+    """Return seconds: with one thread processor time, which other processes lengthen least."""
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def _gpu_times(call, device, repeats, seconds) -> list[float]:
-    buffer = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
-    for _ in range(3):
+class _WallClock:
+    """Times from the call to the end of the work on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def run(self, call: Call) -> float:
+        start = time.perf_counter()
         call()
-    # Not read back one by one: the host stays ahead of the device.
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    torch.cuda.synchronize(device)
-    started, measured = time.perf_counter(), 0
-    for before, after in events:
-        buffer.zero_()
+        self.wait()
+        return 1e3 * (time.perf_counter() - start)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def milliseconds(self, taken: float) -> float:
+        return taken
+
+
+class _ColdCpu(_WallClock):
+    """Times with caches that hold something else."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.buffer = torch.empty(FLUSHED_BYTES // 4, dtype=torch.int8)
+
+    def run(self, call: Call) -> float:
+        self.buffer.zero_()
+        start = now()
+        call()
+        return 1e3 * (now() - start)
+
+
+class _ColdGpu(_WallClock):
+    """Times between two events on the current stream, after a buffer larger than L2 is written."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.buffer = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
+
+    def run(self, call: Call) -> Any:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.buffer.zero_()
         before.record()
         call()
         after.record()
-        measured += 1
-        if measured % 10 == 0:
-            after.synchronize()
-            if time.perf_counter() - started > seconds:
-                break
-    torch.cuda.synchronize(device)
-    return [before.elapsed_time(after) for before, after in events[:measured]]
+        return before, after
+
+    def milliseconds(self, taken: Any) -> float:
+        before, after = taken
+        return before.elapsed_time(after)
 
 
-def _cpu_times(call, device, repeats, seconds) -> list[float]:
-    del device
-    buffer = torch.empty(FLUSHED_BYTES // 4, dtype=torch.int8)
-    call()
-    times, started = [], time.perf_counter()
-    while len(times) < repeats and (len(times) < 10 or time.perf_counter() - started < seconds):
-        buffer.zero_()
-        before = now()
-        call()
-        times.append((now() - before) * 1e3)
-    return times
+def _stopwatch(device: torch.device, cold: bool) -> _WallClock:
+    if not cold:
+        return _WallClock(device)
+    return _ColdGpu(device) if device.type == "cuda" else _ColdCpu(device)
 
 
-def captured(call: Callable[[], Any]) -> Callable[[], None]:
-    """Returns the replay of `call()`, captured as a CUDA graph: its time without the host's."""
+def captured(call: Call) -> Callable[[], None]:
+    """Return the replay of a call, captured as a CUDA graph: its time without the host's."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -88,21 +157,9 @@ def captured(call: Callable[[], Any]) -> Callable[[], None]:
     return graph.replay
 
 
-def peak_mib(call: Callable[[], Any], device: torch.device) -> float | None:
-    """Returns the memory that `call()` allocates at most beyond what is there; None on CPUs."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-
-
 @functools.lru_cache
 def copied_bytes_per_second(device: torch.device) -> float:
-    """Measures a large copy: bytes read and written in a second."""
+    """Measure a large copy: bytes read and written per second."""
     size = 2**30 if device.type == "cuda" else 2**27
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -112,7 +169,7 @@ def copied_bytes_per_second(device: torch.device) -> float:
 
 @functools.lru_cache
 def multiplied_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Measures a large product of matrices of random numbers, as torch multiplies in `dtype`."""
+    """Measure a large product of random matrices, as torch multiplies in `dtype`."""
     if device.type == "cuda":
         size = 8192 if dtype != torch.float32 else 4096
     else:

@@ -11,7 +11,6 @@ import torch
 from benchmarks import (
     decoder,
     folder,
-    loss,
     mask_head,
     measure,
     model,
@@ -45,7 +44,6 @@ def results(tmp_path, monkeypatch):
         (training, "--size 64 96 --batch 2 --layers 2 --targets 3 --threads 1 --repeats 1"),
         (decoder, "--map 3 4 --batch 2 --padded --threads 1 --repeats 1 --backward"),
         (mask_head, "--size 128 160 --queries 10 --threads 1 --repeats 1"),
-        (loss, "--batch 2 --targets 3 --threads 1 --repeats 1"),
         (
             patching,
             "--backbone resnet18 --size 64 96 --training-size 64 96 --threads 1 --repeats 1",
@@ -88,21 +86,6 @@ def test_detections_that_differ_are_not_reported(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark", *arguments.split()])
     assert topk.main() == 1
     assert "30x9, k=20, batch 1" in capsys.readouterr().err
-
-
-def test_disagreeing_losses_are_not_reported(results, monkeypatch, capsys):
-    detection_loss = loss.detection_loss
-
-    def wrong(*arguments):
-        value, names, auxiliary = detection_loss(*arguments)
-        return 1.01 * value, names, auxiliary
-
-    monkeypatch.setattr(loss, "detection_loss", wrong)
-    arguments = "--batch 2 --targets 3 --threads 1 --repeats 1 --output trial"
-    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments.split()])
-    assert loss.main() == 1
-    assert "disagree" in capsys.readouterr().err
-    assert not list(results.iterdir())
 
 
 def test_the_readme_shows_the_results(root):

@@ -1,0 +1,49 @@
+"""The registry: every benchmark, and every tool that measures or checks, by its name."""
+
+import dataclasses
+import importlib
+import importlib.util
+from types import ModuleType
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What `python -m benchmarks NAME` runs.
+
+    Args:
+        name: Name on the command line.
+        summary: One line for the list.
+        needs: Modules without which it cannot run.
+        devices: Types of devices that `--device` may name; the first one is the default.
+        tool: Module of a tool, whose `main(arguments)` returns the exit status. A benchmark has
+            None; it is in `benchmarks/suite`.
+    """
+
+    name: str
+    summary: str
+    needs: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu",)
+    tool: str | None = None
+
+    def load(self) -> ModuleType:
+        """Import the module of the benchmark or tool."""
+        return importlib.import_module(self.tool or f"benchmarks.suite.{self.name}")
+
+    def missing(self) -> list[str]:
+        """Return the modules that it needs and that are not installed."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+
+
+THEIRS = ("transformers", "timm")
+ANYWHERE = ("cpu", "cuda")
+
+BENCHMARKS = (Entry("loss", "matching and loss, forward and backward", THEIRS, ANYWHERE),)
+TOOLS = (
+    Entry("ops", "microbenchmarks of the operators", tool="benchmarks.ops"),
+    Entry("numerics", "errors of kernels and models, for docs", THEIRS, tool="benchmarks.numerics"),
+    Entry("audit", "machine code of every kernel: registers, spills", tool="benchmarks.audit"),
+    Entry("tune", "tiles of the attention kernels on this GPU", tool="benchmarks.tune"),
+    Entry("kernels_once", "every kernel once, for sanitizers", tool="benchmarks.kernels_once"),
+    Entry("gpu_check", "everything that only a GPU can show", tool="benchmarks.gpu_check"),
+)
+REGISTRY = {entry.name: entry for entry in (*BENCHMARKS, *TOOLS)}
