@@ -10,7 +10,7 @@ import torch
 from benchmarks import results
 from benchmarks.case import OptionError
 from benchmarks.registry import BENCHMARKS, REGISTRY, TOOLS, Entry
-from cdetr_fast.common.suggestions import did_you_mean
+from cdetr_fast.common.validation import did_you_mean
 
 USAGE = "python -m benchmarks NAME [options]   (NAME --help: the options)"
 
