@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdetr_fast._moved import keep_old_names
+from cdetr_fast.common.model_families import register_family
 
 __version__ = "0.1.0"
 
@@ -75,6 +76,7 @@ def _find_kernels_in_checkout() -> None:
 
 _find_kernels_in_checkout()
 keep_old_names(__name__)
+register_family("transformers", "cdetr_fast.integrations.transformers")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,6 @@
 """`optimize(model)`: the same model, faster at inference."""
 
 import copy
-import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from cdetr_fast.common import validation as check
+from cdetr_fast.common.model_families import family_of
 from cdetr_fast.inference import models
 from cdetr_fast.inference.int8 import reason_against_int8
 from cdetr_fast.inference.origin import Origin, count_fused_steps, set_apart
@@ -119,10 +119,8 @@ def _prepared(
 def _recognise(model: Any) -> Kind:
     """Says what a model is."""
     kind = models.recognise(model)
-    if kind is None and "transformers" in sys.modules:
-        from cdetr_fast.integrations.transformers import recognise
-
-        kind = recognise(model)
+    if kind is None and (family := family_of(model)) is not None:
+        kind = family.recognise(model)
     if kind is not None:
         return kind
     if isinstance(model, models.OptimizedModel):
