@@ -19,7 +19,6 @@ from benchmarks.measure import interleaved, print_table, save
 from cdetr_fast.images import ConditionalDetrImageProcessor
 from cdetr_fast.images import resize as transforms
 from cdetr_fast.images.load import load_images
-from cdetr_fast.images.settings import SETTINGS
 
 
 def make_photo(path: Path | None) -> Image.Image:
@@ -45,14 +44,13 @@ def make_inputs(photo: Image.Image, kind: str, batch: int, folder: Path) -> list
 
 
 def steps_of(images: list, processor: ConditionalDetrImageProcessor, repeats: int) -> dict:
-    settings = {name: getattr(processor, name) for name in SETTINGS}
     tensors = load_images(images)
-    resized = transforms.resized(tensors, settings)
+    resized = transforms.resized(tensors, processor)
     batch_hw = transforms.batch_size_hw([tuple(i.shape[-2:]) for i in resized], None)
     steps = {
         "read": lambda: load_images(images),
-        "resize": lambda: transforms.resized(tensors, settings),
-        "normalise and pad": lambda: transforms.normalized_batch(resized, settings, batch_hw),
+        "resize": lambda: transforms.resized(tensors, processor),
+        "normalise and pad": lambda: transforms.normalized_batch(resized, processor, batch_hw),
     }
     return interleaved(steps, repeats)
 

@@ -22,7 +22,7 @@ MOVED = {
     "image_processing.processor": "images.processor",
     "image_processing.segmentation": "images.segments",
     "image_processing.settings": "images.settings",
-    "image_processing.sizes": "images.sizes",
+    "image_processing.sizes": "images.resize",
     "image_processing.transforms": "images.resize",
     "key_maps": "checkpoints.key_maps",
     "losses": "loss.criterion",

@@ -1,8 +1,9 @@
-"""Images to model inputs, and model outputs to results.
+"""Images as model inputs, and model outputs as results.
 
-`inputs` turns whatever a user has into RGB tensors, `annotations` turns COCO annotations into
-training targets, `processor` resizes, normalises and pads both, `post_processing` turns outputs
-into results.
+In the order in which data passes: `load` turns whatever a user has into RGB tensors, `resize`
+resizes, normalises and pads them, `targets` makes training targets of COCO annotations; then
+`detections` and `segments` read model outputs, and `results` and `draw` present them. `processor`
+is the class around them, `settings` its settings and files.
 """
 
 from cdetr_fast.images.batch_feature import BatchFeature

@@ -1,4 +1,4 @@
-"""The container that the image processor returns."""
+"""`BatchFeature`: the container that the image processor returns."""
 
 from collections import UserDict
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class BatchFeature(UserDict):
+class BatchFeature(UserDict[str, Any]):
     """A dictionary of tensors whose entries are attributes too, as in transformers.
 
     Args:
@@ -15,7 +15,7 @@ class BatchFeature(UserDict):
     """
 
     def __getattr__(self, name: str) -> Any:
-        # "data" is absent while an instance is being unpickled: looking it up there would not end.
+        # "data" is absent while an instance is unpickled: looking it up would recurse forever.
         if name == "data" or name not in self.data:
             raise AttributeError(f"BatchFeature has no entry {name!r}")
         return self.data[name]
@@ -27,13 +27,13 @@ class BatchFeature(UserDict):
         *,
         non_blocking: bool = False,
     ) -> "BatchFeature":
-        """Moves tensors to a device and casts floating point ones, in place, and returns itself.
+        """Move tensors to a device and cast floating point ones, in place, and return itself.
 
-        Labels move with the batch and keep their dtype: the loss wants fp32 boxes. (transformers
+        Labels move with the batch and keep their dtype: the loss needs fp32 boxes. (transformers
         leaves labels where they are.)
 
         Args:
-            device: Target device; a dtype in this place is taken as `dtype`.
+            device: Target device; a dtype given here is `dtype`.
             dtype: Floating point dtype of the entries.
             non_blocking: Copy asynchronously where possible.
 
@@ -59,7 +59,7 @@ class BatchFeature(UserDict):
         return self
 
     def numpy(self) -> "BatchFeature":
-        """Turns every tensor into a numpy array, in place, and returns itself."""
+        """Turn every tensor into a numpy array, in place, and return itself."""
 
         def converted(value: Any) -> Any:
             if isinstance(value, Tensor):

@@ -1,7 +1,7 @@
-"""Model outputs to detections; what detection and segmentation share in reading outputs.
+"""Detections from model outputs, and reading outputs as detection and segmentation both do.
 
 The class head is trained with the sigmoid focal loss: its outputs are independent probabilities,
-and there is no "no object" class.
+without a "no object" class.
 
 Dimensions: B batch, Q queries, K classes, k detections kept, n of them above the threshold.
 """
@@ -25,7 +25,7 @@ def detections(
     top_k: int,
     return_tensors: str | None,
 ) -> list[dict[str, Tensor]] | BatchFeature:
-    """Implements `ConditionalDetrImageProcessor.post_process_object_detection`."""
+    """Implement `ConditionalDetrImageProcessor.post_process_object_detection`."""
     if return_tensors not in (None, "pt"):
         raise ValueError(f"return_tensors: expected None or 'pt', got {return_tensors!r}")
     if isinstance(top_k, bool) or not isinstance(top_k, int):
@@ -49,7 +49,7 @@ def detections(
     if batch == 1:
         n = counts.item()
         return [{"scores": scores[0, :n], "labels": labels[0, :n], "boxes": boxes_xyxy[0, :n]}]
-    # Views of what is above and below the threshold in turns; a slice for each would cost more.
+    # Alternating views above and below the threshold; one slice for each would cost more.
     parts = [part for n in counts.tolist() for part in (n, k - n)]
     above = (
         tensor.flatten(0, 1).split(parts)[::2] if parts else ()
@@ -59,19 +59,14 @@ def detections(
 
 
 def field_of(outputs: Any, name: str) -> Tensor:
-    """Reads a field of a model output, or of the plain dict that transformers' pipelines make."""
+    """Return a field of a model output, or of the plain dict that transformers' pipelines make."""
     return outputs[name] if isinstance(outputs, Mapping) else getattr(outputs, name)
-
-
-def upcast(values: Tensor) -> Tensor:
-    """Half precision to fp32; probabilities of 16 bits tie and do not add up."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def target_sizes_hw(
     target_sizes: TargetSizes | None, batch: int
 ) -> list[tuple[int, int]] | list[None]:
-    """Returns the requested (height, width) of each image; None for each if none are requested."""
+    """Return the requested (height, width) of each image, or None for each."""
     if target_sizes is None:
         return [None] * batch
     if len(target_sizes) != batch:
@@ -80,8 +75,10 @@ def target_sizes_hw(
         )
     if isinstance(target_sizes, Tensor):
         target_sizes = target_sizes.tolist()
-    sizes = [tuple(int(side) for side in size) for size in target_sizes]
-    for i, size in enumerate(sizes):
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"target_sizes[{i}]: expected (height, width) above 0, got {size}")
+    sizes = []
+    for i, size in enumerate(target_sizes):
+        sides = tuple(int(side) for side in size)
+        if len(sides) != 2 or min(sides) < 1:
+            raise ValueError(f"target_sizes[{i}]: expected (height, width) above 0, got {sides}")
+        sizes.append((sides[0], sides[1]))
     return sizes

@@ -22,7 +22,7 @@ def class_colour(label: int) -> tuple[int, int, int]:
         label: Class index.
 
     Returns:
-        Three integers from 0 to 255. Successive labels are far apart in hue.
+        Three integers from 0 to 255. The hues of successive labels are far apart.
     """
     hue = (0.02 + label * _GOLDEN_RATIO) % 1.0
     value = (1.0, 0.75, 0.9)[label % 3]
@@ -79,7 +79,7 @@ def draw_detections(
         draw.rectangle(boxes[i].tolist(), outline=class_colour(int(classes[i])), width=line)
 
     captioner = _Captioner(draw, picture.size)
-    for i in order[::-1]:  # the highest score has the first choice of a free place
+    for i in order[::-1]:  # the highest score chooses first among free positions
         left, top, _, bottom = boxes[i].tolist()
         captioner.write(captions[i], left, top, bottom, class_colour(int(classes[i])))
     return picture
@@ -98,7 +98,7 @@ def draw_masks(
         image: Picture of any mode.
         segmentation: `[H, W]` integer segment ids, as the image processor's instance and panoptic
             post-processing return them; ids that `segments_info` does not list stay untouched.
-        segments_info: One mapping a segment, with "id", "label_id" and, if there is one, "score".
+        segments_info: One mapping per segment, with "id", "label_id" and, if there is one, "score".
         id2label: Class names; an index without one is written as a number.
         opacity: 0 leaves the picture as it is, 1 hides it below the colours.
 
@@ -125,7 +125,7 @@ def draw_masks(
         pixels[_inner_edge(mask)] = colour
         name = id2label.get(label, str(label))
         score = info.get("score")
-        rows, columns = np.nonzero(mask)  # a pixel of the segment, which its centroid need not be
+        rows, columns = np.nonzero(mask)  # a pixel of the segment; its centroid may be outside
         row = rows[len(rows) // 2]
         column = np.median(columns[rows == row])
         caption = name if score is None else f"{name} {score:.2f}"
@@ -150,7 +150,7 @@ def contact_sheet(images: Sequence[Image.Image], columns: int, gap: int = 6) -> 
         A new RGB image.
 
     Raises:
-        ValueError: If there is no picture or no column.
+        ValueError: If the number of pictures or columns is 0.
     """
     if not images:
         raise ValueError("images: expected at least one, got none")
@@ -167,7 +167,7 @@ def contact_sheet(images: Sequence[Image.Image], columns: int, gap: int = 6) -> 
 
 
 class _Captioner:
-    """Writes captions on filled plates, where they hide no earlier one if there is such a place."""
+    """Writer of captions on filled plates that avoid earlier ones where possible."""
 
     def __init__(self, draw: ImageDraw.ImageDraw, size: tuple[int, int]) -> None:
         self.draw = draw
@@ -211,7 +211,7 @@ def _line_width(size: tuple[int, int]) -> int:
 
 
 def _inner_edge(mask: np.ndarray) -> np.ndarray:
-    """Pixels of a mask with a 4-neighbour outside of it."""
+    """Return the pixels of a mask with a 4-neighbour outside it."""
     padded = np.pad(mask, 1)
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & ~inside

@@ -1,8 +1,8 @@
-"""Everything that a user may call an image, turned into `[C, H, W]` tensors.
+"""Images of every kind, loaded as `[C, H, W]` tensors.
 
 PIL images of any 8-bit mode, and files, are turned upright by their EXIF orientation and converted
 to RGB. JPEG files are decoded by torchvision, to the pixels that PIL gives in a third to nine
-tenths of its time (1.4 ms in place of 3.9 ms at 640x480, quality 90); on a CUDA device by nvJPEG,
+tenths of its time (1.4 ms instead of 3.9 ms at 640x480, quality 90); on a CUDA device by nvJPEG,
 whose pixels may differ by a few levels.
 Arrays and tensors may be `[H, W]`, `[C, H, W]` or `[H, W, C]` with 1, 3 or 4 channels.
 """
@@ -25,7 +25,7 @@ from torchvision import io
 from torchvision.transforms.v2 import functional as tvF
 
 # One image, or any nesting of lists of images; a 4-d array or tensor is a batch.
-ImageInput = Image.Image | np.ndarray | Tensor | str | os.PathLike | bytes | Sequence
+ImageInput = Image.Image | np.ndarray | Tensor | str | os.PathLike[str] | bytes | Sequence[Any]
 
 _CHANNELS = (1, 3, 4)
 _EXIF_ORIENTATION = 0x0112
@@ -35,11 +35,16 @@ _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 def require_8_bits(image: Image.Image) -> None:
-    """Raises ValueError for pixels that PIL would clip on the way to RGB."""
+    """Raise ValueError for pixels that PIL would clip when it converts to RGB."""
     if image.mode in _DEEP_MODES:
         raise ValueError(
             f"expected 8 bits per channel, got PIL mode {image.mode!r}; scale it to 8 bits"
         )
+
+
+def image_hw(image: Tensor) -> tuple[int, int]:
+    """Return the height and width of an image `[..., H, W]`."""
+    return image.shape[-2], image.shape[-1]
 
 
 def load_images(
@@ -49,7 +54,7 @@ def load_images(
     device: torch.device | str | None = None,
     first: int = 0,
 ) -> list[Tensor]:
-    """Returns the images as a flat list of `[C, H, W]` tensors, in the memory layout they have.
+    """Return the images as a flat list of `[C, H, W]` tensors, in the memory layout they have.
 
     Args:
         images: PIL images, arrays, tensors, paths, URLs, `data:image/` strings or the bytes of
@@ -62,9 +67,9 @@ def load_images(
         first: Number of the first image in error messages.
 
     Raises:
-        TypeError: An entry is not an image, or has a dtype that is none.
-        ValueError: There is no image, or a shape has no channel axis.
-        OSError: A file cannot be read, or is no whole image.
+        TypeError: An entry is not an image, or its dtype is not that of pixels.
+        ValueError: The list is empty, or a shape has no channel axis.
+        OSError: A file cannot be read, or is not a complete image.
     """
     if input_data_format not in (None, "channels_first", "channels_last"):
         raise ValueError(
@@ -88,7 +93,7 @@ def load_images(
 
 
 def _flatten(images: Any) -> list[Any]:
-    """Returns the single images of any nesting of lists and batches."""
+    """Return the single images of any nesting of lists and batches."""
     if isinstance(images, list | tuple):
         return [image for item in images for image in _flatten(item)]
     if isinstance(images, np.ndarray | Tensor):
@@ -101,8 +106,8 @@ def _flatten(images: Any) -> list[Any]:
     )
 
 
-def _read(source: str | os.PathLike) -> bytes:
-    """Reads an image file, an http(s) URL, or a `data:image/` string."""
+def _read(source: str | os.PathLike[str]) -> bytes:
+    """Read an image file, an http(s) URL, or a `data:image/` string."""
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         with urllib.request.urlopen(source, timeout=_URL_TIMEOUT_SECONDS) as response:
             return response.read()
@@ -112,17 +117,17 @@ def _read(source: str | os.PathLike) -> bytes:
 
 
 def _from_file(
-    source: str | os.PathLike | bytes,
+    source: str | os.PathLike[str] | bytes,
     name: str,
     do_convert_rgb: bool | None,
     device: torch.device | str | None,
 ) -> Tensor:
-    """Returns the image in a file, upright and RGB, as a tensor `[C, H, W]`."""
+    """Return the image in a file, upright and RGB, as a tensor `[C, H, W]`."""
     if isinstance(source, bytes):
         content = source
     else:
         content = _read(source)
-        name = os.fspath(source)[:200]  # a data: string has no end
+        name = os.fspath(source)[:200]  # a data: string may be megabytes long
     try:
         return _decoded(content, name, do_convert_rgb, device)
     except UnidentifiedImageError as error:
@@ -134,17 +139,17 @@ def _from_file(
 def _decoded(
     content: bytes, name: str, do_convert_rgb: bool | None, device: torch.device | str | None
 ) -> Tensor:
-    image = Image.open(BytesIO(content))  # reads the header alone
-    # Other modes (CMYK) become RGB in another way in torchvision. MPO is a JPEG with more to come.
+    image = Image.open(BytesIO(content))  # reads only the header
+    # torchvision converts other modes (CMYK) differently. MPO is a JPEG with more images behind it.
     is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
     if is_jpeg and do_convert_rgb is not False and hasattr(io, "decode_jpeg"):
         data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         upright = image.getexif().get(_EXIF_ORIENTATION, 1) == 1
         on_cuda = device is not None and torch.device(device).type == "cuda"
-        # What torchvision refuses, PIL decides. Its decoders are deprecated from 0.29 on, with a
-        # warning that may have been made an error.
+        # PIL gets what torchvision refuses. Its decoders are deprecated since 0.29, with a warning
+        # that a user may have turned into an error.
         with contextlib.suppress(RuntimeError, DeprecationWarning):
-            if on_cuda and upright:  # nvJPEG does not turn images
+            if on_cuda and upright:  # nvJPEG does not rotate images
                 return io.decode_jpeg(data, mode=io.ImageReadMode.RGB, device=device)
             return io.decode_jpeg(data, mode=io.ImageReadMode.RGB, apply_exif_orientation=True)
     return _from_pil(image, name, do_convert_rgb, warn_if_turned=False)
@@ -153,9 +158,9 @@ def _decoded(
 def _from_pil(
     image: Image.Image, name: str, do_convert_rgb: bool | None, warn_if_turned: bool
 ) -> Tensor:
-    """Returns a PIL image, upright and RGB, as a tensor `[C, H, W]`.
+    """Return a PIL image, upright and RGB, as a tensor `[C, H, W]`.
 
-    transformers reads the pixels of a PIL image without turning it, and fails on all modes but RGB.
+    transformers reads the pixels of a PIL image without rotating it, and only of mode RGB.
     """
     orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     if orientation != 1:
@@ -190,7 +195,7 @@ def _from_array(
     do_convert_rgb: bool | None,
     input_data_format: str | None,
 ) -> Tensor:
-    """Returns an array or tensor as an RGB tensor `[C, H, W]`."""
+    """Return an array or tensor as an RGB tensor `[C, H, W]`."""
     if isinstance(image, np.ndarray):
         if image.dtype.kind not in "uif":
             raise TypeError(f"{name}: expected integers or floats, got {image.dtype}")
@@ -199,7 +204,7 @@ def _from_array(
     elif image.is_complex() or image.dtype == torch.bool:
         raise TypeError(f"{name}: expected integers or floats, got {image.dtype}")
     if image.dtype in (torch.uint16, torch.uint32, torch.uint64):
-        image = image.to(torch.float32)  # torch resizes no other unsigned type than uint8
+        image = image.to(torch.float32)  # torch resizes no unsigned type but uint8
 
     if image.dim() == 2:
         image = image[None]
@@ -220,7 +225,7 @@ def _from_array(
 
 
 def _is_channels_last(image: Tensor, name: str, input_data_format: str | None) -> bool:
-    """Tells whether the last axis holds the channels; the first one is taken if both could."""
+    """Return whether the last axis holds the channels; if both could, the first does."""
     if input_data_format is not None:
         last = input_data_format == "channels_last"
     else:
@@ -232,7 +237,7 @@ def _is_channels_last(image: Tensor, name: str, input_data_format: str | None) -
 
 
 def _over_white(image: Tensor, name: str) -> Tensor:
-    """Lays an RGBA image over a white ground; uint8, or floats in [0, 1]."""
+    """Lay an RGBA image over white; uint8, or floats in [0, 1]."""
     if image.is_floating_point() and (image.amin() < 0 or image.amax() > 1):
         raise ValueError(
             f"{name}: expected RGBA floats in [0, 1], "

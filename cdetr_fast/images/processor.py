@@ -1,4 +1,4 @@
-"""`ConditionalDetrImageProcessor`: images and annotations to batches, outputs to results."""
+"""`ConditionalDetrImageProcessor`: batches from images and annotations, results from outputs."""
 
 import os
 import warnings
@@ -12,25 +12,22 @@ from cdetr_fast.images import detections as post_processing
 from cdetr_fast.images import segments as segmentation
 from cdetr_fast.images import targets
 from cdetr_fast.images.batch_feature import BatchFeature
-from cdetr_fast.images.load import ImageInput, load_images
+from cdetr_fast.images.load import ImageInput, image_hw, load_images
 from cdetr_fast.images.resize import (
     batch_size_hw,
     normalized_batch,
     padded_batch,
     resized,
+    resized_hw,
 )
-from cdetr_fast.images.settings import (
-    SETTINGS,
-    StoredSettings,
-    checked_settings,
-    without_deprecated,
-)
+from cdetr_fast.images.settings import StoredSettings, without_deprecated
 
 
 class ConditionalDetrImageProcessor(StoredSettings):
-    """Prepares images and their annotations for the model, and reads its outputs.
+    """Prepare images and their annotations for the model, and read its outputs.
 
-    Every argument is also an attribute, and can be overridden in a call. None means the default.
+    Every argument is also an attribute that can be set, and can be overridden in a call. None means
+    the default.
 
     Args:
         format: Format of annotations, "coco_detection" or "coco_panoptic".
@@ -48,13 +45,13 @@ class ConditionalDetrImageProcessor(StoredSettings):
         do_pad: Whether to pad at the bottom and on the right to one size, and return `pixel_mask`.
         pad_size: {"height", "width"} of the batch; the largest image's by default.
         do_convert_rgb: None converts to RGB and drops transparency, True lays transparent images
-            over white, False keeps the channels. (transformers' None is our False.)
+            over white, False keeps the channels. (None in transformers is False here.)
         data_format: "channels_last" returns `[B, H, W, 3]`. (transformers' torchvision path ignores
             it.)
         input_data_format: Layout of arrays and tensors; inferred by default.
         device: Where to compute; by default where an image is.
         return_tensors: "np" returns numpy arrays, "pt" and None torch tensors.
-        disable_grouping: Whether to process images of one shape apart; by default on CPUs only.
+        disable_grouping: Whether to process images of one shape one by one; by default on CPUs.
         compat: "paper", or "transformers" for the segmentation functions' errors there (see each).
         max_size: Deprecated: longest edge for an integer `size`.
         pad_and_return_pixel_mask: Deprecated name of `do_pad`.
@@ -67,7 +64,7 @@ class ConditionalDetrImageProcessor(StoredSettings):
     model_input_names = ("pixel_values", "pixel_mask")
 
     def __call__(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
-        """Is `preprocess`."""
+        """Call `preprocess`."""
         return self.preprocess(images, *args, **kwargs)
 
     def preprocess(
@@ -75,10 +72,10 @@ class ConditionalDetrImageProcessor(StoredSettings):
         images: ImageInput,
         annotations: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         return_segmentation_masks: bool | None = None,
-        masks_path: str | os.PathLike | None = None,
+        masks_path: str | os.PathLike[str] | None = None,
         **overrides: Any,
     ) -> BatchFeature:
-        """Turns images, and their annotations, into model inputs.
+        """Turn images, and their annotations, into model inputs.
 
         PIL images and files are turned upright by their EXIF orientation (with a warning if that
         swaps the sides of a PIL image: sizes and annotations then refer to the upright image) and
@@ -108,65 +105,75 @@ class ConditionalDetrImageProcessor(StoredSettings):
                 `do_pad`.
             ImportError: Masks of polygons are asked for and pycocotools is missing.
         """
-        current = {name: getattr(self, name) for name in SETTINGS}
-        settings = checked_settings(current | without_deprecated(overrides), "preprocess")
+        settings = self.with_overrides(without_deprecated(overrides), "preprocess")
         tensors = load_images(
-            images, settings["do_convert_rgb"], settings["input_data_format"], settings["device"]
+            images, settings.do_convert_rgb, settings.input_data_format, settings.device
         )
-        labels = None
+        labels: list[targets.Target] | None = None
         if annotations is not None:
-            labels = [annotations] if isinstance(annotations, Mapping) else list(annotations)
-            if len(labels) != len(tensors):
+            given = [annotations] if isinstance(annotations, Mapping) else list(annotations)
+            if len(given) != len(tensors):
                 raise ValueError(
-                    f"annotations: expected {len(tensors)}, one per image, got {len(labels)}"
+                    f"annotations: expected {len(tensors)}, one per image, got {len(given)}"
                 )
             labels = [
                 targets.prepare_target(
                     label,
-                    tuple(image.shape[-2:]),
-                    settings["format"],
+                    image_hw(image),
+                    settings.format,
                     return_segmentation_masks,
                     masks_path,
                     name=f"annotations[{i}]",
                 )
-                for i, (image, label) in enumerate(zip(tensors, labels, strict=True))
+                for i, (image, label) in enumerate(zip(tensors, given, strict=True))
             ]
 
-        old_sizes = [tuple(image.shape[-2:]) for image in tensors]
-        tensors = resized(tensors, settings)
-        new_sizes = [tuple(image.shape[-2:]) for image in tensors]
-        batch_hw = batch_size_hw(new_sizes, settings["pad_size"] if settings["do_pad"] else None)
-        if not settings["do_pad"] and len(set(new_sizes)) > 1:
-            raise ValueError(f"images: expected one size with do_pad=False, got {new_sizes}")
-
-        pixel_values, pixel_mask = normalized_batch(tensors, settings, batch_hw)
-        if settings["data_format"] == "channels_last":
+        pixel_values, pixel_mask, new_sizes = _to_batch(tensors, settings)
+        batch_hw = image_hw(pixel_values)
+        if settings.data_format == "channels_last":
             pixel_values = pixel_values.permute(0, 2, 3, 1)
         features = BatchFeature({"pixel_values": pixel_values})
-        if settings["do_pad"]:
+        if pixel_mask is not None:
             features["pixel_mask"] = pixel_mask
         if labels is not None:
-            relative = settings["do_convert_annotations"]
+            relative = bool(settings.do_convert_annotations)
             features["labels"] = []
-            for label, old_hw, new_hw in zip(labels, old_sizes, new_sizes, strict=True):
-                if settings["do_resize"]:
-                    label = targets.resize_target(label, old_hw, new_hw)
+            for label, image, new_hw in zip(labels, tensors, new_sizes, strict=True):
+                if settings.do_resize:
+                    label = targets.resize_target(label, image_hw(image), new_hw)
                 if relative:
                     label = targets.normalize_target(label, new_hw)
                 label = targets.pad_target(label, new_hw, batch_hw, update_boxes=relative)
                 features["labels"].append(BatchFeature(label).to(pixel_values.device))
-        return features.numpy() if settings["return_tensors"] == "np" else features
+        return features.numpy() if settings.return_tensors == "np" else features
+
+    def to_batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Resize, normalise and pad images that are loaded already.
+
+        Args:
+            images: Tensors `[C, H, W]`, as `load_images` returns them.
+
+        Returns:
+            `pixel_values` `[B, C, H, W]`; with `do_pad` `pixel_mask` int64 `[B, H, W]`, else None.
+        """
+        pixel_values, pixel_mask, _ = _to_batch(images, self)
+        return pixel_values, pixel_mask
+
+    def resized_hw(self, image: Tensor) -> tuple[int, int]:
+        """Return the height and width that an image `[C, H, W]` has in a batch before padding."""
+        size_hw = image_hw(image)
+        return resized_hw(*size_hw, self.size) if self.do_resize else size_hw
 
     def pad(
         self,
         image: Tensor | Sequence[Tensor],
         padded_size: tuple[int, int] | None = None,
-        annotation: targets.Target | Sequence[targets.Target] | None = None,
+        annotation: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None,
         update_bboxes: bool = True,
         fill: float = 0,
         return_tensors: str | None = None,
     ) -> tuple[Tensor, Tensor, Any] | BatchFeature:
-        """Pads at the bottom and on the right.
+        """Pad at the bottom and on the right.
 
         Args:
             image: `[C, H, W]`, or a batch `[B, C, H, W]`; or, as in transformers 4, a list of
@@ -184,33 +191,32 @@ class ConditionalDetrImageProcessor(StoredSettings):
         Raises:
             ValueError: `padded_size` is smaller than an image, or missing for a tensor.
         """
-        is_list = isinstance(image, list | tuple)
-        if is_list:
+        if not isinstance(image, Tensor):
             images = [torch.as_tensor(item) for item in image]
         elif padded_size is None:
             raise ValueError("padded_size: expected (height, width), got None")
         else:
             images = list(image if image.dim() == 4 else image[None])
-        sizes = [tuple(item.shape[-2:]) for item in images]
-        if padded_size is not None:
-            padded_size = {"height": padded_size[0], "width": padded_size[1]}
-        batch_hw = batch_size_hw(sizes, padded_size)
+        sizes = [image_hw(item) for item in images]
+        pad_size = padded_size and {"height": padded_size[0], "width": padded_size[1]}
+        batch_hw = batch_size_hw(sizes, pad_size)
         pixel_values, pixel_mask = padded_batch(images, batch_hw, fill)
 
+        padded: list[targets.Target] | None = None
         if annotation is not None:
             one_or_more = [annotation] if isinstance(annotation, Mapping) else annotation
             padded = [
                 targets.pad_target(target, size, batch_hw, update_bboxes)
                 for target, size in zip(one_or_more, sizes, strict=True)
             ]
-            annotation = padded[0] if isinstance(annotation, Mapping) else padded
-        if not is_list:
+        if isinstance(image, Tensor):
             if image.dim() == 3:
                 pixel_values, pixel_mask = pixel_values[0], pixel_mask[0]
-            return pixel_values, pixel_mask, annotation
+            target = padded[0] if padded and isinstance(annotation, Mapping) else padded
+            return pixel_values, pixel_mask, target
         features = BatchFeature({"pixel_values": pixel_values, "pixel_mask": pixel_mask})
-        if annotation is not None:
-            features["labels"] = [BatchFeature(target) for target in annotation]
+        if padded is not None:
+            features["labels"] = [BatchFeature(target) for target in padded]
         return features.numpy() if return_tensors == "np" else features
 
     def post_process_object_detection(
@@ -221,7 +227,7 @@ class ConditionalDetrImageProcessor(StoredSettings):
         top_k: int = 100,
         return_tensors: str | None = None,
     ) -> list[dict[str, Tensor]] | BatchFeature:
-        """Turns outputs into detections, best first.
+        """Turn outputs into detections, best first.
 
         Args:
             outputs: Has `logits` `[B, Q, K]` and `pred_boxes` `[B, Q, 4]`.
@@ -230,7 +236,7 @@ class ConditionalDetrImageProcessor(StoredSettings):
                 boxes in [0, 1].
             top_k: Most detections per image, counted before the threshold.
             return_tensors: "pt" returns tensors of the whole batch, which stay on the device and
-                wait for nothing; None a list.
+                do not synchronise; None returns a list.
 
         Returns:
             Per image `scores` fp32 `[n]`, `labels` int64 `[n]`, `boxes` fp32 `[n, 4]`, corners in
@@ -240,7 +246,7 @@ class ConditionalDetrImageProcessor(StoredSettings):
 
         Raises:
             TypeError: `top_k` is not an integer.
-            ValueError: There is not one target size above 0 per image, or `top_k` is below 1.
+            ValueError: A target size is missing or below 1, or `top_k` is below 1.
 
         Note: ties come by lowest query, NaN logits with score 0; transformers leaves both open.
         """
@@ -252,7 +258,7 @@ class ConditionalDetrImageProcessor(StoredSettings):
         target_sizes: post_processing.TargetSizes | None = None,
         return_segmentation_scores: bool = False,
     ) -> list[Tensor] | list[BatchFeature]:
-        """Turns outputs into a class per pixel, by the sum over queries of class times mask score.
+        """Turn outputs into a class per pixel, by the sum over queries of class times mask score.
 
         Args:
             outputs: Has `logits` `[B, Q, K]` and `pred_masks` `[B, Q, h, w]`.
@@ -264,7 +270,7 @@ class ConditionalDetrImageProcessor(StoredSettings):
             `BatchFeature` of that as `segmentation` and `segmentation_scores` `[K, H, W]`.
 
         Raises:
-            ValueError: There is not one target size per image.
+            ValueError: The number of target sizes is not that of the images.
 
         Note: class scores are sigmoids. transformers (and `compat="transformers"`) takes a softmax
         over classes, which gives every empty query as much weight as a certain one. The mask of a
@@ -283,7 +289,7 @@ class ConditionalDetrImageProcessor(StoredSettings):
         target_sizes: post_processing.TargetSizes | None = None,
         return_coco_annotation: bool | str = False,
     ) -> list[dict[str, Any]]:
-        """Turns outputs into a map of instances.
+        """Turn outputs into a map of instances.
 
         A query with a score (sigmoid of its best class) above `threshold` is kept. A pixel belongs
         to the query with the largest score times mask probability among those whose mask has the
@@ -297,7 +303,7 @@ class ConditionalDetrImageProcessor(StoredSettings):
                 pixels.
             target_sizes: (height, width) of each map; None keeps h x w.
             return_coco_annotation: "rle" returns COCO's compressed run lengths, one {"size",
-                "counts"} per segment, in place of the map. True, as in transformers: one list
+                "counts"} per segment, instead of the map. True, as in transformers: one list
                 [start, length, ...] per segment over the rows, starts counted from 1, which no
                 COCO tool reads.
 
@@ -306,7 +312,7 @@ class ConditionalDetrImageProcessor(StoredSettings):
             kept) and `segments_info`: `id`, `label_id`, `was_fused`, `score` of each segment.
 
         Raises:
-            ValueError: There is not one target size per image.
+            ValueError: The number of target sizes is not that of the images.
             ImportError: "rle" without pycocotools.
 
         Note: transformers (and `compat="transformers"`) takes a softmax, never returns the last
@@ -348,7 +354,7 @@ class ConditionalDetrImageProcessor(StoredSettings):
         label_ids_to_fuse: set[int] | None = None,
         target_sizes: post_processing.TargetSizes | None = None,
     ) -> list[dict[str, Any]]:
-        """Turns outputs into a map of things and stuff; as `post_process_instance_segmentation`.
+        """Turn outputs into a map of things and stuff; as `post_process_instance_segmentation`.
 
         Args:
             outputs: Has `logits` `[B, Q, K]` and `pred_masks` `[B, Q, h, w]`.
@@ -364,7 +370,7 @@ class ConditionalDetrImageProcessor(StoredSettings):
             Per image `segmentation` and `segments_info`, as for instances.
 
         Raises:
-            ValueError: There is not one target size per image.
+            ValueError: The number of target sizes is not that of the images.
 
         Note: besides what is said for instances, transformers lists each part of a fused class, and
         gives the segments after it ids that are taken. DETR's PostProcessPanoptic hands every pixel
@@ -384,12 +390,25 @@ class ConditionalDetrImageProcessor(StoredSettings):
         ]
 
 
-# transformers 4 had a slower and a faster implementation; there is one here.
+def _to_batch(
+    images: Sequence[Tensor], settings: StoredSettings
+) -> tuple[Tensor, Tensor | None, list[tuple[int, int]]]:
+    """Return pixel values, their mask (None without `do_pad`), and the sizes before padding."""
+    images = resized(images, settings)
+    sizes = [image_hw(image) for image in images]
+    if not settings.do_pad and len(set(sizes)) > 1:
+        raise ValueError(f"images: expected one size with do_pad=False, got {sizes}")
+    batch_hw = batch_size_hw(sizes, settings.pad_size if settings.do_pad else None)
+    pixel_values, pixel_mask = normalized_batch(images, settings, batch_hw)
+    return pixel_values, pixel_mask if settings.do_pad else None, sizes
+
+
+# transformers 4 had a slower and a faster implementation; here both names are one class.
 ConditionalDetrImageProcessorFast = ConditionalDetrImageProcessor
 
 
 class ConditionalDetrFeatureExtractor(ConditionalDetrImageProcessor):
-    """Deprecated name of `ConditionalDetrImageProcessor`; warns when it is made."""
+    """Deprecated name of `ConditionalDetrImageProcessor`; creating one warns."""
 
     def __init__(self, **settings: Any) -> None:
         warnings.warn(

@@ -1,30 +1,65 @@
-"""What happens to the pixels: resize, rescale, normalise, pad.
+"""Pixels resized, rescaled, normalised and padded to a batch.
 
-Images keep the memory layout they come in: files, PIL images and most arrays have the channels
-last, and torchvision resizes such uint8 images in a third of the time (0.9 ms in place of 2.7 ms
+Images keep their memory layout: files, PIL images and most arrays have the channels
+last, and torchvision resizes such uint8 images in a third of the time (0.9 ms instead of 2.7 ms
 from 640x480 to 1066x800, one thread), to the same values.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvF
 
-from cdetr_fast.images.settings import INTERPOLATION
-from cdetr_fast.images.sizes import resized_hw
+from cdetr_fast.images.load import image_hw
+from cdetr_fast.images.settings import INTERPOLATION, StoredSettings
 from cdetr_kernels import normalize_and_pad
 
 
-def resized(images: Sequence[Tensor], settings: Mapping[str, Any]) -> list[Tensor]:
-    """Resizes images `[C, h, w]`; those of one shape together on a GPU."""
-    if not settings["do_resize"]:
+def resized_hw(height: int, width: int, size: Mapping[str, int]) -> tuple[int, int]:
+    """Return the height and width to which an image is resized.
+
+    - {"shortest_edge": s, "longest_edge": l}: shortest edge s, or less if the longest would exceed
+      l.
+    - {"shortest_edge": s} or {"longest_edge": l}: that edge exactly (transformers refuses these
+      two).
+    - {"max_height", "max_width"}: as large as fits inside.
+    - {"height", "width"}: exactly that; the aspect ratio changes.
+
+    Fractions are truncated as in transformers, whose sizes these equal. An edge is at least 1.
+    """
+    if "height" in size:
+        return size["height"], size["width"]
+    if "max_height" in size:
+        scale = min(size["max_height"] / height, size["max_width"] / width)
+        return max(1, int(height * scale)), max(1, int(width * scale))
+
+    short, long = min(height, width), max(height, width)
+    if "shortest_edge" not in size:
+        new_short, new_long = int(size["longest_edge"] * short / long), size["longest_edge"]
+    else:
+        new_short = size["shortest_edge"]
+        wanted: float = new_short
+        longest = size.get("longest_edge")
+        if longest is not None and long / short * wanted > longest:
+            # The unrounded edge gives the longest one, so that it does not exceed its limit.
+            wanted = longest * short / long
+            new_short = round(wanted)
+        if new_short == short:
+            return height, width
+        new_long = int(wanted * long / short)
+    new_short, new_long = max(1, new_short), max(1, new_long)
+    return (new_long, new_short) if width < height else (new_short, new_long)
+
+
+def resized(images: Sequence[Tensor], settings: StoredSettings) -> list[Tensor]:
+    """Resize images `[C, h, w]`; those of one shape together on a GPU."""
+    if not settings.do_resize:
         return list(images)
-    groups = defaultdict(list)
+    groups: dict[Hashable, list[int]] = defaultdict(list)
     for i, image in enumerate(images):
-        alone = settings["disable_grouping"]
+        alone = settings.disable_grouping
         if alone is None:
             alone = image.device.type == "cpu"  # there, stacking costs more than it saves
         groups[i if alone else (image.shape, image.dtype, image.device)].append(i)
@@ -34,33 +69,33 @@ def resized(images: Sequence[Tensor], settings: Mapping[str, Any]) -> list[Tenso
         batch = images[members[0]][None]
         if len(members) > 1:
             batch = torch.stack([images[i] for i in members])
-        new_hw = resized_hw(*batch.shape[-2:], settings["size"])
-        interpolation = INTERPOLATION[settings["resample"]]
+        new_hw = resized_hw(*image_hw(batch), settings.size)
+        interpolation = INTERPOLATION[settings.resample]
         batch = tvF.resize(batch, list(new_hw), interpolation=interpolation, antialias=True)
         results.update(zip(members, batch, strict=True))
     return [results[i] for i in range(len(images))]
 
 
 def normalized_batch(
-    images: Sequence[Tensor], settings: Mapping[str, Any], batch_hw: tuple[int, int]
+    images: Sequence[Tensor], settings: StoredSettings, batch_hw: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Rescales, normalises and pads images `[C, h, w]` to one batch, in one pass over the pixels.
+    """Rescale, normalise and pad images `[C, h, w]` to one batch, in one pass over the pixels.
 
     Returns:
         pixel_values `[B, C, H, W]` and pixel_mask int64 `[B, H, W]`.
     """
-    if not settings["do_normalize"]:  # the dtype stays that of the images, as in transformers
-        if settings["do_rescale"]:
-            images = [image * settings["rescale_factor"] for image in images]
+    if not settings.do_normalize:  # the dtype stays that of the images, as in transformers
+        if settings.do_rescale:
+            images = [image * settings.rescale_factor for image in images]
         return padded_batch(images, batch_hw)
     channels = images[0].shape[0]
-    mean, std = (_per_channel(settings[name]) for name in ("image_mean", "image_std"))
+    mean, std = _per_channel(settings.image_mean), _per_channel(settings.image_std)
     for name, values in (("image_mean", mean), ("image_std", std)):
         if channels != 1 and len(values) not in (1, channels):
             raise ValueError(f"{name}: expected {channels} values (channels), got {len(values)}")
     if channels == 1 and len(mean) > 1:
         images = [image.expand(len(mean), -1, -1) for image in images]
-    factor = settings["rescale_factor"] if settings["do_rescale"] else None
+    factor = settings.rescale_factor if settings.do_rescale else None
     return normalize_and_pad(images, mean, std, factor, batch_hw)
 
 
@@ -71,7 +106,7 @@ def _per_channel(values: float | Sequence[float]) -> tuple[float, ...]:
 def batch_size_hw(
     sizes: Sequence[tuple[int, int]], pad_size: Mapping[str, int] | None
 ) -> tuple[int, int]:
-    """Returns the size that all images are padded to: `pad_size`, or the largest sides."""
+    """Return the size that all images are padded to: `pad_size`, or the largest sides."""
     height, width = (max(sides) for sides in zip(*sizes, strict=True))
     if pad_size is None:
         return height, width
@@ -86,7 +121,7 @@ def batch_size_hw(
 def padded_batch(
     images: Sequence[Tensor], batch_hw: tuple[int, int], fill: float = 0
 ) -> tuple[Tensor, Tensor]:
-    """Returns images `[C, H, W]` of different sizes as a batch, and its pixel mask."""
+    """Return images `[C, H, W]` of different sizes as a batch, and its pixel mask."""
     first = images[0]
     pixel_mask = torch.ones(len(images), *batch_hw, dtype=torch.int64, device=first.device)
     if all(tuple(image.shape[-2:]) == batch_hw for image in images):

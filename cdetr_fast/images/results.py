@@ -1,15 +1,18 @@
-"""What `predict` returns for an image: objects with scores, classes, boxes and masks."""
+"""Results of `predict`: objects of an image with scores, classes, boxes and masks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 
-from cdetr_fast.images.segments import coco_rle
+from cdetr_fast.images.batch_feature import BatchFeature
+from cdetr_fast.images.detections import detections
+from cdetr_fast.images.segments import Segments, coco_rle, segments
 
 if TYPE_CHECKING:
     import supervision
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DetectionResult:
-    """The objects found in one image, best first, on the CPU.
+    """The objects of one image, best first, on the CPU.
 
     Attributes:
         scores: fp32 `[n]` in [0, 1].
@@ -45,7 +48,7 @@ class DetectionResult:
 
     @property
     def names(self) -> list[str]:
-        """Class name of each object; the number where there is no name."""
+        """Class name of each object; its number if it has no name."""
         return [self.id2label.get(label, str(label)) for label in self.labels.tolist()]
 
     def __repr__(self) -> str:
@@ -63,7 +66,7 @@ class DetectionResult:
         return "\n".join(lines) or "nothing found"
 
     def above(self, threshold: float) -> Self:
-        """Returns the objects with a score above a threshold."""
+        """Return the objects with a score above a threshold."""
         return self._select(self.scores > threshold)
 
     def _select(self, keep: Tensor) -> Self:
@@ -75,7 +78,7 @@ class DetectionResult:
         )
 
     def to_supervision(self) -> supervision.Detections:
-        """Returns the objects as `supervision.Detections`, with `class_name` among their data.
+        """Return the objects as `supervision.Detections`, with `class_name` among their data.
 
         Raises:
             ImportError: supervision is not installed.
@@ -100,13 +103,13 @@ class DetectionResult:
         return {}
 
     def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
-        """Returns the objects in COCO's results form, which `json` can write.
+        """Return the objects in COCO's results form, which `json` can write.
 
         Args:
             image_id: The image's id in the annotations.
 
         Returns:
-            One dictionary an object: `image_id`, `category_id` (the label), `bbox` (left, top,
+            One dictionary per object: `image_id`, `category_id` (the label), `bbox` (left, top,
             width, height in pixels) and `score`; for segments also `segmentation`, compressed run
             lengths.
 
@@ -127,10 +130,10 @@ class DetectionResult:
         ]
 
     def draw(self, image: Image.Image) -> Image.Image:
-        """Draws boxes, class names and scores on a copy of the image.
+        """Draw boxes, class names and scores on a copy of the image.
 
         Args:
-            image: The image, upright; of the result's size or a multiple of it.
+            image: The upright image, in any resolution.
         """
         from cdetr_fast.images.draw import draw_detections
 
@@ -141,10 +144,10 @@ class DetectionResult:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SegmentationResult(DetectionResult):
-    """The segments found in one image, in the order of their ids, on the CPU.
+    """The segments of one image, in the order of their ids, on the CPU.
 
     Attributes:
-        segmentation: int32 `[H, W]`: the id of the segment that a pixel belongs to, else 0.
+        segmentation: int32 `[H, W]`: the id of the segment of each pixel, 0 for none.
         segment_ids: The id of each segment.
     """
 
@@ -153,7 +156,7 @@ class SegmentationResult(DetectionResult):
 
     @property
     def masks(self) -> Tensor:
-        """The pixels of each segment, bool `[n, H, W]`; no pixel is in two of them."""
+        """The pixels of each segment, bool `[n, H, W]`, without overlaps."""
         ids = torch.tensor(self.segment_ids, dtype=torch.int32)
         return self.segmentation == ids[:, None, None]
 
@@ -171,10 +174,10 @@ class SegmentationResult(DetectionResult):
         return [item | {"segmentation": code} for item, code in zip(objects, codes, strict=True)]
 
     def draw(self, image: Image.Image) -> Image.Image:
-        """Tints the segments on a copy of the image, with class names and scores.
+        """Tint the segments on a copy of the image, with class names and scores.
 
         Args:
-            image: The image, upright, of the result's size.
+            image: The upright image, of the size of the result.
         """
         from cdetr_fast.images.draw import draw_masks
 
@@ -185,3 +188,98 @@ class SegmentationResult(DetectionResult):
             )
         ]
         return draw_masks(image, self.segmentation, infos, self.id2label)
+
+
+def detection_results(
+    outputs: Any,
+    sizes_hw: Sequence[tuple[int, int]],
+    id2label: Mapping[int, str],
+    *,
+    threshold: float,
+    top_k: int,
+) -> list[DetectionResult]:
+    """Turn the outputs for a batch into results, with one transfer from the device.
+
+    Args:
+        outputs: Has `logits` `[B, Q, K]` and `pred_boxes` `[B, Q, 4]`.
+        sizes_hw: Height and width of each image.
+        id2label: Class names.
+        threshold: Detections with a score above it are returned.
+        top_k: Most detections per image.
+    """
+    found = detections(outputs, threshold, sizes_hw, top_k, return_tensors="pt")
+    assert isinstance(found, BatchFeature)
+    found = found.to("cpu")
+    return [
+        DetectionResult(
+            found["scores"][image, :count],
+            found["labels"][image, :count],
+            found["boxes"][image, :count],
+            size_hw,
+            id2label,
+        )
+        for image, (count, size_hw) in enumerate(
+            zip(found["counts"].tolist(), sizes_hw, strict=True)
+        )
+    ]
+
+
+def segmentation_results(
+    outputs: Any,
+    sizes_hw: Sequence[tuple[int, int]],
+    id2label: Mapping[int, str],
+    *,
+    compat: str,
+    threshold: float,
+    mask_threshold: float,
+    overlap_mask_area_threshold: float,
+    labels_to_fuse: Collection[int],
+) -> list[SegmentationResult]:
+    """Turn the outputs for a batch into results; the box of a fused segment encloses its parts.
+
+    Args:
+        outputs: Has `logits` `[B, Q, K]`, `pred_boxes` `[B, Q, 4]` and `pred_masks` `[B, Q, h, w]`.
+        sizes_hw: Height and width of each image.
+        id2label: Class names.
+        compat: "paper" or "transformers".
+        threshold: Score above which a query is kept.
+        mask_threshold: Probability from which on a pixel is in a mask.
+        overlap_mask_area_threshold: Share of its mask above which a query has to get its pixels.
+        labels_to_fuse: Classes whose parts become one segment.
+    """
+    found = segments(
+        outputs,
+        threshold,
+        mask_threshold,
+        overlap_mask_area_threshold,
+        labels_to_fuse,
+        sizes_hw,
+        compat,
+    )
+    boxes_xyxy = box_convert(outputs.pred_boxes.cpu(), "cxcywh", "xyxy")
+    return [
+        _segmentation_result(image, boxes, size_hw, id2label)
+        for image, boxes, size_hw in zip(found, boxes_xyxy, sizes_hw, strict=True)
+    ]
+
+
+def _segmentation_result(
+    found: Segments,
+    boxes_xyxy: Tensor,
+    size_hw: tuple[int, int],
+    id2label: Mapping[int, str],
+) -> SegmentationResult:
+    height, width = size_hw
+    boxes_xyxy = boxes_xyxy * torch.tensor([width, height, width, height])
+    parts = [boxes_xyxy[queries] for queries in found.queries]
+    boxes = [torch.cat((part[:, :2].amin(0), part[:, 2:].amax(0))) for part in parts]
+    infos = found.infos
+    return SegmentationResult(
+        torch.tensor([info["score"] for info in infos]),
+        torch.tensor([info["label_id"] for info in infos], dtype=torch.int64),
+        torch.stack(boxes) if boxes else torch.zeros(0, 4),
+        size_hw,
+        id2label,
+        found.segmentation.clamp_(min=0).cpu(),
+        [info["id"] for info in infos],
+    )

@@ -1,11 +1,11 @@
-"""Model outputs to instance, panoptic and semantic maps.
+"""Instance, panoptic and semantic maps from model outputs.
 
-Only the masks of queries that are kept are upsampled, one at a time and no further than the object
-reaches, so that memory is bounded by the map that is returned and not by the number of queries.
+Only the masks of kept queries are upsampled, one at a time and only within the extent of the
+object, so that memory is bounded by the returned map and not by the number of queries.
 
 `compat="paper"` reads classes as independent probabilities, as they are trained.
 `compat="transformers"` reproduces transformers, whose segmentation functions take a softmax and
-throw the last class away.
+drop the last class.
 
 Dimensions: B batch, Q queries, K classes, n queries kept, H x W the requested size of an image.
 """
@@ -19,15 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cdetr_fast.common.scores import kept_queries, upcast
 from cdetr_fast.images.batch_feature import BatchFeature
-from cdetr_fast.images.detections import (
-    TargetSizes,
-    field_of,
-    target_sizes_hw,
-    upcast,
-)
+from cdetr_fast.images.detections import TargetSizes, field_of, target_sizes_hw
 
-# Mask scores summed into classes at a time; on a CPU they stay in the caches.
+# Number of mask scores summed into classes at once; on a CPU they stay in the caches.
 _SCORES_AT_A_TIME = {"cpu": 2**18}
 _SCORES_AT_A_TIME_ELSEWHERE = 2**26
 
@@ -49,11 +45,11 @@ class Segments(NamedTuple):
 def semantic_maps(
     outputs: Any, target_sizes: TargetSizes | None, return_scores: bool, compat: str
 ) -> list[Tensor] | list[BatchFeature]:
-    """Implements `ConditionalDetrImageProcessor.post_process_semantic_segmentation`."""
+    """Implement `ConditionalDetrImageProcessor.post_process_semantic_segmentation`."""
     logits, masks = upcast(field_of(outputs, "logits")), field_of(outputs, "pred_masks")
     sizes = target_sizes_hw(target_sizes, len(logits))
     class_scores = logits.sigmoid() if compat == "paper" else logits.softmax(dim=-1)
-    results = []
+    results: list[Any] = []
     for image_scores, image_masks, size in zip(class_scores, masks, sizes, strict=True):
         scores = _class_maps(image_scores, image_masks)  # [K, h, w]
         if return_scores:
@@ -65,14 +61,14 @@ def semantic_maps(
         segmentation = torch.zeros(best.shape, dtype=torch.int64, device=best.device)
         for label in range(1, len(scores)):
             values = _resized(scores[label : label + 1], size)[0]
-            segmentation.masked_fill_(values > best, label)  # the lowest one of equals
+            segmentation.masked_fill_(values > best, label)  # the lowest of equal ones
             torch.maximum(best, values, out=best)
         results.append(segmentation)
     return results
 
 
 def _class_maps(class_scores: Tensor, mask_logits: Tensor) -> Tensor:
-    """Sums mask scores `[Q, h, w]`, weighted by class scores `[Q, K]`, to `[K, h, w]`."""
+    """Sum mask scores `[Q, h, w]`, weighted by class scores `[Q, K]`, to `[K, h, w]`."""
     queries, height, width = mask_logits.shape
     budget = _SCORES_AT_A_TIME.get(mask_logits.device.type, _SCORES_AT_A_TIME_ELSEWHERE)
     rows = max(1, budget // max(1, queries * width))
@@ -92,7 +88,7 @@ def segments(
     target_sizes: TargetSizes | None,
     compat: str,
 ) -> list[Segments]:
-    """Implements the instance and panoptic functions of `ConditionalDetrImageProcessor`."""
+    """Implement the instance and panoptic functions of `ConditionalDetrImageProcessor`."""
     logits, masks = upcast(field_of(outputs, "logits")), field_of(outputs, "pred_masks")
     sizes = target_sizes_hw(target_sizes, len(logits))
     scores, labels, keep = kept_queries(logits, threshold, compat)
@@ -123,7 +119,7 @@ def segments(
             labels_to_fuse,
             compat,
         )
-        # The last entry stands for the pixels without an owner.
+        # The last entry is for the pixels without an owner.
         table = torch.tensor([*ids, 0], dtype=torch.int32, device=owner.device)
         segmentation = table.index_select(0, owner.flatten()).view(owner.shape)
         numbers = queries.tolist()
@@ -131,38 +127,19 @@ def segments(
     return results
 
 
-def kept_queries(logits: Tensor, threshold: float, compat: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the score and label of each query, and which queries are above the threshold.
-
-    Args:
-        logits: fp32 `[B, Q, K]`.
-        threshold: Score above which a query is kept.
-        compat: "paper" or "transformers".
-
-    Returns:
-        scores `[B, Q]`, labels int64 `[B, Q]`, keep bool `[B, Q]`.
-    """
-    if compat == "paper":
-        best_logits, labels = logits.max(dim=-1)
-        scores = best_logits.sigmoid()
-        return scores, labels, scores > threshold
-    scores, labels = logits.softmax(dim=-1).max(dim=-1)
-    return scores, labels, (scores > threshold) & (labels != logits.shape[-1] - 1)
-
-
 def _assign_pixels(
     mask_logits: Tensor, scores: Tensor, size: tuple[int, int] | None, mask_threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Gives each pixel to the best of the queries whose mask has it.
+    """Assign each pixel to the best of the queries whose mask contains it.
 
     Returns:
-        owner int64 `[H, W]` in [0, n], n for none; mask_area int64 `[n]`.
+        owner int64 `[H, W]` in [0, n], n meaning none; mask_area int64 `[n]`.
     """
     count, small_height, small_width = mask_logits.shape
     height, width = size or (small_height, small_width)
     rows = _Axis(small_height, height, mask_logits)
     columns = _Axis(small_width, width, mask_logits)
-    # Interpolation does not exceed the pixels that it starts from, rounding aside.
+    # Interpolation stays within the range of its source pixels, rounding aside.
     near = mask_logits.sigmoid() >= mask_threshold - 1e-5  # [n, h, w]
     reach = torch.cat((near.any(dim=2), near.any(dim=1)), dim=1).cpu()  # [n, h + w]
 
@@ -192,21 +169,23 @@ class _Axis:
     """One axis of a bilinear interpolation that equals `F.interpolate(align_corners=False)`.
 
     Args:
-        small: Pixels before.
-        large: Pixels after.
-        like: Gives dtype and device.
+        small: Source pixels.
+        large: Target pixels.
+        like: Tensor whose dtype and device are used.
     """
 
     def __init__(self, small: int, large: int, like: Tensor) -> None:
         self.small, self.large = small, large
-        place = (torch.arange(large, dtype=like.dtype, device=like.device) + 0.5) * (small / large)
-        place = (place - 0.5).clamp_(min=0.0)
-        self.before = place.long().clamp_(max=small - 1)
+        position = (torch.arange(large, dtype=like.dtype, device=like.device) + 0.5) * (
+            small / large
+        )
+        position = (position - 0.5).clamp_(min=0.0)
+        self.before = position.long().clamp_(max=small - 1)
         self.after = (self.before + 1).clamp_(max=small - 1)
-        self.weight = place - self.before
+        self.weight = position - self.before
 
     def reached(self, flags: Tensor) -> slice:
-        """Returns the pixels after that have one of the flagged ones `[small]` as a neighbour."""
+        """Return the target pixels that have a flagged source pixel `[small]` as a neighbour."""
         marked = flags.nonzero()
         if len(marked) == 0:
             return slice(0, 0)
@@ -217,7 +196,7 @@ class _Axis:
         return slice(max(0, start), min(self.large, stop))
 
     def interpolated(self, values: Tensor, part: slice, dim: int) -> Tensor:
-        """Interpolates a map `[h, w]` along one axis, at some of the pixels after."""
+        """Interpolate a map `[h, w]` along one axis, at some of the target pixels."""
         if self.small == self.large:
             return values[part] if dim == 0 else values[:, part]
         weight = self.weight[part]
@@ -231,7 +210,7 @@ class _Axis:
 def _assign_pixels_as_transformers(
     mask_logits: Tensor, scores: Tensor, size: tuple[int, int] | None, mask_threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Gives each pixel to the query of the largest weighted score; as `_assign_pixels`."""
+    """Assign each pixel to the query of the largest weighted score; as `_assign_pixels`."""
     height, width = size or mask_logits.shape[-2:]
     best = scores.new_full((height, width), -torch.inf)
     owner = torch.zeros(height, width, dtype=torch.int64, device=scores.device)
@@ -251,13 +230,16 @@ def _number_segments(
     labels_to_fuse: Collection[int],
     compat: str,
 ) -> tuple[list[int], list[dict[str, Any]], list[list[int]]]:
-    """Numbers the segments from 1 in query order; the parts of a fused class share one number.
+    """Number the segments from 1 in query order; the parts of a fused class share one number.
 
     Returns:
-        The id of each query (0 where it has no segment); the `segments_info`; and for each entry of
-        that the positions of its queries.
+        The id of each query (0 where it has no segment); the `segments_info`; and for each of its
+        entries the positions of its queries.
     """
-    ids, infos, parts, last_id = [], [], [], 0
+    ids: list[int] = []
+    infos: list[dict[str, Any]] = []
+    parts: list[list[int]] = []
+    last_id = 0
     fused: dict[int, int] = {}  # label to position in infos
     for query, (present, label, score) in enumerate(zip(exists, labels, scores, strict=True)):
         if not present:
@@ -270,7 +252,7 @@ def _number_segments(
             parts[fused[label]].append(query)
             ids.append(info["id"])
             continue
-        # transformers lists each part, and goes on counting from the fused id: later ids collide.
+        # transformers lists each part, and continues from the fused id: later ids collide.
         last_id = infos[fused[label]]["id"] if label in fused else last_id + 1
         fuse = label in labels_to_fuse
         if fuse:
@@ -282,13 +264,13 @@ def _number_segments(
 
 
 def run_lengths(found: Segments, form: bool | str, compat: str) -> Any:
-    """Returns the segments of an image as runs.
+    """Return the segments of an image as runs.
 
     Args:
         found: The segments.
         form: True for transformers' runs over the rows, "rle" for COCO's compressed ones.
-        compat: "paper", or "transformers": that codes the pixels of no segment too, and keeps the
-            map if no query is kept.
+        compat: "paper", or "transformers", which also encodes the pixels without a segment, and
+            returns the map if no query is kept.
     """
     ids = [info["id"] for info in found.infos]
     if form == "rle":
@@ -308,11 +290,11 @@ def run_lengths(found: Segments, form: bool | str, compat: str) -> Any:
 
 
 def coco_rle(segmentation: Tensor, ids: list[int]) -> list[dict[str, Any]]:
-    """Returns the pixels of each id as COCO's compressed run lengths.
+    """Return the pixels of each id as COCO's compressed run lengths.
 
     Args:
         segmentation: Integers `[H, W]`.
-        ids: The ids wanted.
+        ids: The ids to encode.
 
     Returns:
         Per id {"size": [H, W], "counts": str}, which `json` can write and pycocotools decodes.
@@ -332,7 +314,7 @@ def coco_rle(segmentation: Tensor, ids: list[int]) -> list[dict[str, Any]]:
 
 
 def _resized(maps: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Resizes `[C, h, w]` to `[C, H, W]`."""
+    """Resize `[C, h, w]` to `[C, H, W]`."""
     if size is None:
         return maps
     return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]

@@ -1,26 +1,32 @@
-"""The settings of the image processor: defaults, checks, and preprocessor_config.json."""
+"""Settings of the image processor: declared, checked, and stored in preprocessor_config.json."""
 
+import copy
 import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self, overload
 
 import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-from cdetr_fast.common import validation as check
 from cdetr_fast.common.files import (
     DOWNLOAD_OPTIONS,
     make_folder,
     read_json,
     resolve_file,
-    write_atomically,
+    write_text,
 )
-from cdetr_fast.images import targets as annotations
-from cdetr_fast.images.sizes import check_pad_size, check_size
+from cdetr_fast.common.validation import (
+    Before,
+    Bounds,
+    Checked,
+    Expected,
+    field_types,
+    unknown_keyword,
+)
 
 # transformers and torchvision name the filters differently; NEAREST_EXACT is PIL's NEAREST.
 INTERPOLATION = {
@@ -31,63 +37,24 @@ INTERPOLATION = {
     Image.Resampling.BICUBIC: InterpolationMode.BICUBIC,
     Image.Resampling.LANCZOS: InterpolationMode.LANCZOS,
 }
-
-
 PREPROCESSOR_NAME = "preprocessor_config.json"
 PROCESSOR_NAME = "processor_config.json"  # of a whole processor, with this one inside
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-
-def _check_resample(name: str, value: Any) -> Image.Resampling:
-    for resampling, interpolation in INTERPOLATION.items():
-        if value == interpolation or (isinstance(value, int) and value == resampling):
-            return resampling
-    if value == InterpolationMode.NEAREST:
-        return Image.Resampling.NEAREST
-    check.refuse(name, "a PIL.Image.Resampling or its number", value)
-
-
-def _check_channel_values(name: str, value: Any) -> float | tuple[float, ...]:
-    if isinstance(value, int | float):
-        return float(value)
-    if not isinstance(value, Sequence) or not all(isinstance(v, int | float) for v in value):
-        check.refuse(name, "a number or one per channel", value)
-    return tuple(value)
-
-
-def _check_device(name: str, value: Any) -> torch.device:
-    try:
-        return torch.device(value)
-    except (RuntimeError, TypeError):
-        check.refuse(name, "a torch device", value)
-
-
-# Every setting: its default, and the check that also brings it into its stored form. None means the
-# default, as in transformers, so that null in a file does too.
-SETTINGS = {
-    "format": ("coco_detection", check.choice(*annotations.FORMATS)),
-    "do_resize": (True, check.flag),
-    "size": ({"shortest_edge": 800, "longest_edge": 1333}, check_size),
-    "resample": (Image.Resampling.BILINEAR, _check_resample),
-    "do_rescale": (True, check.flag),
-    "rescale_factor": (1 / 255, check.number(1e-12)),
-    "do_normalize": (True, check.flag),
-    "image_mean": (IMAGENET_MEAN, _check_channel_values),
-    "image_std": (IMAGENET_STD, _check_channel_values),
-    "do_convert_annotations": (None, check.flag),
-    "do_pad": (True, check.flag),
-    "pad_size": (None, check_pad_size),
-    "do_convert_rgb": (None, check.flag),
-    "data_format": (None, check.choice("channels_first", "channels_last")),
-    "input_data_format": (None, check.choice("channels_first", "channels_last")),
-    "device": (None, _check_device),
-    "return_tensors": (None, check.choice("pt", "np")),
-    "disable_grouping": (None, check.flag),
-    "compat": ("paper", check.choice("paper", "transformers")),
+_DEFAULT_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
+_SIZE_FORMS = (
+    {"shortest_edge", "longest_edge"},
+    {"shortest_edge"},
+    {"longest_edge"},
+    {"height", "width"},
+    {"max_height", "max_width"},
+)
+_DEPRECATED = {
+    "max_size": "size={'shortest_edge', 'longest_edge'}",
+    "pad_and_return_pixel_mask": "do_pad",
 }
-
-# Keys of preprocessor_config.json files that say nothing about how this processor works.
+# Keys of preprocessor_config.json files that have no effect on this processor.
 _IGNORED_KEYS = {
     "image_processor_type",
     "feature_extractor_type",
@@ -102,72 +69,223 @@ _IGNORED_KEYS = {
 }
 
 
-class StoredSettings:
-    """Holds the settings as attributes; reads and writes them as preprocessor_config.json."""
+def as_size(value: Any) -> dict[str, int]:
+    """Return a size in its dictionary form.
+
+    Args:
+        value: A dictionary in one of the forms of `resized_hw`; (height, width); or the shortest
+            edge.
+
+    Raises:
+        ValueError: `value` has none of these forms.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = {"shortest_edge": value, "longest_edge": _DEFAULT_SIZE["longest_edge"]}
+    elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
+        value = {"height": value[0], "width": value[1]}
+    elif not isinstance(value, Mapping):
+        # transformers' SizeDict is not a Mapping: iterating it gives (name, value) pairs.
+        try:
+            value = dict(value)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"expected a dict, (height, width) or an integer, got {value!r}"
+            ) from None
+    size = {key: edge for key, edge in value.items() if edge is not None}
+    if set(size) not in _SIZE_FORMS:
+        forms = " or ".join(str(sorted(form)) for form in _SIZE_FORMS)
+        raise ValueError(f"expected keys {forms}, got {size!r}")
+    for edge in size.values():
+        if isinstance(edge, bool) or not isinstance(edge, int) or edge < 1:
+            raise ValueError(f"expected positive integers, got {size!r}")
+    return size
+
+
+def _as_pad_size(value: Any) -> dict[str, int] | None:
+    """Return the size of a padded batch as {"height", "width"}; an integer is both."""
+    if value is None:
+        return None
+    size = as_size((value, value) if isinstance(value, int) else value)
+    if set(size) != {"height", "width"}:
+        raise ValueError(f"expected keys ['height', 'width'], got {size!r}")
+    return size
+
+
+def _as_resampling(value: Any) -> Image.Resampling:
+    for resampling, interpolation in INTERPOLATION.items():
+        if value == interpolation or (isinstance(value, int) and value == resampling):
+            return resampling
+    if value == InterpolationMode.NEAREST:
+        return Image.Resampling.NEAREST
+    raise ValueError
+
+
+def _as_channel_values(value: Any) -> float | tuple[float, ...]:
+    if isinstance(value, int | float):
+        return float(value)
+    if not isinstance(value, Sequence) or not all(isinstance(v, int | float) for v in value):
+        raise ValueError
+    return tuple(value)
+
+
+def _as_device(value: Any) -> torch.device | None:
+    try:
+        return None if value is None else torch.device(value)
+    except (RuntimeError, TypeError):
+        raise ValueError from None
+
+
+def _as_name(value: Any) -> Any:
+    """Return the text of an enumeration of names (transformers has them); others as they are."""
+    return getattr(value, "value", value)
+
+
+_ChannelValues = Annotated[
+    float | tuple[float, ...],
+    Before(_as_channel_values),
+    Expected("a number or one per channel"),
+]
+_ChannelOrder = Annotated[Literal["channels_first", "channels_last"] | None, Before(_as_name)]
+
+
+class StoredSettings(Checked):
+    """Settings as attributes, checked when they are set, and stored as preprocessor_config.json.
+
+    None means the default, as in transformers, so null in a file does too.
+    """
+
+    format: Annotated[Literal["coco_detection", "coco_panoptic"], Before(_as_name)] = (
+        "coco_detection"
+    )
+    do_resize: bool = True
+    size: Annotated[dict[str, int], Before(as_size)] = _DEFAULT_SIZE
+    resample: Annotated[
+        Image.Resampling,
+        Before(_as_resampling),
+        Expected("a PIL.Image.Resampling or its number"),
+    ] = Image.Resampling.BILINEAR
+    do_rescale: bool = True
+    rescale_factor: Annotated[float | int, Bounds(1e-12)] = 1 / 255
+    do_normalize: bool = True
+    image_mean: _ChannelValues = IMAGENET_MEAN
+    image_std: _ChannelValues = IMAGENET_STD
+    do_convert_annotations: bool | None = None
+    do_pad: bool = True
+    pad_size: Annotated[dict[str, int] | None, Before(_as_pad_size)] = None
+    do_convert_rgb: bool | None = None
+    data_format: _ChannelOrder = None
+    input_data_format: _ChannelOrder = None
+    device: Annotated[torch.device | None, Before(_as_device), Expected("a torch device")] = None
+    return_tensors: Annotated[Literal["pt", "np"] | None, Before(_as_name)] = None
+    disable_grouping: bool | None = None
+    compat: Literal["paper", "transformers"] = "paper"
 
     def __init__(self, **settings: Any) -> None:
-        settings = checked_settings(without_deprecated(settings), type(self).__name__)
-        if settings["do_convert_annotations"] is None:
-            settings["do_convert_annotations"] = settings["do_normalize"]
+        for name in setting_names():
+            setattr(self, name, None)  # the default
+        self._set(without_deprecated(settings), type(self).__name__)
+        if self.do_convert_annotations is None:
+            self.do_convert_annotations = self.do_normalize
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if value is None and name in field_types(StoredSettings):
+            value = getattr(StoredSettings, name)
+        super().__setattr__(name, value)
+
+    def _set(self, settings: Mapping[str, Any], owner: str) -> None:
+        """Set several settings; TypeError, which names `owner`, for an unknown one."""
         for name, value in settings.items():
+            if name not in setting_names():
+                raise unknown_keyword(owner, name, setting_names())
             setattr(self, name, value)
+
+    def with_overrides(self, overrides: Mapping[str, Any], owner: str) -> Self:
+        """Return a copy with some settings changed.
+
+        Args:
+            overrides: Settings by name; None means the default.
+            owner: Name of the caller, for the error about an unknown setting.
+        """
+        changed = copy.copy(self)
+        changed._set(overrides, owner)
+        return changed
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        return_unused_kwargs: Literal[False] = ...,
+        **kwargs: Any,
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        return_unused_kwargs: bool,
+        **kwargs: Any,
+    ) -> Any: ...
 
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         return_unused_kwargs: bool = False,
         **kwargs: Any,
-    ) -> Any:
-        """Reads a processor from a folder, a JSON file, or the hub.
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """Read a processor from a folder, a JSON file, or the hub.
 
         Args:
             pretrained_model_name_or_path: Folder, JSON file, or id of a model on the hub.
             return_unused_kwargs: Whether to return (processor, unknown keyword arguments).
             **kwargs: `revision`, `subfolder`, `cache_dir`, `token`, `local_files_only`,
                 `force_download`; and arguments of the class, which override the file. `use_fast` is
-                accepted and means nothing: there is one implementation.
+                accepted and has no effect: there is one implementation.
 
         Raises:
-            OSError: There is no such file, or it is no JSON object.
+            OSError: The file does not exist or is not a JSON object.
             TypeError: An argument is unknown (without `return_unused_kwargs`).
         """
         kwargs.pop("use_fast", None)
         download = {name: kwargs.pop(name) for name in DOWNLOAD_OPTIONS if name in kwargs}
         settings = _read_settings(pretrained_model_name_or_path, download)
-        known = SETTINGS.keys() | {"max_size", "pad_and_return_pixel_mask"}
+        known = {*setting_names(), *_DEPRECATED}
         unused = {name: kwargs.pop(name) for name in list(kwargs) if name not in known}
         if unused and not return_unused_kwargs:
-            raise check.unknown_keyword("from_pretrained", next(iter(unused)), sorted(known))
+            raise unknown_keyword("from_pretrained", next(iter(unused)), sorted(known))
         processor = cls.from_dict(settings, **kwargs)
         return (processor, unused) if return_unused_kwargs else processor
 
     @classmethod
     def from_dict(cls, image_processor_dict: Mapping[str, Any], **overrides: Any) -> Self:
-        """Makes a processor from the content of a preprocessor_config.json of transformers 4 or 5.
+        """Make a processor from the content of a preprocessor_config.json of transformers 4 or 5.
 
-        Keys that this processor does not know are named in a warning and left out.
+        Unknown keys are named in a warning and left out.
         """
         content = {k: v for k, v in image_processor_dict.items() if k not in _IGNORED_KEYS}
         content = without_deprecated(content, warn=False)
-        unknown = sorted(content.keys() - SETTINGS.keys())
+        unknown = sorted(content.keys() - set(setting_names()))
         if unknown:
             warnings.warn(f"{cls.__name__}: unknown settings are left out: {unknown}", stacklevel=2)
-        known = {name: value for name, value in content.items() if name in SETTINGS}
+        known = {name: content[name] for name in content if name not in unknown}
         return cls(**(known | without_deprecated(overrides)))
 
     @classmethod
-    def from_json_file(cls, json_file: str | os.PathLike) -> Self:
-        """Reads a processor from a preprocessor_config.json file."""
+    def from_json_file(cls, json_file: str | os.PathLike[str]) -> Self:
+        """Read a processor from a preprocessor_config.json file."""
         return cls.from_dict(read_json(Path(json_file)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the settings that are not None, in the form that JSON and transformers take.
+        """Return the settings that are not None, in the form that JSON and transformers take.
 
-        `compat` is there only if it is not the default.
+        `compat` is included only if it is not the default.
         """
-        content = {name: getattr(self, name) for name in SETTINGS}
+        content = {name: getattr(self, name) for name in setting_names()}
         content["resample"] = int(content["resample"])
         if content["device"] is not None:
             content["device"] = str(content["device"])
@@ -178,20 +296,19 @@ class StoredSettings:
             for name, value in content.items()
             if value is not None
         }
-        # One name for all: transformers finds its own class by it.
+        # The same for every class: transformers finds its own class by it.
         return content | {"image_processor_type": "ConditionalDetrImageProcessor"}
 
     def to_json_string(self) -> str:
-        """Returns `to_dict` as JSON."""
+        """Return `to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
-    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
-        """Writes `to_json_string` to a file; an interrupted write leaves the old file."""
-        text = self.to_json_string()
-        write_atomically(Path(json_file_path), lambda path: path.write_text(text, encoding="utf-8"))
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write `to_json_string` to a file; an interrupted write leaves the old file."""
+        write_text(Path(json_file_path), self.to_json_string())
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> list[str]:
-        """Writes preprocessor_config.json into a folder (made if need be); returns its path."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> list[str]:
+        """Write preprocessor_config.json into a folder (created if necessary); return its path."""
         path = make_folder(save_directory) / PREPROCESSOR_NAME
         self.to_json_file(path)
         return [str(path)]
@@ -205,7 +322,7 @@ class StoredSettings:
         token: str | None = None,
         revision: str | None = None,
     ) -> str:
-        """Uploads preprocessor_config.json to a hub repository (made if need be); returns a URL."""
+        """Upload preprocessor_config.json to a hub repository (created if needed); return a URL."""
         from huggingface_hub import HfApi  # 0.2 s to import
 
         api = HfApi(token=token)
@@ -222,49 +339,42 @@ class StoredSettings:
         return f"{type(self).__name__} {self.to_json_string()}"
 
 
+def setting_names() -> list[str]:
+    """Return the names of all settings."""
+    return list(field_types(StoredSettings))
+
+
 def without_deprecated(given: Mapping[str, Any], warn: bool = True) -> dict[str, Any]:
-    """Replaces `max_size` and `pad_and_return_pixel_mask` by what takes their place."""
+    """Replace `max_size` and `pad_and_return_pixel_mask` by the settings that superseded them."""
     given = dict(given)
-    renamed = {"max_size": "size={'shortest_edge', 'longest_edge'}"}
-    renamed["pad_and_return_pixel_mask"] = "do_pad"
-    for name, replacement in renamed.items():
+    for name, replacement in _DEPRECATED.items():
         if warn and given.get(name) is not None:
             warnings.warn(f"{name} is deprecated: use {replacement}", FutureWarning, stacklevel=3)
     max_size = given.pop("max_size", None)
     if max_size is not None:
         size = given.get("size")
-        given["size"] = check_size("size", 800 if size is None else size, max_size)
+        if size is None or isinstance(size, int):
+            size = {"shortest_edge": _DEFAULT_SIZE["shortest_edge"] if size is None else size}
+        if isinstance(size, Mapping) and {k for k, v in size.items() if v} == {"shortest_edge"}:
+            size = {**size, "longest_edge": max_size}
+        given["size"] = size
     do_pad = given.pop("pad_and_return_pixel_mask", None)
     if do_pad is not None and given.get("do_pad") is None:
         given["do_pad"] = do_pad
     return given
 
 
-def checked_settings(given: Mapping[str, Any], owner: str) -> dict[str, Any]:
-    """Returns all settings, checked and in their stored form; those that are None by default."""
-    for name in given:
-        if name not in SETTINGS:
-            raise check.unknown_keyword(owner, name, list(SETTINGS))
-    settings = {}
-    for name, (default, checked) in SETTINGS.items():
-        value = given.get(name)
-        if value is None:
-            value = dict(default) if isinstance(default, dict) else default
-        settings[name] = None if value is None else checked(name, value)
-    return settings
-
-
 def _read_settings(
-    name_or_path: str | os.PathLike, download: Mapping[str, Any]
+    name_or_path: str | os.PathLike[str], download: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """Returns the content of the file that describes the image processor of a model."""
+    """Return the content of the file that describes the image processor of a model."""
     if os.path.isfile(name_or_path):
         return read_json(Path(name_or_path))
-    # As in transformers, a processor_config.json with an image processor inside goes first.
+    # As in transformers, a processor_config.json with an image processor takes precedence.
     try:
         content = read_json(resolve_file(name_or_path, PROCESSOR_NAME, **download))
         if "image_processor" in content:
             return content["image_processor"]
     except FileNotFoundError:
-        pass  # the usual case; the other file is the one that has to be there
+        pass  # the usual case; only the other file is required
     return read_json(resolve_file(name_or_path, PREPROCESSOR_NAME, **download))

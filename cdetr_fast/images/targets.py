@@ -1,4 +1,4 @@
-"""COCO annotations to training targets, and what resizing and padding do to them.
+"""Training targets from COCO annotations, resized, normalised and padded with their image.
 
 A target is a dictionary of tensors: `image_id` [1], `class_labels` [T], `boxes` [T, 4], `area` [T],
 `iscrowd` [T], `orig_size` [2] (h, w), `size` [2] (h, w), and on request `masks` bool [T, H, W] and
@@ -7,41 +7,43 @@ A target is a dictionary of tensors: `image_id` [1], `class_labels` [T], `boxes`
 Source: datasets/coco.py and datasets/coco_panoptic.py of the authors' repository.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as tvF
 
 Target = dict[str, Tensor]
+Format = Literal["coco_detection", "coco_panoptic"]
 
 _REQUIRED = {
     "coco_detection": ("image_id", "annotations"),
     "coco_panoptic": ("image_id", "file_name", "segments_info"),
 }
-FORMATS = tuple(_REQUIRED)
 
 
 def prepare_target(
     annotation: Mapping[str, Any],
     size_hw: tuple[int, int],
-    format: str,
+    format: Format,
     return_masks: bool | None = None,
-    masks_path: str | Path | None = None,
+    masks_path: str | os.PathLike[str] | None = None,
     name: str = "annotations",
 ) -> Target:
-    """Returns the target of one image, boxes as corners in pixels, on the CPU.
+    """Return the target of one image, boxes as corners in pixels, on the CPU.
 
     Args:
         annotation: `{"image_id", "annotations": [...]}` for "coco_detection", or `{"image_id",
             "file_name", "segments_info": [...]}` for "coco_panoptic".
         size_hw: Height and width of the image.
         format: "coco_detection" or "coco_panoptic".
-        return_masks: Whether to add `masks`; None means no for detection, yes for panoptic.
+        return_masks: Whether to add `masks`; by default only for panoptic ones.
         masks_path: Folder of the panoptic PNG files.
         name: Name of the annotation in error messages.
 
@@ -77,7 +79,7 @@ def prepare_target(
 def _detection_target(
     objects: Sequence[Mapping[str, Any]], size_hw: tuple[int, int], return_masks: bool, name: str
 ) -> Target:
-    """Returns labels, boxes, area and masks of the objects that are no crowds and not empty.
+    """Return labels, boxes, area and masks of the objects that are neither crowds nor empty.
 
     transformers builds the masks of crowds too and then fails to select among them.
     """
@@ -117,7 +119,7 @@ def _detection_target(
 
 
 def _decode_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> Tensor:
-    """Returns the bool mask `[H, W]` of polygons, or of a plain or compressed run-length code."""
+    """Return the bool mask `[H, W]` of polygons, or of a plain or compressed run-length code."""
     try:
         from pycocotools import mask as coco_mask
     except ImportError as error:
@@ -145,7 +147,7 @@ def _decode_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> Tensor:
 def _panoptic_target(
     segments: Sequence[Mapping[str, Any]], size_hw: tuple[int, int], path: Path, name: str
 ) -> Target:
-    """Returns labels, boxes, area and masks of all segments, crowds included (`iscrowd` tells)."""
+    """Return labels, boxes, area and masks of all segments, crowds (`iscrowd`) included."""
     for position, item in enumerate(segments):
         missing = [key for key in ("id", "category_id", "area") if key not in item]
         if missing:
@@ -171,9 +173,9 @@ def _panoptic_target(
 
 
 def _boxes_of_masks(masks: Tensor) -> Tensor:
-    """Returns first and last column and row of each mask as fp32 corners `[T, 4]`.
+    """Return the first and last column and row of each mask as fp32 corners `[T, 4]`.
 
-    As in DETR the last pixel's index is the corner, so a box is one pixel smaller than its mask.
+    As in DETR the index of the last pixel is the corner: a box is one pixel smaller than its mask.
     """
 
     def first_and_last(occupied: Tensor) -> tuple[Tensor, Tensor]:  # [T, n]
@@ -186,7 +188,7 @@ def _boxes_of_masks(masks: Tensor) -> Tensor:
 
 
 def resize_target(target: Target, old_hw: tuple[int, int], new_hw: tuple[int, int]) -> Target:
-    """Scales boxes, area and masks of a target from one image size to another."""
+    """Scale boxes, area and masks of a target from one image size to another."""
     ratio_h, ratio_w = (new / old for new, old in zip(new_hw, old_hw, strict=True))
     target = dict(target)
     target["size"] = torch.tensor(new_hw, dtype=torch.int64)
@@ -202,18 +204,19 @@ def resize_target(target: Target, old_hw: tuple[int, int], new_hw: tuple[int, in
 
 
 def normalize_target(target: Target, size_hw: tuple[int, int]) -> Target:
-    """Turns box corners in pixels into centre and size relative to the image."""
+    """Turn box corners in pixels into centre and size relative to the image."""
     height, width = size_hw
-    x_min, y_min, x_max, y_max = target["boxes"].unbind(-1)
-    centers_and_sizes = ((x_min + x_max) / 2, (y_min + y_max) / 2, x_max - x_min, y_max - y_min)
-    boxes_cxcywh = torch.stack(centers_and_sizes, dim=-1)
+    boxes_cxcywh = box_convert(target["boxes"], "xyxy", "cxcywh")
     return target | {"boxes": boxes_cxcywh / torch.tensor([width, height, width, height])}
 
 
 def pad_target(
-    target: Target, old_hw: tuple[int, int], new_hw: tuple[int, int], update_boxes: bool
+    target: Mapping[str, Tensor],
+    old_hw: tuple[int, int],
+    new_hw: tuple[int, int],
+    update_boxes: bool,
 ) -> Target:
-    """Extends a target to an image padded at the bottom and on the right.
+    """Extend a target to an image padded at the bottom and on the right.
 
     Args:
         target: Target of the unpadded image.
@@ -221,9 +224,9 @@ def pad_target(
         new_hw: Size after padding.
         update_boxes: Whether boxes are relative to the image, and so have to shrink.
     """
+    target = dict(target)
     if old_hw == new_hw:
         return target
-    target = dict(target)
     device = target["boxes"].device
     target["size"] = torch.tensor(new_hw, dtype=torch.int64, device=device)
     if update_boxes:

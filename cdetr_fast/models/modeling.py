@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cdetr_fast.common.scores import kept_queries, upcast
 from cdetr_fast.config.model import ConditionalDetrConfig
-from cdetr_fast.images.detections import upcast
-from cdetr_fast.images.segments import kept_queries
 from cdetr_fast.loss.criterion import Labels, detection_loss, segmentation_loss
 from cdetr_fast.models.backbone import ConditionalDetrConvEncoder
 from cdetr_fast.models.decoder import ConditionalDetrDecoder

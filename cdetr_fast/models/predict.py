@@ -1,6 +1,6 @@
-"""`predict`: images of any kind in, results out.
+"""`predict`: results for images of any kind.
 
-Batches are read and resized in a thread of their own while the model works on the one before.
+A thread reads and resizes the next batch while the model works on the current one.
 """
 
 import contextlib
@@ -10,28 +10,32 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cdetr_fast.common import validation as check
+from cdetr_fast.common.validation import PositiveInt, Probability, checked
 from cdetr_fast.config.model import ConditionalDetrConfig
 from cdetr_fast.images import ConditionalDetrImageProcessor
-from cdetr_fast.images.load import ImageInput, load_images
-from cdetr_fast.images.results import DetectionResult, SegmentationResult
-from cdetr_fast.images.segments import segments
+from cdetr_fast.images.load import ImageInput, image_hw, load_images
+from cdetr_fast.images.results import (
+    DetectionResult,
+    SegmentationResult,
+    detection_results,
+    segmentation_results,
+)
 from cdetr_fast.images.settings import PREPROCESSOR_NAME, PROCESSOR_NAME
-from cdetr_fast.images.sizes import resized_hw
 from cdetr_fast.models.pretrained import ModelWithLoss
 
 Item = TypeVar("Item")
+Result = TypeVar("Result", bound=DetectionResult)
 
 
 class Batch(NamedTuple):
-    """Images made ready for the model.
+    """Preprocessed images.
 
     Attributes:
         pixel_values: `[B, 3, H, W]` in the model's dtype, on its device.
@@ -56,14 +60,14 @@ class PredictingModel(ModelWithLoss):
     def __init__(self, config: ConditionalDetrConfig) -> None:
         super().__init__(config)
         self._image_processor: ConditionalDetrImageProcessor | None = None
-        self._processor_source: tuple[str | os.PathLike, dict[str, Any]] | None = None
+        self._processor_source: tuple[str | os.PathLike[str], dict[str, Any]] | None = None
 
     @property
     def image_processor(self) -> ConditionalDetrImageProcessor:
-        """What `predict` prepares images with; may be replaced.
+        """Prepares the images of `predict`; may be replaced.
 
         At the first use it is read from where the model was loaded from. A model that was not
-        loaded, or has none there (then with a warning), gets one with default settings.
+        loaded gets one with default settings; so does, with a warning, one without a file of it.
         """
         if self._image_processor is None:
             self._image_processor = self._load_processor()
@@ -104,28 +108,29 @@ class PredictingModel(ModelWithLoss):
         self,
         images: ImageInput,
         batch_size: int,
-        compute: Callable[[Batch], list[DetectionResult]],
-    ) -> Any:
-        """One result for one image, a list for several."""
+        compute: Callable[[Batch], list[Result]],
+    ) -> Result | list[Result]:
+        """Return one result for one image, a list for several."""
         if _is_single(images):
             (batch,) = self._batches([images], 1)
             with _evaluating(self):
                 return compute(batch)[0]
-        return list(self._predict_each(images, batch_size, compute))
+        many = cast("Iterable[ImageInput]", images)
+        return list(self._predict_each(many, batch_size, compute))
 
     def _predict_each(
         self,
         images: Iterable[ImageInput],
         batch_size: int,
-        compute: Callable[[Batch], list[DetectionResult]],
-    ) -> Iterator[DetectionResult]:
+        compute: Callable[[Batch], list[Result]],
+    ) -> Iterator[Result]:
         for batch in _ahead(self._batches(images, batch_size)):
             with _evaluating(self):
                 results = compute(batch)
             yield from results
 
     def _batches(self, images: Iterable[ImageInput], batch_size: int) -> Iterator[Batch]:
-        """Reads images and prepares them, a batch at a time."""
+        """Read images and prepare them, a batch at a time."""
         processor = self.image_processor
         device = self.device if processor.device is None else processor.device
         waiting: list[Tensor] = []
@@ -133,7 +138,8 @@ class PredictingModel(ModelWithLoss):
             (pixels,) = load_images(
                 [image], processor.do_convert_rgb, processor.input_data_format, device, position
             )
-            if waiting and not (self._mixes_sizes or _same_size(pixels, waiting[0], processor)):
+            size_hw = processor.resized_hw(pixels)
+            if waiting and not (self._mixes_sizes or size_hw == processor.resized_hw(waiting[0])):
                 yield self._batch(waiting)
                 waiting = []
             waiting.append(pixels)
@@ -144,21 +150,15 @@ class PredictingModel(ModelWithLoss):
             yield self._batch(waiting)
 
     def _batch(self, images: list[Tensor]) -> Batch:
-        features = self.image_processor(
-            images,
-            input_data_format="channels_first",
-            data_format="channels_first",
-            return_tensors="pt",
-        )
-        pixel_values = features["pixel_values"].to(self.device, self.dtype)
-        pixel_mask = features.get("pixel_mask")
+        pixel_values, pixel_mask = self.image_processor.to_batch(images)
         if pixel_mask is not None:
             pixel_mask = pixel_mask.to(self.device)
-        return Batch(pixel_values, pixel_mask, [tuple(image.shape[-2:]) for image in images])
+        sizes_hw = [image_hw(image) for image in images]
+        return Batch(pixel_values.to(self.device, self.dtype), pixel_mask, sizes_hw)
 
 
 class DetectingModel(PredictingModel):
-    """`predict` of a model that detects."""
+    """`predict` of a detection model."""
 
     def predict(
         self,
@@ -168,14 +168,14 @@ class DetectingModel(PredictingModel):
         top_k: int = 100,
         batch_size: int = 1,
     ) -> DetectionResult | list[DetectionResult]:
-        """Detects objects in images.
+        """Detect objects in images.
 
         Runs in inference mode and evaluation mode, on the device and in the dtype of the model;
         training mode is restored. `image_processor` prepares the images.
 
         Args:
             images: Paths, URLs, bytes of image files, PIL images, arrays or tensors (`[H, W]`, `[C,
-                H, W]` or `[H, W, C]`): one, a list of them, or a batch in four dimensions.
+                H, W]` or `[H, W, C]`): one, a list of them, or a four-dimensional batch.
             threshold: Detections with a score above it are returned.
             top_k: Most detections per image.
             batch_size: Images in one forward pass.
@@ -198,43 +198,34 @@ class DetectingModel(PredictingModel):
         top_k: int = 100,
         batch_size: int = 1,
     ) -> Iterator[DetectionResult]:
-        """As `predict` for many images: takes any iterable, yields each result when it is there.
+        """Yield the results of `predict` for any iterable of images, each when it is computed.
 
-        `images` is iterated in another thread, a batch ahead of the results.
+        `images` is iterated in another thread, one batch ahead of the results.
         """
         return self._predict_each(images, *self._check(threshold, top_k, batch_size))
 
-    def _check(self, threshold: float, top_k: int, batch_size: int) -> tuple[int, Callable]:
-        check.number(0, 1)("threshold", threshold)
-        check.integer(1)("top_k", top_k)
-        return check.integer(1)("batch_size", batch_size), functools.partial(
+    def _check(
+        self, threshold: float, top_k: int, batch_size: int
+    ) -> tuple[int, Callable[[Batch], list[DetectionResult]]]:
+        checked(Probability, threshold, "threshold")
+        checked(PositiveInt, top_k, "top_k")
+        return checked(PositiveInt, batch_size, "batch_size"), functools.partial(
             self._detect, threshold=threshold, top_k=top_k
         )
 
     def _detect(self, batch: Batch, threshold: float, top_k: int) -> list[DetectionResult]:
         with torch.inference_mode():
             outputs = self(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask)
-        found = self.image_processor.post_process_object_detection(
-            outputs, threshold, batch.sizes_hw, top_k, return_tensors="pt"
-        ).to("cpu")
-        return [
-            DetectionResult(
-                found["scores"][image, :count],
-                found["labels"][image, :count],
-                found["boxes"][image, :count],
-                size_hw,
-                self.config.id2label,
-            )
-            for image, (count, size_hw) in enumerate(
-                zip(found["counts"].tolist(), batch.sizes_hw, strict=True)
-            )
-        ]
+        return detection_results(
+            outputs, batch.sizes_hw, self.config.id2label, threshold=threshold, top_k=top_k
+        )
 
 
 class SegmentingModel(PredictingModel):
-    """`predict` of a model that segments."""
+    """`predict` of a segmentation model."""
 
     _mixes_sizes = False  # a padded image's mask would cover the padding
+    forward_above: Callable[..., Any]
 
     def predict(
         self,
@@ -246,7 +237,7 @@ class SegmentingModel(PredictingModel):
         label_ids_to_fuse: Collection[int] = (),
         batch_size: int = 1,
     ) -> SegmentationResult | list[SegmentationResult]:
-        """Segments objects in images; masks are computed for the queries above the threshold alone.
+        """Segment objects in images; masks are computed only for queries above the threshold.
 
         Modes, device and preparation of the images are as in detection.
 
@@ -256,13 +247,13 @@ class SegmentingModel(PredictingModel):
             mask_threshold: Probability from which on a pixel is in a mask.
             overlap_mask_area_threshold: Share of its mask above which a query has to get its
                 pixels.
-            label_ids_to_fuse: Classes (stuff) whose parts become one segment: panoptic in place of
+            label_ids_to_fuse: Classes (stuff) whose parts become one segment: panoptic instead of
                 instance segmentation.
             batch_size: Most images in one forward pass; only images of one size share one.
 
         Returns:
             A `SegmentationResult` for one image, a list of them for a list or batch. Boxes are
-            those of the box head, of a fused segment the box around its parts'.
+            those of the box head; that of a fused segment encloses the boxes of its parts.
 
         Raises:
             TypeError: An image or argument has the wrong type.
@@ -282,9 +273,9 @@ class SegmentingModel(PredictingModel):
         label_ids_to_fuse: Collection[int] = (),
         batch_size: int = 1,
     ) -> Iterator[SegmentationResult]:
-        """As `predict` for many images: takes any iterable, yields each result when it is there.
+        """Yield the results of `predict` for any iterable of images, each when it is computed.
 
-        `images` is iterated in another thread, a batch ahead of the results.
+        `images` is iterated in another thread, one batch ahead of the results.
         """
         thresholds = (threshold, mask_threshold, overlap_mask_area_threshold)
         return self._predict_each(images, *self._check(*thresholds, label_ids_to_fuse, batch_size))
@@ -296,11 +287,11 @@ class SegmentingModel(PredictingModel):
         overlap_mask_area_threshold: float,
         label_ids_to_fuse: Collection[int],
         batch_size: int,
-    ) -> tuple[int, Callable]:
-        check.number(0, 1)("threshold", threshold)
-        check.number(0, 1)("mask_threshold", mask_threshold)
-        check.number(0, 1)("overlap_mask_area_threshold", overlap_mask_area_threshold)
-        return check.integer(1)("batch_size", batch_size), functools.partial(
+    ) -> tuple[int, Callable[[Batch], list[SegmentationResult]]]:
+        checked(Probability, threshold, "threshold")
+        checked(Probability, mask_threshold, "mask_threshold")
+        checked(Probability, overlap_mask_area_threshold, "overlap_mask_area_threshold")
+        return checked(PositiveInt, batch_size, "batch_size"), functools.partial(
             self._segment,
             threshold=threshold,
             mask_threshold=mask_threshold,
@@ -313,52 +304,21 @@ class SegmentingModel(PredictingModel):
             outputs = self.forward_above(
                 batch.pixel_values, batch.pixel_mask, settings["threshold"]
             )
-        found = segments(
-            outputs, target_sizes=batch.sizes_hw, compat=self.config.compat, **settings
+        return segmentation_results(
+            outputs, batch.sizes_hw, self.config.id2label, compat=self.config.compat, **settings
         )
-        boxes_cxcywh = outputs.pred_boxes.cpu()
-        results = []
-        for image, (segmented, (height, width)) in enumerate(
-            zip(found, batch.sizes_hw, strict=True)
-        ):
-            center_xy, half_size = boxes_cxcywh[image, :, :2], 0.5 * boxes_cxcywh[image, :, 2:]
-            corners = torch.cat((center_xy - half_size, center_xy + half_size), dim=1)
-            corners = corners * torch.tensor([width, height, width, height])
-            boxes = [corners[queries] for queries in segmented.queries]
-            boxes = [torch.cat((b[:, :2].amin(0), b[:, 2:].amax(0))) for b in boxes]
-            infos = segmented.infos
-            results.append(
-                SegmentationResult(
-                    torch.tensor([info["score"] for info in infos]),
-                    torch.tensor([info["label_id"] for info in infos], dtype=torch.int64),
-                    torch.stack(boxes) if boxes else torch.zeros(0, 4),
-                    (height, width),
-                    self.config.id2label,
-                    segmented.segmentation.clamp_(min=0).cpu(),
-                    [info["id"] for info in infos],
-                )
-            )
-        return results
 
 
 def _is_single(images: ImageInput) -> bool:
-    """Whether this is one image, and not a list or batch of them."""
+    """Return whether this is one image, and not a list or batch of them."""
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim != 4
     return isinstance(images, str | os.PathLike | bytes | Image.Image)
 
 
-def _same_size(a: Tensor, b: Tensor, processor: ConditionalDetrImageProcessor) -> bool:
-    """Whether two images have one size after resizing."""
-    sizes = [tuple(image.shape[-2:]) for image in (a, b)]
-    if processor.do_resize:
-        sizes = [resized_hw(*size, processor.size) for size in sizes]
-    return sizes[0] == sizes[1]
-
-
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and then each module's own mode again."""
+    """Put a model into evaluation mode, and each module back into its own mode at the end."""
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
@@ -370,11 +330,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """Yields items while the one after is being made in another thread."""
-    end = object()
+    """Yield items while another thread makes the next one."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="cdetr_fast-images") as pool:
-        item = next(items, end)
-        while item is not end:
-            following = pool.submit(next, items, end)
+        item = next(items, None)
+        while item is not None:
+            following = pool.submit(next, items, None)
             yield item
             item = following.result()

@@ -23,7 +23,7 @@ from cdetr_fast.images import (
 )
 from cdetr_fast.images import targets as annotations_module
 from cdetr_fast.images.load import load_images
-from cdetr_fast.images.sizes import resized_hw
+from cdetr_fast.images.resize import resized_hw
 
 Theirs = transformers.ConditionalDetrImageProcessor
 SMALL = {"shortest_edge": 64, "longest_edge": 101}

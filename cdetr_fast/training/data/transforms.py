@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as tvF
 
-from cdetr_fast.images.sizes import resized_hw
+from cdetr_fast.images.resize import resized_hw
 
 _SMALLEST_BOX = 1.0  # pixels of a side, after a crop
 

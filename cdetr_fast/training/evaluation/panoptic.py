@@ -15,6 +15,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from cdetr_fast.common.scores import kept_queries
 from cdetr_fast.images import segments as segmentation
 from cdetr_fast.training.data.coco import CocoIndex
 from cdetr_fast.training.data.dataset import Batch
@@ -131,7 +132,7 @@ class PanopticScorer:
 
     def __call__(self, batch: Batch, outputs: Any) -> None:
         """Takes the outputs for a batch that has `segment_maps`."""
-        kept = segmentation.kept_queries(outputs.logits.float(), self.threshold, "paper")[2].cpu()
+        kept = kept_queries(outputs.logits.float(), self.threshold, "paper")[2].cpu()
         sizes_hw = batch.sizes_hw()
         for row, image in enumerate(batch.indices):
             if not batch.counted[row]:
