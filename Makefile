@@ -6,6 +6,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
+CONSTRAINTS ?= constraints.txt
 PYTEST ?=
 DEMO ?=
 
@@ -15,14 +17,15 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-oldest lint format clean
 
 help:
-	@echo "make demo     draw scenes, detect, print AP, write pictures to output/demo"
-	@echo "make test     run the tests"
-	@echo "make lint     check style and formatting"
-	@echo "make format   put style and formatting right"
-	@echo "make clean    remove the environment and what was built"
+	@echo "make demo         draw scenes, detect, print AP, write pictures to output/demo"
+	@echo "make test         run the tests, and print how much of the package they cover"
+	@echo "make test-oldest  run the tests on the oldest supported packages, in $(OLDEST)"
+	@echo "make lint         check style, formatting, wording, imports and types"
+	@echo "make format       fix what can be fixed automatically"
+	@echo "make clean        remove the environments and build products"
 
 demo: $(VENV)/.installed-eval $(VENV)/.native
 	$(VENV)/bin/cdetr-fast demo $(DEMO)
@@ -31,10 +34,17 @@ demo: $(VENV)/.installed-eval $(VENV)/.native
 test: $(VENV)/.installed-test $(VENV)/.native
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(PYTEST)
 
+# The same in an environment of its own; not part of CI.
+test-oldest:
+	$(MAKE) test VENV=$(OLDEST) CONSTRAINTS=constraints-oldest.txt
+
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	$(VENV)/bin/python tools/words.py
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mypy
 
 format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .
@@ -42,16 +52,17 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build dist output *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist output *.egg-info .coverage .hypothesis
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	rm -f kernels/cdetr_kernels/_native_*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is written last, so that an interrupted installation is taken up again.
-$(VENV)/.installed-%: pyproject.toml setup.py constraints.txt
+# The stamp is written last, so that an interrupted installation is repeated.
+$(VENV)/.installed-%: pyproject.toml setup.py $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	@echo "installing into $(VENV); the first time that takes some minutes and about 6 GB"
 	$(PYTHON) -m venv $(VENV)
-	CDETR_FAST_NATIVE=0 $(PIP) install --quiet --progress-bar off --constraint constraints.txt --editable '.[$*]'
+	CDETR_FAST_NATIVE=0 $(PIP) install --quiet --progress-bar off --constraint $(CONSTRAINTS) --editable '.[$*]'
 	@touch $@
 
 # The C++ and CUDA kernels, as far as there are compilers. Prerequisites are made from left to right
