@@ -23,7 +23,7 @@ from torch import Tensor
 
 import cdetr_fast
 from benchmarks.measure import print_table, save
-from cdetr_fast.cli import IMAGE_SUFFIXES
+from cdetr_fast.cli.detect import IMAGE_SUFFIXES
 from cdetr_fast.demo import DEMO
 from cdetr_fast.demo.scenes import TRAIN_SEED, draw_scene, write_coco_dataset
 from cdetr_fast.training.data.coco import CocoIndex, read_coco

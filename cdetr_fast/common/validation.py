@@ -44,9 +44,8 @@ from typing import (
     Required,
 )
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
     from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
     from pydantic_core import CoreSchema
 
@@ -429,8 +428,10 @@ def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def dtype(name: str, value: Any) -> torch.dtype:
+def dtype(name: str, value: Any) -> "torch.dtype":
     """A torch dtype, or its name."""
+    import torch
+
     resolved = value
     if isinstance(value, str):
         resolved = getattr(torch, value.removeprefix("torch."), None)

@@ -12,7 +12,9 @@ from cdetr_fast.models.modeling import (
 )
 
 
-def class_of_checkpoint(name_or_path: str | os.PathLike, **download: Any) -> type:
+def class_of_checkpoint(
+    name_or_path: str | os.PathLike, **download: Any
+) -> type[ConditionalDetrForObjectDetection | ConditionalDetrForSegmentation]:
     """Returns the class that a checkpoint is for: of segmentation, else of detection.
 
     Args:

@@ -1,6 +1,8 @@
-"""`python -m cdetr_fast.training`, as torchrun and `accelerate launch` start it."""
+"""`python -m cdetr_fast.training` is `cdetr-fast train`: for torchrun and `accelerate launch`."""
 
-from cdetr_fast.training.commands import train_command
+import sys
+
+from cdetr_fast.cli import main
 
 if __name__ == "__main__":
-    train_command()
+    main(["train", *sys.argv[1:]])

@@ -17,8 +17,8 @@ from support.tiny import randomized, tiny_config
 import cdetr_fast
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor, cli
 from cdetr_fast.checkpoints.key_maps import to_authors
-from cdetr_fast.demo.scenes import CLASSES, TRAIN_SEED, coco_ground_truth, draw_scene
-from cdetr_fast.images.results import DetectionResult
+from cdetr_fast.cli.demo import SCENES_PER_SEED
+from cdetr_fast.demo.scenes import CLASSES, TRAIN_SEED
 
 
 class Done(NamedTuple):
@@ -350,7 +350,7 @@ def test_rotated_photographs_are_set_upright(run, checkpoint, tmp_path):
         ("model file", "--model .*empty: expected"),
         ("no image", "none of 1 images could be read"),
         ("empty folder", "no images in this folder"),
-        ("device", "--device frobnicator"),
+        ("device", "--device: 'frobnicator' cannot be used"),
         ("output", "--output .*: (File exists|Not a directory)"),
     ],
 )
@@ -373,47 +373,8 @@ def test_errors_are_one_line(run, checkpoint, pictures, tmp_path, case, message)
     assert "Traceback" not in done.err
 
 
-def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "detections.json"
-    cli.write_json(path, [1])
-
-    def crash(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", crash)
-    with pytest.raises(KeyboardInterrupt):
-        cli.write_json(path, [2])
-    assert read(path) == [1]
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_average_precision_of_known_cases(capsys):
-    pytest.importorskip("pycocotools")
-    annotations = [draw_scene(seed)[1] for seed in range(6)]
-    truth = coco_ground_truth(annotations)
-
-    def detections(shift: float, images: int) -> list:
-        results = []
-        for i, annotation in enumerate(annotations[:images]):
-            boxes = torch.tensor(annotation["boxes_xyxy"])
-            width = (boxes[:, 2] - boxes[:, 0])[:, None] * torch.tensor([1.0, 0.0, 1.0, 0.0])
-            labels = torch.tensor(annotation["labels"])
-            found = DetectionResult(labels * 0 + 1.0, labels, boxes + shift * width, (128, 128), {})
-            results += found.to_coco(i)
-        return results
-
-    assert cli.average_precision(truth, detections(0.0, 6)) == pytest.approx((1.0, 1.0))
-    # A shift by a quarter of the width has IoU 0.6: right at 0.50, 0.55 and 0.60 at most.
-    ap, ap50 = cli.average_precision(truth, detections(0.24, 6))
-    assert ap50 == pytest.approx(1.0)
-    assert 0.2 <= ap <= 0.35
-    assert 0 < cli.average_precision(truth, detections(0.0, 3))[1] < 0.9
-    assert cli.average_precision(truth, []) == (0.0, 0.0)
-    assert capsys.readouterr().out == ""
-
-
 def test_demo_scores_unseen_scenes(run, tmp_path):
-    pytest.importorskip("pycocotools")
+    pytest.importorskip("faster_coco_eval")
     done = run("demo", "--output", tmp_path, "--device", "cpu")
     assert done.code == 0, done.err
     values = dict(line.split(maxsplit=1) for line in done.out.splitlines())
@@ -426,7 +387,7 @@ def test_demo_scores_unseen_scenes(run, tmp_path):
 
 
 def test_demo_depends_on_the_seed_alone(run, tmp_path):
-    pytest.importorskip("pycocotools")
+    pytest.importorskip("faster_coco_eval")
     sheets = {}
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         run("demo", "--count", 2, "--seed", seed, "--output", tmp_path / name, "--device", "cpu")
@@ -435,7 +396,7 @@ def test_demo_depends_on_the_seed_alone(run, tmp_path):
 
 
 def test_demo_never_draws_a_training_scene():
-    largest = 99_999 * cli._SCENES_PER_SEED + cli._SCENES_PER_SEED - 1
+    largest = 99_999 * SCENES_PER_SEED + SCENES_PER_SEED - 1
     assert largest < TRAIN_SEED
 
 
@@ -457,11 +418,11 @@ def test_demo_refuses_to_score_a_model_of_other_classes(run, checkpoint, tmp_pat
     assert len(done.err.strip().splitlines()) == 1
 
 
-def test_demo_without_pycocotools_says_what_to_install(run, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "pycocotools", None)
+def test_demo_names_the_package_that_is_missing(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     done = run("demo", "--output", tmp_path)
     assert done.code == 1
-    assert "pip install 'cdetr-fast[eval]'" in done.err
+    assert done.err == "cdetr-fast: faster_coco_eval missing: pip install 'cdetr-fast[eval]'\n"
 
 
 def test_info_names_versions_and_the_path_of_every_operator(run):

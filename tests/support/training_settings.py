@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cdetr_fast.demo.scenes import write_coco_dataset
 
 MODEL = {
@@ -46,3 +48,19 @@ def short_run(scenes: Path, output: Path) -> dict[str, Any]:
         "learning_rate": 1e-3,
         "backbone_learning_rate": 1e-4,
     }
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A folder with `train` (14 scenes) and `val` (5 scenes), 64 x 80 pixels."""
+    return write_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture
+def settings(scenes, tmp_path):
+    """Settings of a run of two epochs with four steps each; keyword arguments change them."""
+
+    def make(**changes):
+        return short_run(scenes, tmp_path / "run") | changes
+
+    return make

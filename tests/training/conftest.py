@@ -1,16 +1,10 @@
-"""Fixtures of `training_settings`."""
+"""Fixtures of the training tests."""
 
 import shutil
 
 import pytest
 from PIL import Image
-from support.training_settings import short_run, write_scenes
-
-
-@pytest.fixture(scope="session")
-def scenes(tmp_path_factory):
-    """A folder with `train` (14 scenes) and `val` (5 scenes), 64 x 80 pixels."""
-    return write_scenes(tmp_path_factory.mktemp("scenes"))
+from support.training_settings import scenes, settings  # noqa: F401 - fixtures
 
 
 @pytest.fixture
@@ -26,13 +20,3 @@ def damage(scenes, tmp_path):
         return folder / "annotations.json"
 
     return copy
-
-
-@pytest.fixture
-def settings(scenes, tmp_path):
-    """Settings of a run of two epochs with four steps each; keyword arguments change them."""
-
-    def make(**changes):
-        return short_run(scenes, tmp_path / "run") | changes
-
-    return make

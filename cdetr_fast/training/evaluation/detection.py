@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -17,12 +16,10 @@ from cdetr_fast.images.detections import detections as to_detections
 from cdetr_fast.training.data.coco import CocoIndex
 from cdetr_fast.training.data.dataset import Batch
 from cdetr_fast.training.errors import DataError
+from cdetr_fast.training.evaluation.box_scores import score_boxes
 
 if TYPE_CHECKING:
     from cdetr_fast.training.evaluation.panoptic import PanopticScorer
-
-_STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-_STATS += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 
 _PER_IMAGE = 100  # detections, as COCO's rules have it
 _FAILURES_SHOWN = 20
@@ -176,12 +173,6 @@ def evaluate_detections(
         detections: On images of the index.
         panoptic: What scored the segments on the same images.
     """
-    from faster_coco_eval import COCO, COCOeval_faster
-
-    def quiet(*_: object) -> None:
-        return None
-
-    truth = COCO(index.coco_dictionary(), print_function=quiet)
     left, top, right, bottom = detections.boxes_xyxy.astype(np.float64).T
     rows = np.stack(
         [
@@ -192,35 +183,29 @@ def evaluate_detections(
         ],
         axis=1,
     )
-    evaluation = COCOeval_faster(truth, truth.loadRes(rows), "bbox", print_function=quiet)
-    with contextlib.redirect_stdout(None):
-        evaluation.run()
-    stats = {
-        name: float(value) if value >= 0 else float("nan")
-        for name, value in zip(_STATS, evaluation.stats[:12], strict=True)
-    }
-    precision = evaluation.eval["precision"]  # [IoU, recall, class, size, detections]
-    recall = evaluation.eval["recall"]  # [IoU, class, size, detections]
+    scores = score_boxes(index.coco_dictionary(), rows)
     counts = np.bincount(index.labels[~index.crowd], minlength=len(index.classes))
-    classes = []
+    nan = float("nan")
+    classes: list[dict[str, Any]] = []
     for label, name in enumerate(index.classes):
-        own, own_recall = precision[:, :, label, 0, -1], recall[:, label, 0, -1]
+        precision, recall = scores.precision[:, :, label], scores.recall[:, label]
         has = counts[label] > 0
         classes.append(
             {
                 "class": name,
                 "objects": int(counts[label]),
-                "AP": float(own.mean()) if has else float("nan"),
-                "AP50": float(own[0].mean()) if has else float("nan"),
-                "AR100": float(own_recall.mean()) if has else float("nan"),
+                "AP": float(precision.mean()) if has else nan,
+                "AP50": float(precision[0].mean()) if has else nan,
+                "AR100": float(recall.mean()) if has else nan,
             }
         )
+    stats = scores.stats
     if panoptic is not None:
         stats |= panoptic.stats()
         for name, values in panoptic.quality.per_class().items():
             for one, value in zip(classes, values.tolist(), strict=True):
                 one[name] = value
-    return Evaluation(stats, classes, precision[0, :, :, 0, -1])
+    return Evaluation(stats, classes, scores.precision[0])
 
 
 def confusion_matrices(

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from cdetr_fast.common.files import read_json, write_json
 from cdetr_fast.training.errors import DataError
 
@@ -39,6 +41,16 @@ def shared_errors(accelerator: Any) -> Iterator[None]:
         raise DataError(
             prefix + messages[failed[0]], said_elsewhere=not accelerator.is_main_process
         ) from error
+
+
+def end_process_group() -> None:
+    """End the process group, if there is one; a program that trains calls it last.
+
+    Left to the interpreter's exit, a thread of gloo may ask for an interpreter that is no more,
+    and abort a process whose work is done.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def everywhere(accelerator: Any, value: Any) -> list[Any]:

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cdetr_fast.cli import main
 from cdetr_fast.training import DataError, TrainingConfig, TrainingStopped, train
-from cdetr_fast.training.commands import convert_command
 from cdetr_fast.training.data.coco import read_coco
 from cdetr_fast.training.data.dataset import DetectionDataset
 from cdetr_fast.training.data.sampling import Draw
@@ -25,7 +25,8 @@ def shards(scenes, tmp_path_factory):
     """The 14 scenes in shards of 4."""
     folder = tmp_path_factory.mktemp("shards")
     source = scenes / "train" / "annotations.json"
-    convert_command(["shards", str(source), "--output", str(folder), "--images-per-shard", "4"])
+    with pytest.raises(SystemExit, match="0"):
+        main(["convert", "shards", str(source), "--output", str(folder), "--images-per-shard", "4"])
     return folder
 
 

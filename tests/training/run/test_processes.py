@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cdetr_fast.training.commands import leave_processes
+from cdetr_fast.training.run.launch import end_process_group
 from cdetr_fast.training.run.signals import outlive_in_worker
 from cdetr_fast.training.run.state import checkpoint_files, load_checkpoint
 
@@ -40,7 +40,7 @@ def run_all(path):
     """Trains each of the settings in a file: what every process under torchrun does."""
     for settings in json.loads(Path(path).read_text()):
         train_quietly(settings)
-    leave_processes()
+    end_process_group()
 
 
 def losses(output):

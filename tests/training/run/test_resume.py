@@ -133,7 +133,6 @@ def test_agents_of_a_launch(tmp_path):
 
 def program(settings, folder):
     """Trains under torchrun, and dies once at a step if it is told to."""
-    from cdetr_fast.training.commands import leave_processes
     from cdetr_fast.training.step import TrainingStep
 
     torch.set_num_threads(1)
@@ -155,7 +154,7 @@ def program(settings, folder):
             f"{error.said_elsewhere} {error}"
         )
         sys.exit(1)
-    leave_processes()
+    launch.end_process_group()
 
 
 @pytest.fixture

@@ -1,0 +1,104 @@
+"""The model that `--model` names, on the device that `--device` names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cdetr_fast.cli.errors import UserError
+from cdetr_fast.common.errors import first_line
+from cdetr_fast.demo import DEMO
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from cdetr_fast.images.results import DetectionResult
+
+_WORTH_OPTIMIZING = 4  # images
+
+
+class Detector:
+    """A loaded model with its description.
+
+    Args:
+        name: Folder, hub name or the authors' file; None is the checkpoint in the package.
+        revision: Branch, tag or commit of a hub name.
+        device: Name of the device; None is CUDA if there is a GPU.
+
+    Raises:
+        UserError: The device or the model cannot be used.
+    """
+
+    def __init__(self, name: str | None, revision: str | None, device: str | None) -> None:
+        import torch
+
+        import cdetr_fast
+        from cdetr_fast.common.devices import usable_device
+        from cdetr_fast.models.auto import class_of_checkpoint
+
+        self.name = "embedded" if name is None else name
+        source = str(DEMO) if name is None else name
+        options = {} if revision is None else {"revision": revision}
+        try:
+            self.device = usable_device("--device", device)
+        except RuntimeError as error:
+            raise UserError(str(error)) from error
+        try:
+            model_class = class_of_checkpoint(source, **options)
+            self.segments = model_class is cdetr_fast.ConditionalDetrForSegmentation
+            model = model_class.from_pretrained(source, dtype=torch.float32, **options)
+            model.image_processor  # noqa: B018 - read here, where its errors are reported
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"--model {self.name}: {first_line(error)}") from error
+        self.model = model.to(self.device)
+        self.id2label: dict[int, str] = self.model.config.id2label
+
+    def optimize_for(self, images: int) -> None:
+        """Optimize the model if it pays for so many images; results stay the same up to rounding.
+
+        Preparing a ResNet-50 takes as long as it saves on two images.
+        """
+        if images >= _WORTH_OPTIMIZING:
+            from cdetr_fast import optimize
+
+            # images of a folder have many sizes, each of which would be a graph to capture
+            self.model = optimize(self.model, cuda_graphs=False, inplace=True)
+
+    def predict_each(
+        self, images: Iterable[Image.Image], threshold: float, top_k: int, batch_size: int
+    ) -> Iterator[DetectionResult]:
+        """Yield the result of each image; see `predict_each` of the model."""
+        options = {} if self.segments else {"top_k": top_k}  # segments are as many as queries
+        return self.model.predict_each(images, threshold, batch_size=batch_size, **options)
+
+    def describe(self) -> str:
+        """Return the model's name and number of parameters."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return f"{self.name}, {parameters / 1e6:.2f} million parameters"
+
+    def describe_device(self) -> str:
+        """Return the GPU's name, or the number of CPU threads."""
+        import torch
+
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{self.device.type}, {torch.get_num_threads()} threads"
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read a file as an upright RGB image; UserError if it cannot be read."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    from cdetr_fast.images.load import require_8_bits
+
+    try:
+        with Image.open(path) as image:
+            require_8_bits(image)
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path}: not an image that can be read") from error
+    # PIL raises the last three for damaged or absurdly large files.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UserError(f"{path}: {reason or first_line(error)}") from error

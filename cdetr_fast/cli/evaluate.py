@@ -1,0 +1,94 @@
+"""`cdetr-fast evaluate`: figures, tables and pictures of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from cdetr_fast.cli.training import prepare_training
+
+if TYPE_CHECKING:
+    from cdetr_fast.training.evaluation.detection import Evaluation
+
+_COLUMNS = ("AP", "AP50", "AR100")
+_PANOPTIC_COLUMNS = ("PQ", "SQ", "RQ")
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Option(metavar="TEXT", help="Folder, hub name or the authors' .pth.")
+    ],
+    annotations: Annotated[str, typer.Option(metavar="PATH", help="COCO JSON file.")],
+    images: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Folder of its images, if they are not found beside it."),
+    ] = None,
+    masks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="Folder of panoptic PNG files: measures panoptic quality too."
+        ),
+    ] = None,
+    output: Annotated[
+        str, typer.Option(metavar="PATH", help="Folder for the results.")
+    ] = "output/evaluate",
+    batch_size: Annotated[
+        int, typer.Option(metavar="INTEGER", help="Images per forward pass.")
+    ] = 1,
+    num_workers: Annotated[
+        int, typer.Option(metavar="INTEGER", help="Processes that load images.")
+    ] = 2,
+    device: Annotated[
+        Literal["auto", "cpu"], typer.Option(help="cpu ignores the GPUs of the machine.")
+    ] = "auto",
+    threshold: Annotated[
+        float,
+        typer.Option(metavar="FLOAT", help="Lowest score in confusion, pictures and segments."),
+    ] = 0.5,
+    bad_labels: Annotated[
+        Literal["stop", "drop"], typer.Option(help="What to do with invalid labels.")
+    ] = "stop",
+    bad_images: Annotated[
+        Literal["stop", "skip"],
+        typer.Option(help="skip leaves images that cannot be read out of the figures."),
+    ] = "stop",
+) -> None:
+    """Score a checkpoint by COCO's rules; writes tables and pictures."""
+    prepare_training()
+    from cdetr_fast.training.evaluation.checkpoint import evaluate as run
+    from cdetr_fast.training.run.launch import end_process_group
+
+    try:
+        evaluation = run(
+            model,
+            annotations,
+            images,
+            output,
+            masks=masks,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            device=device,
+            threshold=threshold,
+            bad_labels=bad_labels,
+            bad_images=bad_images,
+        )
+        if evaluation is not None:
+            _print_evaluation(evaluation)
+            print(f"tables and pictures: {output}")
+    finally:
+        end_process_group()
+
+
+def _print_evaluation(evaluation: Evaluation) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = _COLUMNS + (_PANOPTIC_COLUMNS if "PQ" in evaluation.stats else ())
+    table = Table("class", "objects", *columns, box=None, pad_edge=False)
+    for one in evaluation.classes:
+        table.add_row(one["class"], str(one["objects"]), *(f"{one[k]:.3f}" for k in columns))
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    for name, value in evaluation.stats.items():
+        console.print(f"{name:10} {value:.3f}")

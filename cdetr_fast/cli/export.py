@@ -1,0 +1,51 @@
+"""`cdetr-fast export`: a model as a file for another runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cdetr_fast.cli.detector import Detector
+from cdetr_fast.cli.errors import UserError
+from cdetr_fast.cli.options import DeviceOption, ModelOption, RevisionOption
+from cdetr_fast.common.errors import first_line
+
+
+def export(
+    output: Annotated[Path, typer.Argument(help="The file: .pt2, or .onnx with --format onnx.")],
+    model: ModelOption = None,
+    format: Annotated[str, typer.Option(metavar="TEXT", help="torch, aoti or onnx.")] = "torch",
+    size: Annotated[
+        tuple[int, int],
+        typer.Option(metavar="INTEGER INTEGER", help="Height and width of the images to try."),
+    ] = (800, 1066),
+    batch: Annotated[int, typer.Option(metavar="INTEGER", min=1, help="Images in a batch.")] = 1,
+    static: Annotated[
+        bool, typer.Option("--static", help="Only for this size and batch; constants folded.")
+    ] = False,
+    masked: Annotated[
+        bool, typer.Option("--masked", help="Take padding masks as a second input, as numbers.")
+    ] = False,
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
+) -> None:
+    """Write a model to a file for torch.export, AOTInductor or ONNX, and check the file."""
+    from cdetr_fast.inference.export import export as write
+
+    detector = Detector(model, revision, device)
+    try:
+        error = write(
+            detector.model,
+            output,
+            format,
+            size=size,
+            batch=batch,
+            dynamic=not static,
+            masked=masked,
+        )
+    except (OSError, RuntimeError, TypeError, ValueError) as failure:
+        raise UserError(first_line(failure)) from failure
+    megabytes = output.stat().st_size / 1e6
+    print(f"{output}, {megabytes:.1f} MB; its outputs are within {error:.0e} of the model's")

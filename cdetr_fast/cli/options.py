@@ -1,0 +1,94 @@
+"""Parts of commands: options that several share, lists of values, grouped help."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from cdetr_fast.common.validation import did_you_mean
+
+LIST = "..."
+"""End of the metavar of an option that takes a list of values."""
+
+_FLAG = re.compile(r"--?[a-zA-Z]")
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="TEXT",
+        help="Folder, hub name or the authors' .pth. Default: the checkpoint in the package.",
+        show_default=False,
+    ),
+]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="Branch, tag or commit of a hub name.", show_default=False),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT", help="cpu, cuda, cuda:1 ... Default: cuda if available.", show_default=False
+    ),
+]
+ThresholdOption = Annotated[
+    float,
+    typer.Option(
+        metavar="FLOAT", min=0.0, max=1.0, help="Lowest score that counts as a detection."
+    ),
+]
+
+
+class Command(TyperCommand):
+    """A command with grouped help, suggestions for unknown flags, and flags that take lists.
+
+    Click has no options with lists of values, like `--scales 480 512`. Here the values up to the
+    next flag become one, quoted as in a shell, which the option's parser splits again with `shlex`.
+    Of a flag that comes twice the last counts.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rich_markup_mode = "rich"  # for panels in the help; errors stay one line
+        self.help = re.sub(r"(?<=\S)\n(?=\S)", " ", self.help or "")  # rich keeps line breaks
+
+    # typer has its own copy of click, or not: the type of the context depends on its version
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        options = self.get_params(ctx)
+        known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
+        for flag in (argument.partition("=")[0] for argument in args):
+            if flag.startswith("--") and flag not in known:
+                ctx.fail(f"No such option: {flag}{did_you_mean(flag, known)}")
+        lists = {
+            flag
+            for option in options
+            if (getattr(option, "metavar", None) or "").endswith(LIST)
+            for flag in option.opts
+        }
+        return super().parse_args(ctx, _join_lists(args, lists))
+
+
+def _join_lists(args: Sequence[str], flags: set[str]) -> list[str]:
+    joined: list[str] = []
+    values: list[str] | None = None  # of the list that is being read
+    for argument in args:
+        if values is not None and not _FLAG.match(argument):
+            values.append(argument)
+            continue
+        if values is not None:
+            joined.append(shlex.join(values))
+            values = None
+        flag, equals, value = argument.partition("=")
+        if flag not in flags:
+            joined.append(argument)
+        elif equals:
+            joined += [flag, shlex.join([value])]
+        else:
+            joined.append(flag)
+            values = []
+    return joined if values is None else [*joined, shlex.join(values)]
