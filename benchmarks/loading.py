@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.measure import interleaved, print_table, save
 from benchmarks.preprocessing import make_photo
 from cdetr_fast.training import TrainingConfig, setup
-from cdetr_fast.training.data.coco import CocoIndex, read_coco
+from cdetr_fast.training.data.coco import read_coco
+from cdetr_fast.training.data.index import CocoIndex
 
 BATCH = 4
 SIZE = {"shortest_edge": 800, "longest_edge": 1333}

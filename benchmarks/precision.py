@@ -26,7 +26,8 @@ from benchmarks.measure import print_table, save
 from cdetr_fast.cli.detect import IMAGE_SUFFIXES
 from cdetr_fast.demo import DEMO
 from cdetr_fast.demo.scenes import TRAIN_SEED, draw_scene, write_coco_dataset
-from cdetr_fast.training.data.coco import CocoIndex, read_coco
+from cdetr_fast.training.data.coco import read_coco
+from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.evaluation.detection import Detections, evaluate_detections
 
 REFERENCE = "fp32"

@@ -36,7 +36,6 @@ MOVED = {
     "training.coco": "training.data.coco",
     "training.conversion": "training.data.conversion",
     "training.dataset": "training.data.dataset",
-    "training.json_fields": "training.data.json_fields",
     "training.label_checks": "training.data.label_checks",
     "training.launch": "training.run.launch",
     "training.model_card": "training.run.model_card",

@@ -227,7 +227,8 @@ def first_problem(error: "ValidationError", kind: Any, value: Any) -> Problem:
     message = str(first["ctx"]["error"]) if error_type == "value_error" else ""
     if message and _explicit(kind) is None:
         return Problem(tuple(path), message, is_type_error=False)
-    got = "nothing" if error_type == "missing" else shortened(value)
+    is_missing = error_type == "missing" and len(path) == len(location)
+    got = "nothing" if is_missing else shortened(value)
     is_type_error = error_type.endswith("_type") or error_type == "is_instance_of"
     return Problem(tuple(path), f"expected {describe(kind)}, got {got}", is_type_error)
 
@@ -301,7 +302,11 @@ def _describe_container(kind: Any) -> str:
     origin = typing.get_origin(kind) or kind
     if not isinstance(origin, type):
         return str(kind)
-    if issubclass(origin, Mapping) or typing.is_typeddict(origin):
+    if (
+        issubclass(origin, Mapping)
+        or typing.is_typeddict(origin)
+        or hasattr(origin, "model_fields")
+    ):
         return "a mapping"
     if issubclass(origin, Sequence):
         item = _plain(next(iter(typing.get_args(kind)), None))

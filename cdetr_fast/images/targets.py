@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as tvF
+
+from cdetr_fast.images.boxes import clipped_corners, relative_boxes, segment_ids
 
 Target = dict[str, Tensor]
 Format = Literal["coco_detection", "coco_panoptic"]
@@ -90,15 +90,10 @@ def _detection_target(
             raise ValueError(f"{name}['annotations'][{position}]: expected {missing}, got {item}")
     objects = [item for item in objects if not item.get("iscrowd", 0)]
 
-    height, width = size_hw
-    boxes_xyxy = torch.tensor([item["bbox"] for item in objects], dtype=torch.float32)
-    if objects and boxes_xyxy.shape != (len(objects), 4):
-        raise ValueError(f"{name}: expected bbox = [x, y, w, h], got {list(boxes_xyxy.shape)}")
-    boxes_xyxy = boxes_xyxy.reshape(-1, 4)
-    boxes_xyxy[:, 2:] += boxes_xyxy[:, :2]
-    boxes_xyxy[:, 0::2].clamp_(min=0, max=width)
-    boxes_xyxy[:, 1::2].clamp_(min=0, max=height)
-
+    boxes_xywh = torch.tensor([item["bbox"] for item in objects], dtype=torch.float32)
+    if objects and boxes_xywh.shape != (len(objects), 4):
+        raise ValueError(f"{name}: expected bbox = [x, y, w, h], got {list(boxes_xywh.shape)}")
+    boxes_xyxy = clipped_corners(boxes_xywh.reshape(-1, 4), size_hw)
     keep = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(dim=1)
     objects = [item for item, kept in zip(objects, keep.tolist(), strict=True) if kept]
     target = {
@@ -153,10 +148,9 @@ def _panoptic_target(
         if missing:
             raise ValueError(f"{name}['segments_info'][{position}]: expected {missing}, got {item}")
     with Image.open(path) as file:
-        colors = torch.from_numpy(np.array(file.convert("RGB"))).to(torch.int64)
-    if colors.shape[:2] != size_hw:
-        raise ValueError(f"{path.name}: expected {list(size_hw)}, got {list(colors.shape[:2])}")
-    segment_map = colors[..., 0] + 256 * colors[..., 1] + 256**2 * colors[..., 2]  # [H, W]
+        segment_map = segment_ids(file)
+    if segment_map.shape != size_hw:
+        raise ValueError(f"{path.name}: expected {list(size_hw)}, got {list(segment_map.shape)}")
 
     ids = torch.tensor([item["id"] for item in segments], dtype=torch.int64)
     masks = segment_map == ids[:, None, None]  # [T, H, W]
@@ -205,9 +199,7 @@ def resize_target(target: Target, old_hw: tuple[int, int], new_hw: tuple[int, in
 
 def normalize_target(target: Target, size_hw: tuple[int, int]) -> Target:
     """Turn box corners in pixels into centre and size relative to the image."""
-    height, width = size_hw
-    boxes_cxcywh = box_convert(target["boxes"], "xyxy", "cxcywh")
-    return target | {"boxes": boxes_cxcywh / torch.tensor([width, height, width, height])}
+    return target | {"boxes": relative_boxes(target["boxes"], size_hw)}
 
 
 def pad_target(

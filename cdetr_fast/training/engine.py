@@ -17,8 +17,9 @@ from torch import nn
 from cdetr_fast.common.files import write_atomically
 from cdetr_fast.training import setup
 from cdetr_fast.training.config import TrainingConfig
-from cdetr_fast.training.data.dataset import Batch, grouped
+from cdetr_fast.training.data.dataset import Batch
 from cdetr_fast.training.data.label_checks import LabelReport
+from cdetr_fast.training.data.loader import grouped
 from cdetr_fast.training.errors import DataError, TrainingStopped
 from cdetr_fast.training.evaluation.panoptic import PanopticScorer
 from cdetr_fast.training.graphs import use_graphs

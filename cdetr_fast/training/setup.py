@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from cdetr_fast import ConditionalDetrImageProcessor
 from cdetr_fast.training.config import TrainingConfig
-from cdetr_fast.training.data.coco import CocoIndex, read_coco
-from cdetr_fast.training.data.dataset import DetectionDataset, make_loader
+from cdetr_fast.training.data.coco import read_coco
+from cdetr_fast.training.data.dataset import DetectionDataset
+from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.label_checks import LabelReport, check_labels
+from cdetr_fast.training.data.loader import make_loader
 from cdetr_fast.training.data.sampling import EvaluationSampler, TrainingSampler
-from cdetr_fast.training.data.shard_stream import ShardStream, stream_loader
+from cdetr_fast.training.data.shard_stream import ShardStream
 from cdetr_fast.training.data.shards import ShardSet, is_shards, read_shards
 from cdetr_fast.training.data.transforms import EvaluationTransform, TrainingTransform
 from cdetr_fast.training.errors import DataError
@@ -166,7 +168,7 @@ def training_loader(
     pin = accelerator.device.type == "cuda"
     if isinstance(index, ShardSet):
         stream = ShardStream(index, transform, *split, workers, multiple, config.seed)
-        return stream, stream_loader(stream, workers, pin)
+        return stream, make_loader(stream, None, workers, multiple, pin)
     sampler = TrainingSampler(_aspect_ratios(index), *split, config.seed)
     return sampler, make_loader(DetectionDataset(index, transform), sampler, workers, multiple, pin)
 

@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
 from cdetr_fast.training import TrainingConfig, evaluate
-from cdetr_fast.training.data.dataset import grouped
+from cdetr_fast.training.data.loader import grouped
 from cdetr_fast.training.setup import pixel_statistics, read_data, training_loader
 
 

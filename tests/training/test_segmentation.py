@@ -15,7 +15,7 @@ from cdetr_fast import ConditionalDetrForSegmentation
 from cdetr_fast.training import DataError, TrainingConfig, evaluate, train
 from cdetr_fast.training.data.coco import read_coco
 from cdetr_fast.training.data.dataset import Collate, DetectionDataset
-from cdetr_fast.training.data.sampling import Draw
+from cdetr_fast.training.data.sampling import ImageRequest
 from cdetr_fast.training.data.transforms import EvaluationTransform, TrainingTransform
 from cdetr_fast.training.engine import Engine
 from cdetr_fast.training.run.log import read_rows
@@ -116,7 +116,7 @@ def test_masks_follow_boxes(panoptic, seed):
     assert index.classes == ("plate", "disc", "ground")
     transform = TrainingTransform((48, 64), 96, 0.5, 0.7, (64,), (40, 64))
     dataset = DetectionDataset(index, transform)
-    items = [dataset[Draw(i, (seed, i), (seed,))] for i in range(3)]
+    items = [dataset[ImageRequest(i, (seed, i), (seed,))] for i in range(3)]
     # of the third image, a segment is a crowd
     for item, count in zip(items, (3, 3, 2), strict=True):
         assert len(item["label"]["class_labels"]) <= count
@@ -223,12 +223,15 @@ def test_bad_masks_are_named(configuration, panoptic, tmp_path):
     index = read_coco(panoptic / "train" / "panoptic.json", masks=folder)
     dataset = DetectionDataset(index, TrainingTransform((48,), 96))
     Image.open(victim).resize((40, 32), Image.NEAREST).save(victim)
-    assert "001.png (masks of image id 1): expected 80 x 64 pixels" in dataset[Draw(1, (0,), (0,))]
+    assert (
+        "001.png (masks of image id 1): expected 80 x 64 pixels"
+        in dataset[ImageRequest(1, (0,), (0,))]
+    )
     Image.new("RGB", (WIDTH, HEIGHT)).save(victim)
-    message = dataset[Draw(1, (0,), (0,))]
+    message = dataset[ImageRequest(1, (0,), (0,))]
     assert "001.png (masks of image id 1): no pixel of segments 70000, 300, 1300" in message
     victim.unlink()
-    assert "001.png (masks of image id 1): cannot be read" in dataset[Draw(1, (0,), (0,))]
+    assert "001.png (masks of image id 1): cannot be read" in dataset[ImageRequest(1, (0,), (0,))]
 
 
 def test_masks_overfit_a_scene(configuration):
@@ -237,7 +240,7 @@ def test_masks_overfit_a_scene(configuration):
     model = engine.model
     model.eval().conditional_detr.model.freeze_backbone()  # no drop-out
     dataset = DetectionDataset(engine.train_index, EvaluationTransform({"shortest_edge": 64}))
-    inputs = Collate(32)([dataset[Draw(0)]]).model_inputs(model.device, *engine.statistics)
+    inputs = Collate(32)([dataset[ImageRequest(0)]]).model_inputs(model.device, *engine.statistics)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=5e-3, fused=True)
     dice = []

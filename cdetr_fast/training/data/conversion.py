@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from cdetr_fast.common.files import write_atomically
+from cdetr_fast.common.files import write_text
 from cdetr_fast.training.config import read_yaml
 from cdetr_fast.training.data.coco import UNREADABLE
 from cdetr_fast.training.errors import DataError
@@ -21,7 +21,9 @@ _ORIENTATION, _TURNED_BY_A_QUARTER = 0x0112, 5  # EXIF tag, and the first of its
 _ROUNDING = 0.01  # by which relative coordinates may leave 0 to 1
 
 
-def convert(kind: str, source: str | os.PathLike, output: str | os.PathLike) -> dict[str, Path]:
+def convert(
+    kind: str, source: str | os.PathLike[str], output: str | os.PathLike[str]
+) -> dict[str, Path]:
     """Writes `instances_<split>.json` for every split of a data set.
 
     Args:
@@ -53,13 +55,12 @@ def convert(kind: str, source: str | os.PathLike, output: str | os.PathLike) -> 
         if not records:
             raise DataError(f"{source}: expected images in split {split!r}, got none")
         path = output / f"instances_{split}.json"
-        text = json.dumps(_coco(records, classes))
-        write_atomically(path, lambda temporary, text=text: temporary.write_text(text, "utf-8"))
+        write_text(path, json.dumps(_coco(records, classes)))
         written[split] = path
     return written
 
 
-def image_folder(kind: str, source: str | os.PathLike) -> Path:
+def image_folder(kind: str, source: str | os.PathLike[str]) -> Path:
     """Returns the folder that the file names of a converted data set are relative to."""
     return Path(source) / "JPEGImages" if kind == "voc" else Path(source)
 
@@ -70,7 +71,8 @@ Record = tuple[str, int, int, list[tuple[str, list[float], int]]]
 
 def _coco(records: list[Record], classes: list[str]) -> dict[str, Any]:
     ids = {name: i for i, name in enumerate(classes, 1)}
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id, (name, width, height, objects) in enumerate(records, 1):
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
         for label, box, crowd in objects:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from cdetr_fast.training.data.coco import NO_ID, CocoIndex
+from cdetr_fast.training.data.index import CocoIndex
+from cdetr_fast.training.data.records import NO_ID
 from cdetr_fast.training.errors import DataError
 
 _OVERSHOOT = 1.0  # pixels; annotation tools round
@@ -28,8 +30,8 @@ class LabelReport:
 
     path: Path
     counts: dict[str, int] = field(default_factory=dict)
-    bad: dict[str, list[int | str]] = field(default_factory=dict)
-    notes: dict[str, list[int]] = field(default_factory=dict)
+    bad: dict[str, list[Any]] = field(default_factory=dict)
+    notes: dict[str, list[Any]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """Returns the report as text, one finding a line."""
@@ -89,8 +91,8 @@ def check_labels(
     for kind, bad in defects.items():
         if bad.any():
             report.bad[f"{kind}, annotation ids"] = _names(index, bad)
-    if index.strays:
-        report.bad["annotations of images that the file does not list, ids"] = index.strays
+    if index.unassigned:
+        report.bad["annotations of images that the file does not list, ids"] = index.unassigned
     if not present.all():
         report.bad[f"images without a file in {index.images}, ids"] = index.image_ids[
             ~present

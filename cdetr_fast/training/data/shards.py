@@ -1,8 +1,8 @@
-"""Shards: a COCO set as tar files in the form of WebDataset, for sets too large for one disk.
+"""Shards: a COCO set as tar files in WebDataset's format, for sets too large for one disk.
 
 A shard holds for each image its file as it was (`000000042.jpg`) and its objects
-(`000000042.json`); `shards.json` beside the shards has the categories and counts. Images are mixed
-when they are written, so that a few shards in a row are a fair sample of the set.
+(`000000042.json`); `shards.json` beside the shards has the categories and counts. Images are
+shuffled when they are written, so that a few consecutive shards are a fair sample of the set.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from typing import Any
 
 import numpy as np
 
-from cdetr_fast.common.files import write_atomically
-from cdetr_fast.training.data.coco import CocoIndex, read_categories, read_coco
-from cdetr_fast.training.data.json_fields import LIST, TEXT, WHOLE, Place, read_field
+from cdetr_fast.common.files import write_json
+from cdetr_fast.training.data.coco import read_coco, sorted_categories
+from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.label_checks import LabelReport, check_labels
+from cdetr_fast.training.data.records import ShardIndex, parsed_whole
 from cdetr_fast.training.errors import DataError
 
 _INDEX = "shards.json"
-_MIXING_SEED = 0
+_SHUFFLE_SEED = 0
 
 
 def is_shards(annotations: str) -> bool:
-    """Whether `train_annotations` names shards: an index, a tar file or a pattern of them."""
+    """Return whether `train_annotations` names shards: an index, a tar file or a pattern."""
     return annotations.endswith((_INDEX, ".tar"))
 
 
 def webdataset() -> Any:
-    """Returns the library; DataError if it is not installed."""
+    """Return the library; DataError if it is not installed."""
     try:
         return importlib.import_module("webdataset")
     except ImportError as error:
@@ -42,17 +43,17 @@ def webdataset() -> Any:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """What the index of a set of shards says; stands in for a `CocoIndex` in training.
+    """A set of shards, as its index describes it; training takes it like a `CocoIndex`.
 
     Attributes:
         path: The index, for messages.
         place: Folder or URL that the names are relative to, with its last slash.
         names: File names of the shards.
-        images: Images in each of them.
-        num_objects: Objects in the whole set, as far as the index counts them.
+        images: Number of images in each of them.
+        num_objects: Number of objects in all shards of the index.
         classes: K names, in the order of category ids.
         label_of: Category id -> label.
-        stuff: Nothing: shards hold boxes.
+        stuff: Empty: shards hold boxes, not segments.
     """
 
     path: Path
@@ -68,44 +69,38 @@ class ShardSet:
         return sum(self.images)
 
     def report(self) -> LabelReport:
-        """Returns the counts; labels were checked when the shards were written."""
+        """Return the counts; labels were checked when the shards were written."""
         counts = {"images": len(self), "shards": len(self.names), "objects": self.num_objects}
         return LabelReport(self.path, counts)
 
 
 def read_shards(annotations: str) -> ShardSet:
-    """Reads the index of shards.
+    """Read the index of shards.
 
     Args:
         annotations: `.../shards.json`, or a tar file or pattern (`.../train-{000000..000099}.tar`),
-            which takes those of the shards in the index beside them. Folders, and all URLs that
-            webdataset opens (`https://`, `pipe:`, ...).
+            which selects among the shards of the index beside them. In a folder, or at any URL
+            that webdataset opens (`https://`, `pipe:`, ...).
 
     Raises:
-        DataError: The index or a shard is missing or broken, or webdataset is.
+        DataError: The index or a shard is missing or broken, or webdataset is not installed.
     """
     library = webdataset()
     head, slash, tail = annotations.partition("{")
     folder, _, name = head.rpartition("/")
     place = f"{folder}/" if "/" in head else ""
     where = place + _INDEX
-    whole = Place(where, "content", 0)
     try:
         with library.gopen(where, "rb") as stream:
             content = json.loads(stream.read())
-        ids, classes, _ = read_categories(read_field(content, "categories", LIST, whole), where)
-        listed = read_field(content, "shards", LIST, whole)
-        places = [Place(where, "shard", i) for i in range(len(listed))]
-        names, images, objects = (
-            [read_field(shard, key, kind, at) for shard, at in zip(listed, places, strict=True)]
-            for key, kind in (("name", TEXT), ("images", WHOLE), ("objects", WHOLE))
-        )
+        index = parsed_whole(ShardIndex, content, where, "write the shards again")
+        categories = sorted_categories(index.categories, where)
     except (OSError, ValueError, RecursionError) as error:  # DataError is a ValueError
         raise DataError(
             f"{where}: expected the index that `cdetr-fast convert shards` writes beside its "
             f"shards ({type(error).__name__}: {error})"
         ) from error
-    counts = dict(zip(names, images, strict=True))
+    counts = {shard.name: shard.images for shard in index.shards}
     wanted = list(counts)
     if not annotations.endswith(_INDEX):
         from braceexpand import braceexpand  # comes with webdataset
@@ -117,11 +112,11 @@ def read_shards(annotations: str) -> ShardSet:
                 f"{annotations}: expected a pattern as train-{{000000..000099}}.tar ({error})"
             ) from error
     for shard in wanted:
-        # The index is data: a name in it must not reach other places, or be a command.
+        # The index is data: a name in it must not be a path elsewhere, nor a command.
         if shard not in counts or "/" in shard or ":" in shard:
             raise DataError(
                 f"{place}{shard}: expected one of the {len(counts)} shards of {where}, plain names "
-                f"of files beside it"
+                "of files beside it"
             )
     if not sum(counts[shard] for shard in wanted):
         raise DataError(f"{where}: expected at least one image, got none")
@@ -136,9 +131,9 @@ def read_shards(annotations: str) -> ShardSet:
         place=place,
         names=wanted,
         images=[counts[shard] for shard in wanted],
-        num_objects=sum(objects),
-        classes=classes,
-        label_of={category: label for label, category in enumerate(ids)},
+        num_objects=sum(shard.objects for shard in index.shards),
+        classes=tuple(category.name for category in categories),
+        label_of={category.id: label for label, category in enumerate(categories)},
     )
 
 
@@ -147,7 +142,7 @@ def _is_local(place: str) -> bool:
 
 
 def read_shard(url: str) -> Iterator[dict[str, Any]]:
-    """Gives the samples of a shard: `__key__`, and the bytes of each file by its suffix."""
+    """Yield the samples of a shard: `__key__`, and the bytes of each file by its suffix."""
     library = webdataset()
     with library.gopen(url, "rb") as stream:
         files = library.tariterators.tar_file_iterator(stream)
@@ -157,23 +152,23 @@ def read_shard(url: str) -> Iterator[dict[str, Any]]:
 
 
 def write_shards(
-    annotations: str | os.PathLike,
-    output: str | os.PathLike,
-    images: str | os.PathLike | None = None,
+    annotations: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None = None,
     images_per_shard: int = 1000,
     bad_labels: str = "stop",
 ) -> Path:
-    """Writes a COCO detection set as shards.
+    """Write a COCO detection set as shards.
 
     Args:
         annotations: COCO JSON file.
         output: Folder for `train-000000.tar`, ... (by the split's name) and `shards.json`.
         images: Folder of the images, if not found beside the file.
-        images_per_shard: Of all but the last one.
+        images_per_shard: Number of images in each shard but the last.
         bad_labels: "stop" or "drop", as in training.
 
     Returns:
-        The index.
+        The path of the index.
 
     Raises:
         DataError: A file is missing or broken, or cannot be written.
@@ -184,8 +179,8 @@ def write_shards(
     index, report = check_labels(read_coco(annotations, images), bad_labels)
     folder, split = Path(output), Path(annotations).stem.split("_")[-1]
     path = folder / _INDEX
-    order = np.random.default_rng(_MIXING_SEED).permutation(len(index)).tolist()
-    shards = []
+    order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(index)).tolist()
+    shards: list[dict[str, Any]] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # until all is there
@@ -204,8 +199,7 @@ def write_shards(
             "categories": [{"id": i, "name": n} for i, n in zip(ids, index.classes, strict=True)],
             "shards": shards,
         }
-        text = json.dumps(content, indent=1) + "\n"
-        write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+        write_json(path, content, indent=1, sort_keys=False)
     except OSError as error:
         raise DataError(f"{folder}: the shards could not be written ({error})") from error
     print("\n".join(report.lines()))

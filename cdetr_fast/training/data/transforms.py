@@ -1,13 +1,13 @@
 """The paper's augmentation: flip, a random scale, and half of the time a random crop before it.
 
-What decides about the size of the result (scale, crop or not, shape of the crop) is drawn once for
-all images of a step, so that a batch holds images of similar sizes; each image alone sees the
-paper's distribution. Source: datasets/coco.py and datasets/transforms.py of the authors.
+What determines the size of the result (scale, crop or not, shape of the crop) is drawn once for all
+images of a step, so that a batch holds images of similar sizes; each image alone sees the paper's
+distribution. Source: datasets/coco.py and datasets/transforms.py of the authors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,10 +39,10 @@ class Sample(NamedTuple):
     @property
     def size_hw(self) -> tuple[int, int]:
         """Height and width."""
-        return tuple(self.image.shape[-2:])
+        return self.image.shape[-2], self.image.shape[-1]
 
     def map(self, function: Any, *args: Any, **kwargs: Any) -> Sample:
-        """Applies a function of torchvision's v2 to image, boxes and masks."""
+        """Apply a function of torchvision's v2 to image, boxes and masks."""
         return self._replace(
             image=function(self.image, *args, **kwargs),
             boxes=function(self.boxes, *args, **kwargs),
@@ -50,8 +50,12 @@ class Sample(NamedTuple):
         )
 
 
+Transform = Callable[[Sample, Any, Any], Sample]
+"""Takes a sample, its image seed and its batch seed (see `ImageRequest`)."""
+
+
 def resize(sample: Sample, size: Mapping[str, int]) -> Sample:
-    """Resizes to a size of the image processor, with its rounding."""
+    """Resize to a size of the image processor, with its rounding."""
     new_hw = list(resized_hw(*sample.size_hw, size))
     return sample.map(tvF.resize, new_hw, antialias=True)
 
@@ -75,12 +79,13 @@ class TrainingTransform:
 
     Args:
         scales: Shortest edges to draw from.
-        max_size: Longest edge at most.
-        flip_probability: Of a horizontal flip.
-        crop_probability: Of a crop.
+        max_size: Limit of the longest edge.
+        flip_probability: Probability of a horizontal flip.
+        crop_probability: Probability of a crop.
         crop_scales: Shortest edges to draw from before a crop.
         crop_sizes: Smallest and largest side of a crop; the image's side if that is smaller.
-        vertical_flip_probability: Of a vertical flip, for images without an up and a down.
+        vertical_flip_probability: Probability of a vertical flip, for images without an up and a
+            down.
         color_jitter: Brightness, contrast and saturation are multiplied by factors drawn from
             1 - color_jitter to 1 + color_jitter, in this order.
     """
@@ -108,12 +113,12 @@ class TrainingTransform:
     def __call__(
         self, sample: Sample, image_seed: Sequence[int], batch_seed: Sequence[int]
     ) -> Sample:
-        """Transforms a sample.
+        """Transform a sample.
 
         Args:
             sample: Image and objects.
-            image_seed: Of the flips, the colours and the place of the crop.
-            batch_seed: Of scale and crop size.
+            image_seed: Seed of the flips, the colours and the position of the crop.
+            batch_seed: Seed of scale and crop size.
         """
         shape, content = np.random.default_rng(batch_seed), np.random.default_rng(image_seed)
         scale = int(shape.choice(self.scales))
@@ -129,9 +134,9 @@ class TrainingTransform:
         if crops:
             sample = self._crop(resize(sample, {"shortest_edge": first}), crop_hw, place)
         sample = resize(sample, {"shortest_edge": scale, "longest_edge": self.max_size})
-        return self._recoloured(sample, colours) if self.color_jitter else sample
+        return self._recolor(sample, colours) if self.color_jitter else sample
 
-    def _recoloured(self, sample: Sample, factors: np.ndarray) -> Sample:
+    def _recolor(self, sample: Sample, factors: np.ndarray) -> Sample:
         image = sample.image
         adjustments = (tvF.adjust_brightness, tvF.adjust_contrast, tvF.adjust_saturation)
         for adjust, factor in zip(adjustments, factors, strict=True):
@@ -152,7 +157,7 @@ class TrainingTransform:
 
 
 def without_empty(sample: Sample) -> Sample:
-    """Clips boxes to the image and leaves out objects of which nothing (or a line) is left."""
+    """Clip boxes to the image and drop objects of which nothing (or a line) is left."""
     boxes = tvF.clamp_bounding_boxes(sample.boxes)
     keep = (boxes[:, 2:] - boxes[:, :2] >= _SMALLEST_BOX).all(1)
     if sample.masks is not None:

@@ -17,7 +17,8 @@ from cdetr_fast.common import validation as check
 from cdetr_fast.models.auto import class_of_checkpoint
 from cdetr_fast.models.predict import PredictingModel
 from cdetr_fast.training import setup
-from cdetr_fast.training.data.coco import CocoIndex, read_coco
+from cdetr_fast.training.data.coco import read_coco
+from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.label_checks import check_labels
 from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.evaluation.detection import Evaluation, evaluate_detections, predict

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from cdetr_fast.images.detections import detections as to_detections
-from cdetr_fast.training.data.coco import CocoIndex
 from cdetr_fast.training.data.dataset import Batch
+from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.evaluation.box_scores import score_boxes
 

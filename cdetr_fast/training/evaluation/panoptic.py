@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cdetr_fast.common.scores import kept_queries
 from cdetr_fast.images import segments as segmentation
-from cdetr_fast.training.data.coco import CocoIndex
 from cdetr_fast.training.data.dataset import Batch
+from cdetr_fast.training.data.index import CocoIndex
 
 _FIGURES = ("PQ", "SQ", "RQ")
 _MASK_THRESHOLD = 0.5  # as in the image processor

@@ -12,8 +12,8 @@ from PIL import Image
 
 from cdetr_fast.common.files import write_atomically
 from cdetr_fast.images.draw import contact_sheet, draw_detections
-from cdetr_fast.training.data.coco import CocoIndex
 from cdetr_fast.training.data.dataset import read_image
+from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.evaluation.detection import Detections, Evaluation, true_boxes
 

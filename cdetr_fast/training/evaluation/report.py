@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cdetr_fast.common.files import write_atomically
-from cdetr_fast.training.data.coco import CocoIndex
+from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.evaluation.detection import (
     Detections,
     Evaluation,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cdetr_fast.training.config import TrainingConfig, read_yaml
-from cdetr_fast.training.data.coco import CocoIndex
+from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.sampling import TrainingSampler
 from cdetr_fast.training.data.shard_stream import ShardStream
 from cdetr_fast.training.data.shards import ShardSet

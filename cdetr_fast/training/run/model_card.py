@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from cdetr_fast.training.config import TrainingConfig
-from cdetr_fast.training.data.coco import CocoIndex
+from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.shards import ShardSet
 
 _TEMPLATE = """---

@@ -12,7 +12,7 @@ from cdetr_fast.training.data.coco import read_coco
 from cdetr_fast.training.data.conversion import convert, image_folder
 from cdetr_fast.training.data.dataset import DetectionDataset
 from cdetr_fast.training.data.label_checks import check_labels
-from cdetr_fast.training.data.sampling import Draw
+from cdetr_fast.training.data.sampling import ImageRequest
 from cdetr_fast.training.data.transforms import EvaluationTransform
 
 OBJECT = """<object><name>{}</name><truncated>{}</truncated><difficult>{}</difficult>
@@ -43,7 +43,7 @@ def items(path, images):
     """What training makes of the file: the checked items of its images."""
     index, report = check_labels(read_coco(path, images))
     dataset = DetectionDataset(index, EvaluationTransform({"shortest_edge": 30}))
-    return [dataset[Draw(i, (0,), (0,), True)] for i in range(len(index))], report
+    return [dataset[ImageRequest(i, (0,), (0,), True)] for i in range(len(index))], report
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def test_each_image_once_an_epoch(images, batch, accumulate, processes):
         assert len(batches) == len(sampler) == sampler.steps_per_epoch * accumulate
         assert all(len(b) == batch for b in batches)
     counts = np.bincount(
-        [draw.index for batches in drawn for b in batches for draw in b], minlength=images
+        [draw.position for batches in drawn for b in batches for draw in b], minlength=images
     )
     surplus = counts.sum() - images
     assert counts.min() >= 1
@@ -81,7 +81,7 @@ def test_evaluation_counts_each_image_once(images, batch, processes):
     ratios = np.random.default_rng(images).uniform(0.5, 2, images)
     samplers = [EvaluationSampler(ratios, batch, rank, processes) for rank in range(processes)]
     assert len({len(list(sampler)) for sampler in samplers}) == 1
-    counted = [d.index for s in samplers for b in s for d in b if d.counted]
+    counted = [d.position for s in samplers for b in s for d in b if d.counted]
     assert sorted(counted) == list(range(images))
 
 

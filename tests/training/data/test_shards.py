@@ -14,7 +14,7 @@ from cdetr_fast.cli import main
 from cdetr_fast.training import DataError, TrainingConfig, TrainingStopped, train
 from cdetr_fast.training.data.coco import read_coco
 from cdetr_fast.training.data.dataset import DetectionDataset
-from cdetr_fast.training.data.sampling import Draw
+from cdetr_fast.training.data.sampling import ImageRequest
 from cdetr_fast.training.data.shards import read_shard, read_shards, write_shards
 from cdetr_fast.training.run.log import read_rows
 from cdetr_fast.training.setup import training_loader
@@ -69,7 +69,7 @@ def test_images_and_boxes_are_those_of_the_json_file(scenes, shards):
             seen.append(image)
             assert sample["png"] == index.image_path(image).read_bytes()
             labels = [found.label_of[o["category_id"]] for o in content["annotations"]]
-            expected = dataset[Draw(image, (0,), (0,))]["label"]
+            expected = dataset[ImageRequest(image, (0,), (0,))]["label"]
             assert labels == expected["class_labels"].tolist()
     assert sorted(seen) == list(range(14))
     assert seen != sorted(seen)
@@ -83,7 +83,7 @@ def test_labels_are_those_of_the_json_file(scenes, batches):
     plain = {"flip_probability": 0.0, "crop_probability": 0.0, "scales": [64]}
     for batch in batches(**plain):
         for image, label in zip(batch.image_ids, batch.labels, strict=True):
-            expected = dataset[Draw(place[image], (0,), (0,))]["label"]
+            expected = dataset[ImageRequest(place[image], (0,), (0,))]["label"]
             assert torch.equal(label["class_labels"], expected["class_labels"])
             torch.testing.assert_close(label["boxes"], expected["boxes"])
 
@@ -150,7 +150,7 @@ def test_trains_and_resumes_bitwise(settings, shards, tmp_path, monkeypatch):
 
 
 def rewrite(path, change):
-    """Writes a tar file anew, its members `{name: bytes}` changed."""
+    """Writes a tar file again, its members `{name: bytes}` changed."""
     with tarfile.open(path) as tar:
         members = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}
     change(members)
@@ -233,14 +233,23 @@ def test_patterns_and_what_is_missing(copies, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: [], "content at position 0 .*: expected an object with the key 'categories'"),
-        (lambda c: c | {"shards": [3]}, "shard at position 0 .*: expected an object .*, got 3"),
-        (lambda c: c | {"shards": [{"name": "a.tar", "images": "4"}]}, "images: expected a whole"),
+        (lambda c: [], r"shards.json: expected a mapping, got \[\]"),
+        (
+            lambda c: c | {"shards": [3]},
+            r"shards\[0\]: expected a mapping, got 3; write the shards again",
+        ),
+        (
+            lambda c: c | {"shards": [{"name": "a.tar", "images": "4"}]},
+            r"shards\[0\].images: expected a whole",
+        ),
         (
             lambda c: c | {"categories": [{"id": [1], "name": "x"}]},
-            "category at position 0 .*: id:",
+            r"categories\[0\].id: expected a whole number, got \[1\]",
         ),
-        (lambda c: c | {"categories": [{"id": 1}]}, "category 1: expected an object .* 'name'"),
+        (
+            lambda c: c | {"categories": [{"id": 1}]},
+            r"categories\[0\].name: expected text, got nothing",
+        ),
         (lambda c: c | {"categories": []}, "expected the index"),
     ],
 )

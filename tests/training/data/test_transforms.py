@@ -9,8 +9,9 @@ from torchvision import tv_tensors
 
 from cdetr_fast import ConditionalDetrImageProcessor
 from cdetr_fast.training.data.coco import read_coco
-from cdetr_fast.training.data.dataset import Collate, DetectionDataset, make_loader
-from cdetr_fast.training.data.sampling import Draw, TrainingSampler
+from cdetr_fast.training.data.dataset import Collate, DetectionDataset
+from cdetr_fast.training.data.loader import make_loader
+from cdetr_fast.training.data.sampling import ImageRequest, TrainingSampler
 from cdetr_fast.training.data.transforms import EvaluationTransform, Sample, TrainingTransform
 
 HEIGHT, WIDTH = 60, 90
@@ -77,7 +78,7 @@ def index(scenes):
 def test_evaluation_is_that_of_the_image_processor(index, size):
     processor = ConditionalDetrImageProcessor(size=size)
     dataset = DetectionDataset(index, EvaluationTransform(size))
-    batch = Collate()([dataset[Draw(0)], dataset[Draw(3)]])
+    batch = Collate()([dataset[ImageRequest(0)], dataset[ImageRequest(3)]])
     mean, std = (
         torch.tensor(v).reshape(3, 1, 1) * 255 for v in (processor.image_mean, processor.image_std)
     )
@@ -136,6 +137,7 @@ def test_padding_is_masked():
             "index": 0,
             "counted": True,
             "orig_size_hw": (h, w),
+            "segment_map": None,
         }
         for h, w in [(20, 30), (25, 10)]
     ]

@@ -83,7 +83,7 @@ def test_no_detections(index):
 
 
 def test_confusion():
-    from cdetr_fast.training.data.coco import CocoIndex
+    from cdetr_fast.training.data.index import CocoIndex
 
     index = CocoIndex(
         *(None, None, None),

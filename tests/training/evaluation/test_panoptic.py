@@ -12,7 +12,7 @@ from PIL import Image
 
 from cdetr_fast.training.data.coco import read_coco
 from cdetr_fast.training.data.dataset import Collate, DetectionDataset
-from cdetr_fast.training.data.sampling import Draw
+from cdetr_fast.training.data.sampling import ImageRequest
 from cdetr_fast.training.evaluation.panoptic import PanopticQuality, PanopticScorer
 
 CATEGORIES = [
@@ -153,7 +153,7 @@ def test_padded_batches_are_scored_at_the_images_own_size(tmp_path):
     index = read_coco(path, tmp_path / "set", tmp_path / "set" / "true")
     assert index.stuff == {"sky", "sea"}
     dataset = DetectionDataset(index, lambda sample, *seeds: sample, with_maps=True)
-    draws = [Draw(0), Draw(1), Draw(2), Draw(0, counted=False)]
+    draws = [ImageRequest(0), ImageRequest(1), ImageRequest(2), ImageRequest(0, counted=False)]
     batch = Collate(32)([dataset[draw] for draw in draws])
     height, width = batch.pixels.shape[2:]
     assert len(set(batch.sizes_hw())) > 1

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cdetr_fast.training.data.coco import CocoIndex
+from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.evaluation.detection import Detections
 from cdetr_fast.training.evaluation.pictures import draw_images
 

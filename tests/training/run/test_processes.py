@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cdetr_fast.training.data.loader import initialize_worker
 from cdetr_fast.training.run.launch import end_process_group
-from cdetr_fast.training.run.signals import outlive_in_worker
 from cdetr_fast.training.run.state import checkpoint_files, load_checkpoint
 
 KILLS = int(os.environ.get("CDETR_FAST_TEST_KILLS", "2"))
@@ -181,7 +181,7 @@ def load_forever(pipe):
     loader = torch.utils.data.DataLoader(
         range(10**9),
         num_workers=1,
-        worker_init_fn=outlive_in_worker,
+        worker_init_fn=initialize_worker,
         multiprocessing_context="forkserver",
     )
     batches = iter(loader)

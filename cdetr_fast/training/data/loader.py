@@ -1,0 +1,81 @@
+"""Data loaders, and how their worker processes end."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing import connection
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from cdetr_fast.training.data.dataset import Batch, Collate
+from cdetr_fast.training.data.sampling import ImageRequest
+
+_GRACE = 20  # seconds; hosts give the whole job about 30
+
+
+def make_loader(
+    dataset: Dataset[Any],
+    sampler: Sampler[list[ImageRequest]] | None,
+    workers: int,
+    multiple: int,
+    pin_memory: bool,
+) -> DataLoader[Any]:
+    """Return a loader of `Batch`; it leaves the random numbers of the process alone.
+
+    Args:
+        dataset: Images, or batches if it is a stream.
+        sampler: Batches of images; None for a stream.
+        workers: Processes that load; 0 = the calling one.
+        multiple: Heights and widths of batches are rounded up to it; a stream does that itself.
+        pin_memory: Whether batches go to pinned memory.
+    """
+    is_stream = isinstance(dataset, IterableDataset)
+    return DataLoader(
+        dataset,
+        batch_size=None if is_stream else 1,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=None if is_stream else Collate(multiple),
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        worker_init_fn=initialize_worker,
+        # Workers take their base seed from here; nothing random in them depends on it.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def initialize_worker(worker: int) -> None:
+    """Make a worker survive a signal to its process group, but not the end of its run.
+
+    The main process ends its workers after it has saved its state; if it does not, they end
+    `_GRACE` seconds after SIGTERM. After a kill -9 torch's workers end when their parent process
+    has changed. That never happens to workers of a fork server (the default from Python 3.14 on):
+    each would keep its memory.
+    """
+    run = multiprocessing.parent_process()
+    if run is not None:
+        threading.Thread(target=_exit_after, args=(run.sentinel,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+
+
+def _exit_after(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
+
+
+def grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """Yield lists of `size` consecutive batches: those of a step."""
+    step: list[Batch] = []
+    for batch in batches:
+        step.append(batch)
+        if len(step) == size:
+            yield step
+            step = []
