@@ -22,7 +22,7 @@ _MODULES = {
     "ConditionalDetrImageProcessor": "images",
     "ConditionalDetrImageProcessorFast": "images",
     "ConditionalDetrModel": "models.modeling",
-    "ConditionalDetrPreTrainedModel": "models.modeling",
+    "ConditionalDetrPreTrainedModel": "models.pretrained",
     "optimize": "inference",
     "patch_transformers": "integrations.patching",
     "unpatch_transformers": "integrations.patching",
@@ -56,22 +56,24 @@ if TYPE_CHECKING:
         ConditionalDetrForObjectDetection,
         ConditionalDetrForSegmentation,
         ConditionalDetrModel,
-        ConditionalDetrPreTrainedModel,
     )
+    from cdetr_fast.models.pretrained import ConditionalDetrPreTrainedModel
 
 
 def _find_kernels_in_checkout() -> None:
-    """Makes `cdetr_kernels` importable from a bare checkout, leaving sys.path alone."""
+    """Make `cdetr_kernels` importable from a bare checkout without changing sys.path."""
     source = Path(__file__).parent.parent / "kernels" / "cdetr_kernels" / "__init__.py"
     if importlib.util.find_spec("cdetr_kernels") is not None or not source.exists():
         return
     spec = importlib.util.spec_from_file_location(
         "cdetr_kernels", source, submodule_search_locations=[str(source.parent)]
     )
-    spec.loader = importlib.util.LazyLoader(spec.loader)  # loads at the first use of a name
+    if spec is None or spec.loader is None:
+        return
+    loader = spec.loader = importlib.util.LazyLoader(spec.loader)  # at the first use of a name
     module = importlib.util.module_from_spec(spec)
     sys.modules["cdetr_kernels"] = module
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
 
 
 _find_kernels_in_checkout()

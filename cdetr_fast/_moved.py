@@ -55,11 +55,11 @@ MOVED = {
     "visualization": "images.draw",
     "weight_files": "checkpoints.files",
 }
-"""New names by old ones, both inside this package."""
+"""New names by old ones, both relative to the package."""
 
 
 class MovedModule(ModuleType):
-    """Stands where a module was, and hands out the names of the module it became.
+    """Module under an old name that forwards to the module it became.
 
     Args:
         name: Old name, absolute.
@@ -71,7 +71,7 @@ class MovedModule(ModuleType):
         self._moved_to = moved_to
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # inspect and pickle look at every module there is
+        if name.startswith("__"):  # inspect and pickle look at every module
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         warnings.warn(
             f"{self.__name__} has moved to {self._moved_to}", DeprecationWarning, stacklevel=2

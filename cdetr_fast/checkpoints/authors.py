@@ -1,4 +1,4 @@
-"""The configuration that goes with a .pth file of the paper's authors, which has none."""
+"""Configuration of the .pth files of the paper's authors, which have none."""
 
 import warnings
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from cdetr_fast.checkpoints.files import read_arguments
 from cdetr_fast.config.model import ConditionalDetrConfig
 
-# Fields that the weights do not tell, and what they are called in the authors' command line.
+# Fields that weights do not determine, and their names in the authors' command line.
 _ARGUMENTS = {
     "dilation": "dilation",
     "encoder_attention_heads": "nheads",
@@ -19,12 +19,12 @@ _ARGUMENTS = {
 def config_of_authors(
     file: Path, known: dict[str, Any], given: dict[str, Any]
 ) -> ConditionalDetrConfig:
-    """Returns the configuration of one of the authors' files.
+    """Return the configuration of one of the authors' files.
 
     Args:
-        file: The file; the command line of the training, if it is in there, counts.
-        known: Fields that the weights tell; see `fields_of`.
-        given: Fields that the caller gives; they go before all others.
+        file: The file; the command line of the training is used if it is inside.
+        known: Fields that the weights determine; see `fields_of`.
+        given: Fields that the caller gives; they take precedence.
 
     Raises:
         ValueError, TypeError: The fields do not make a configuration.
@@ -33,9 +33,9 @@ def config_of_authors(
     fields = {field: arguments[name] for field, name in _ARGUMENTS.items() if name in arguments}
     if "dilation" not in fields | given:
         warnings.warn(
-            f"{file}: does not say whether the backbone is dilated, and has been taken as not. For "
-            "a DC5 checkpoint pass dilation=True; where only a folder or file can be given, make a "
-            f"folder by from_pretrained({file.name!r}, dilation=True).save_pretrained(folder)",
+            f"{file}: does not say whether the backbone is dilated; loaded as not dilated. For a "
+            "DC5 checkpoint pass dilation=True; where only a folder or file can be given, make a "
+            f"folder with from_pretrained({file.name!r}, dilation=True).save_pretrained(folder)",
             stacklevel=4,
         )
     fields |= known | given

@@ -1,4 +1,4 @@
-"""Files of weights: which there can be, where they are, and what is in them."""
+"""Files of weights: their names, and finding and reading them."""
 
 import argparse
 import os
@@ -11,16 +11,17 @@ import torch
 from safetensors import SafetensorError
 
 from cdetr_fast.checkpoints.key_maps import StateDict
+from cdetr_fast.common.errors import first_line
 from cdetr_fast.common.files import read_json, resolve_file
 
 
 def find_weights(
-    name_or_path: str | os.PathLike,
+    name_or_path: str | os.PathLike[str],
     variant: str | None = None,
     use_safetensors: bool | None = None,
     **download: Any,
 ) -> list[Path]:
-    """Finds the files of weights in a folder or on the hub: one, or all shards.
+    """Find the files of weights in a folder or on the hub: one, or all shards.
 
     Args:
         name_or_path: A folder, or the id of a model on the hub.
@@ -29,7 +30,7 @@ def find_weights(
         **download: As in `resolve_file`.
 
     Raises:
-        FileNotFoundError: There is none; the message lists the names that were tried.
+        FileNotFoundError: None was found; the message lists the names that were tried.
     """
     names = [
         name
@@ -52,7 +53,7 @@ def find_weights(
 
 
 def weight_names(variant: str | None) -> list[str]:
-    """File names in the order in which they are looked for."""
+    """Return file names in the order in which they are looked for."""
     part = f".{variant}" if variant else ""
     return [
         f"model{part}.safetensors",
@@ -63,23 +64,23 @@ def weight_names(variant: str | None) -> list[str]:
 
 
 def read_weights(files: list[Path]) -> StateDict:
-    """Reads weights onto the CPU, without running code from the files.
+    """Read weights onto the CPU, without running code from the files.
 
     Args:
         files: A safetensors file or one that `torch.save` wrote, or all shards of one checkpoint.
             The latter may hold the weights under "model", as the authors' training leaves them.
 
     Raises:
-        OSError: A file is truncated, or is none of these; the message names it.
+        OSError: A file is truncated or of another kind; the message names it.
     """
-    state_dict = {}
+    state_dict: StateDict = {}
     for file in files:
         state_dict |= _read_file(file)
     return state_dict
 
 
 def read_arguments(file: Path) -> dict[str, Any]:
-    """Returns the command line of the authors' training, if a file of theirs has it, else nothing.
+    """Return the command line of the authors' training, or {} if the file has none.
 
     Raises:
         OSError: As `read_weights`.
@@ -115,7 +116,7 @@ def _load(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise OSError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # torch's unpickler raises a dozen kinds for bytes that are no file
+    except Exception as error:  # torch's unpickler raises a dozen kinds of errors
         raise OSError(
             f"{file}: broken, incomplete, or not a file of plain weights "
             f"({type(error).__name__}: {_reason(error)})"
@@ -123,7 +124,5 @@ def _load(file: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Returns the line that tells; torch puts advice around it to load with code from the file."""
-    message = str(error)
-    lines = (message.partition("WeightsUnpickler error:")[2] or message).strip().splitlines()
-    return lines[0] if lines else "no reason given"
+    """Return the reason, without torch's advice around it to load the file with its code."""
+    return first_line(str(error).partition("WeightsUnpickler error:")[2] or error)

@@ -1,9 +1,9 @@
-"""Names of the weights in the checkpoints there are, as tables that are read in both directions.
+"""Names of weights in every kind of checkpoint, as tables that are read in both directions.
 
-- "v5": the state_dict of transformers 5, in memory; ours is the same.
+- "v5": the state_dict of transformers 5 in memory; ours is the same.
 - "v4": what transformers 4 and 5 both write to disk.
 - "authors": the .pth files of the authors.
-- "HF ResNet": the ResNet of transformers itself as the backbone; ours is timm's.
+- "HF ResNet": a backbone of transformers' own ResNet class; ours is timm's.
 
 Source: transformers/conversion_mapping.py and models/conditional_detr/convert_*.py; the authors'
 models/transformer.py, models/conditional_detr.py and models/backbone.py.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 StateDict = dict[str, Tensor]
-# (name there, name here): whole parts of a dotted key; {n} is the number of a layer
+# (their name, our name): whole parts of a dotted key; {n} is the number of a layer
 Table = list[tuple[str, str]]
 
 V4_TABLE: Table = [
@@ -140,17 +140,17 @@ HF_RESNET_TABLE: Table = [
     ),
 ]
 
-# Where the base model's weights lie: in itself, in the detection and in the segmentation model.
+# Prefix of the base model's weights in itself, in the detection and in the segmentation model.
 _LEVELS = ("", "model.", "conditional_detr.model.")
 
 
 def to_v5(state_dict: Mapping[str, Tensor]) -> StateDict:
-    """Renames the keys of v4, of any model, and of an HF ResNet; those of v5 stay as they are."""
+    """Rename the keys of v4, of any model, and of an HF ResNet; those of v5 stay as they are."""
     return _renamed(state_dict, V4_TABLE + _V4_READ_ONLY, HF_RESNET_TABLE)
 
 
 def to_v4(state_dict: Mapping[str, Tensor], hf_resnet: bool = False) -> StateDict:
-    """Renames the keys of v5 to those on disk.
+    """Rename the keys of v5 to those on disk.
 
     Args:
         state_dict: Of any of the models.
@@ -161,18 +161,18 @@ def to_v4(state_dict: Mapping[str, Tensor], hf_resnet: bool = False) -> StateDic
 
 
 def is_authors(keys: Iterable[str]) -> bool:
-    """Whether these are the authors' names."""
+    """Return whether these are the authors' names."""
     return any(re.match(r"(detr\.|conditional_detr\.)?transformer\.", key) for key in keys)
 
 
 def from_authors(state_dict: Mapping[str, Tensor]) -> StateDict:
-    """Renames the authors' keys to v5, detection or segmentation; splits in_proj in q, k, v."""
+    """Rename the authors' keys to v5, detection or segmentation, and split in_proj in q, k, v."""
     renamed = {}
     for key, tensor in state_dict.items():
         # the segmentation model has the detection model in `detr`; a fork calls it conditional_detr
-        prefix, key = re.fullmatch(r"((?:detr\.|conditional_detr\.)?)(.*)", key).groups()
-        prefix = "conditional_detr." if prefix else ""
-        packed = re.fullmatch(r"(transformer\.encoder\..*\.)in_proj_(weight|bias)", key)
+        bare = key.removeprefix("conditional_detr.").removeprefix("detr.")
+        prefix = "" if bare == key else "conditional_detr."
+        packed = re.fullmatch(r"(transformer\.encoder\..*\.)in_proj_(weight|bias)", bare)
         if packed:
             stem, kind = packed.groups()
             parts = {
@@ -180,19 +180,19 @@ def from_authors(state_dict: Mapping[str, Tensor]) -> StateDict:
                 for name, part in zip("qkv", tensor.chunk(3), strict=True)
             }
         else:
-            parts = {key: tensor}
+            parts = {bare: tensor}
         for name, part in _renamed(parts, AUTHORS_TABLE).items():
             renamed[prefix + name] = part
     return to_v5(renamed)
 
 
 def to_authors(state_dict: Mapping[str, Tensor]) -> StateDict:
-    """Renames v5 keys of a detection or segmentation model to the authors', and packs q, k, v."""
+    """Rename v5 keys of a detection or segmentation model to the authors', and pack q, k, v."""
     renamed: StateDict = {}
     for key, tensor in to_v4(state_dict).items():
-        prefix, key = re.fullmatch(r"((?:conditional_detr\.)?)(.*)", key).groups()
-        name = next(iter(_renamed({key: tensor}, _inverse(AUTHORS_TABLE))))
-        renamed[("detr." if prefix else "") + name] = tensor
+        bare = key.removeprefix("conditional_detr.")
+        name = next(iter(_renamed({bare: tensor}, _inverse(AUTHORS_TABLE))))
+        renamed[("" if bare == key else "detr.") + name] = tensor
     for key in [key for key in renamed if re.search(r"encoder\..*\.q_proj\.(weight|bias)$", key)]:
         stem, kind = key.split("q_proj.")
         parts = [renamed.pop(f"{stem}{name}_proj.{kind}") for name in "qkv"]
@@ -201,17 +201,17 @@ def to_authors(state_dict: Mapping[str, Tensor]) -> StateDict:
 
 
 def level_of(keys: Iterable[str]) -> str:
-    """Returns the prefix of the base model's weights, "", "model." or "conditional_detr.model."."""
+    """Return the prefix of the base model's weights, "", "model." or "conditional_detr.model."."""
     found = [level for key in keys for level in _LEVELS[1:] if key.startswith(level)]
     return found[0] if found else ""
 
 
 def to_level(state_dict: Mapping[str, Tensor], target: str) -> StateDict:
-    """Moves weights between the base, detection and segmentation model; v5 keys.
+    """Move weights between the base, detection and segmentation model; v5 keys.
 
     Args:
         state_dict: Of any of the models.
-        target: Prefix as `level_of` gives it. Weights that have no place there keep their names.
+        target: Prefix as `level_of` returns it. Weights that do not exist there keep their names.
     """
     source = level_of(state_dict)
     if source == target:
@@ -229,12 +229,12 @@ def to_level(state_dict: Mapping[str, Tensor], target: str) -> StateDict:
 
 
 def fields_of(state_dict: StateDict) -> dict[str, Any]:
-    """Reads configuration fields off weights (v5 names).
+    """Return the configuration fields that weights (v5 names) determine.
 
-    Heads, dilation, dropout and the weights of the loss cannot be told from them.
+    The number of heads, dilation, dropout and the weights of the loss are not among them.
 
     Raises:
-        ValueError: There is no layer of the encoder, or of the decoder.
+        ValueError: The encoder or the decoder has no layer.
         TypeError: A weight is a number.
     """
     state_dict = to_level(state_dict, "model.")
@@ -254,7 +254,7 @@ def fields_of(state_dict: StateDict) -> dict[str, Any]:
     }
     for stack in ("encoder", "decoder"):
         if fields[f"{stack}_layers"] == 0:
-            raise ValueError(f"no layer of the {stack}")
+            raise ValueError(f"the {stack} has no layer")
     stages = [rf"model\.backbone\.model\.layer{stage}\.\d+\." for stage in (1, 2, 3, 4)]
     blocks = tuple(_count(state_dict, stage) for stage in stages)
     wide = "model.backbone.model.layer1.0.conv3.weight" in state_dict
@@ -263,8 +263,8 @@ def fields_of(state_dict: StateDict) -> dict[str, Any]:
     return fields
 
 
-# (three convolutions a block, blocks) of the ResNets that the authors take from torchvision
-_RESNETS = {
+# (three convolutions per block, blocks) of the ResNets that the authors take from torchvision
+_RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
     (False, (2, 2, 2, 2)): "resnet18",
     (False, (3, 4, 6, 3)): "resnet34",
     (True, (3, 4, 6, 3)): "resnet50",
@@ -282,7 +282,7 @@ def _inverse(table: Table) -> Table:
 
 
 def _renamed(state_dict: Mapping[str, Tensor], *tables: Table) -> StateDict:
-    """Applies tables one after the other; of each, the first row that fits a key counts."""
+    """Apply tables one after the other; the first row of each that fits a key counts."""
     rules = [[_rule(there, here) for there, here in table] for table in tables]
     renamed = {}
     for key, tensor in state_dict.items():

@@ -1,14 +1,14 @@
-"""Checkpoints, loaded: `load_pretrained`.
+"""`load_pretrained`: models from checkpoints.
 
-Read: folders and hub repositories of transformers 4 and 5 and of this package, safetensors or .bin,
-whole or in shards, and the authors' .pth files.
+These are folders and hub repositories of transformers 4 and 5 and of this package, safetensors or
+.bin, whole or sharded, and the authors' .pth files.
 """
 
 import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -24,13 +24,13 @@ from cdetr_fast.checkpoints.key_maps import (
     to_level,
     to_v5,
 )
-from cdetr_fast.common import validation as check
-from cdetr_fast.config.model import CONFIG_NAME, ConditionalDetrConfig
+from cdetr_fast.common.validation import checked, refuse
+from cdetr_fast.config.model import CONFIG_NAME, ConditionalDetrConfig, Dtype
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Options of transformers' from_pretrained and the values at which they ask for nothing special.
-_TRANSFORMERS_OPTIONS: dict[str, tuple] = {
+# Options of transformers' from_pretrained, and their values that have no effect here.
+_TRANSFORMERS_OPTIONS: dict[str, tuple[Any, ...]] = {
     "adapter_kwargs": (None, {}),
     "disable_mmap": (None, False, True),
     "distributed_config": (None,),
@@ -53,12 +53,12 @@ _TRANSFORMERS_OPTIONS: dict[str, tuple] = {
 
 def load_pretrained(
     model_class: Callable[[ConditionalDetrConfig], Model],
-    name_or_path: str | os.PathLike,
+    name_or_path: str | os.PathLike[str],
     *,
-    config: ConditionalDetrConfig | str | os.PathLike | None = None,
+    config: ConditionalDetrConfig | str | os.PathLike[str] | None = None,
     revision: str | None = None,
     subfolder: str = "",
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
@@ -70,43 +70,43 @@ def load_pretrained(
     torch_dtype: torch.dtype | str | None = None,
     device_map: torch.device | str | int | None = None,
     output_loading_info: bool = False,
-    attn_implementation: str | None = None,
+    attn_implementation: Literal["eager", "sdpa"] | None = None,
     low_cpu_mem_usage: bool | None = None,
     **config_overrides: Any,
 ) -> Model | tuple[Model, dict[str, Any]]:
-    """Loads a model, in eval mode.
+    """Load a model in eval mode.
 
     Args:
         model_class: Class to build.
         name_or_path: A folder, the id of a model on the hub, or one file of weights. The authors'
-            .pth files need no configuration, but as keyword arguments what neither the weights nor
-            the command line in the file tell (the number of heads, `dilation`, ...).
+            .pth files need no configuration, but as keyword arguments what neither weights nor
+            the command line inside them determine (the number of heads, `dilation`, ...).
         config: Configuration, or where to read it; default the config.json beside the weights.
         revision: Branch, tag or commit on the hub.
         subfolder: Folder inside the folder or repository.
-        cache_dir: Where downloads are kept, if not in the cache of `huggingface_hub`.
+        cache_dir: Folder for downloads; default the cache of `huggingface_hub`.
         token: Access token for the hub.
-        local_files_only: Use what is in the cache, and fetch nothing.
-        force_download: Fetch even what is in the cache.
+        local_files_only: Use the cache alone, without downloading.
+        force_download: Download files that are in the cache too.
         use_safetensors: True or False restricts the search to safetensors or to .bin files.
         variant: Part of the file name, as in `model.fp16.safetensors`.
         ignore_mismatched_sizes: Leave weights of other shapes at their initial values, with a
             warning that lists them, as for a new number of classes.
-        strict: Refuse missing and unexpected weights, which else are listed in a warning.
+        strict: Refuse missing and unexpected weights instead of listing them in a warning.
         dtype: dtype of the weights; "auto" or None, as in transformers 5: the one in config.json,
             else that of the first floating-point weight.
         torch_dtype: Old name of dtype.
         device_map: One device to move the model to; "auto" is CUDA where there is one.
         output_loading_info: Return (model, dict of missing_keys, unexpected_keys, mismatched_keys).
         attn_implementation: "eager" or "sdpa", for the configuration; the model chooses itself.
-        low_cpu_mem_usage: Accepted for callers of transformers, and without effect there and here.
-        **config_overrides: Configuration fields that take the place of those in config.json.
-            Options of transformers for what this package does not do (`quantization_config`,
-            `tp_plan`, `trust_remote_code`, ...) are taken at the value that asks for nothing.
+        low_cpu_mem_usage: Accepted for callers of transformers, where it has no effect either.
+        **config_overrides: Configuration fields that replace those in config.json. Options of
+            transformers that this package does not support (`quantization_config`, `tp_plan`,
+            `trust_remote_code`, ...) are accepted at the value that has no effect.
 
     Raises:
         OSError: A file is missing or broken; the message names it.
-        ValueError: Weights have other shapes than the configuration says, and the like.
+        ValueError: An argument does not fit, or weights have other shapes than the configuration.
         TypeError: An unknown keyword.
     """
     download = {
@@ -117,9 +117,11 @@ def load_pretrained(
         "local_files_only": local_files_only,
         "force_download": force_download,
     }
-    check.choice(None, "eager", "sdpa")("attn_implementation", attn_implementation)
+    checked(Literal["eager", "sdpa"] | None, attn_implementation, "attn_implementation")
     for name in _TRANSFORMERS_OPTIONS.keys() & config_overrides.keys():
-        check.choice(*_TRANSFORMERS_OPTIONS[name])(name, config_overrides.pop(name))
+        neutral, value = _TRANSFORMERS_OPTIONS[name], config_overrides.pop(name)
+        if value not in neutral:
+            refuse(name, f"one of {', '.join(map(repr, neutral))}", value)
     dtype = torch_dtype if dtype is None else dtype
     is_file = os.path.isfile(name_or_path)
     if config is not None or not is_file:
@@ -134,8 +136,8 @@ def load_pretrained(
             known = fields_of(state_dict)
         except (RuntimeError, TypeError, ValueError) as error:
             raise OSError(
-                f"{name_or_path}: the names of weights are those of the authors, their shapes are "
-                f"not ({error})"
+                f"{name_or_path}: the weights have the names of the authors, but not their shapes "
+                f"({error})"
             ) from error
         config = config or config_of_authors(files[0], known, config_overrides)
         _compare(config, known, name_or_path, ignore_mismatched_sizes)
@@ -148,7 +150,7 @@ def load_pretrained(
 
     model = _build(model_class, config)
     # `predict` finds the image processor there; a token is not kept.
-    model._processor_source = (
+    cast("Any", model)._processor_source = (
         name_or_path,
         {k: v for k, v in download.items() if k not in ("token", "force_download")},
     )
@@ -164,15 +166,15 @@ def load_pretrained(
 
 
 def _find_config(
-    config: ConditionalDetrConfig | str | os.PathLike | None,
-    name_or_path: str | os.PathLike,
+    config: ConditionalDetrConfig | str | os.PathLike[str] | None,
+    name_or_path: str | os.PathLike[str],
     download: dict[str, Any],
     overrides: dict[str, Any],
 ) -> ConditionalDetrConfig:
-    if hasattr(config, "to_dict"):
-        return ConditionalDetrConfig.from_dict(config.to_dict(), **overrides)
-    if config is not None:
+    if isinstance(config, str | os.PathLike):
         return ConditionalDetrConfig.from_pretrained(config, **overrides)
+    if config is not None:
+        return ConditionalDetrConfig.from_dict(config.to_dict(), **overrides)
     if not os.path.isfile(name_or_path):
         return ConditionalDetrConfig.from_pretrained(name_or_path, **download, **overrides)
     beside = Path(name_or_path).with_name(CONFIG_NAME)
@@ -184,10 +186,10 @@ def _find_config(
 def _compare(
     config: ConditionalDetrConfig,
     known: dict[str, Any],
-    name: str | os.PathLike,
+    name: str | os.PathLike[str],
     ignore_mismatched_sizes: bool,
 ) -> None:
-    """Refuses a configuration that contradicts the weights."""
+    """Refuse a configuration that contradicts the weights."""
     for field, expected in known.items():
         got = getattr(config, field)
         if field == "backbone":  # timm adds where the weights are from: resnet50.a1_in1k
@@ -195,13 +197,13 @@ def _compare(
         if ignore_mismatched_sizes and field in ("num_labels", "num_queries"):
             continue
         if got != expected and got is not None:  # None: the ResNet that has no name in timm
-            check.refuse(field, f"{expected!r} as the weights in {name} have it", got)
+            refuse(field, f"{expected!r} as in the weights of {name}", got)
 
 
 def _build(
     model_class: Callable[[ConditionalDetrConfig], Model], config: ConditionalDetrConfig
 ) -> Model:
-    """Builds a model that fetches no backbone weights; those are in the checkpoint."""
+    """Build a model without downloading backbone weights, which the checkpoint has."""
     backbone = config.backbone_config
     if not backbone.use_pretrained_backbone:
         return model_class(config)
@@ -213,11 +215,11 @@ def _build(
 
 
 class LoadingReport(NamedTuple):
-    """What did not go from a checkpoint into a model.
+    """Weights that were not copied from a checkpoint into a model.
 
     Attributes:
-        missing_keys: Weights of the model that the checkpoint does not have.
-        unexpected_keys: Weights of the checkpoint that the model does not have.
+        missing_keys: Weights of the model that the checkpoint lacks.
+        unexpected_keys: Weights of the checkpoint that the model lacks.
         mismatched_keys: (key, shape in the checkpoint, shape in the model).
     """
 
@@ -226,19 +228,19 @@ class LoadingReport(NamedTuple):
     mismatched_keys: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
 
     def complain(
-        self, name: str | os.PathLike, model: str, ignore_mismatched_sizes: bool, strict: bool
+        self, name: str | os.PathLike[str], model: str, ignore_mismatched_sizes: bool, strict: bool
     ) -> None:
-        """Raises or warns, with a list of everything."""
+        """Raise or warn, with a list of everything."""
         shapes = [f"{key}: expected {list(b)}, got {list(a)}" for key, a, b in self.mismatched_keys]
         if shapes and not ignore_mismatched_sizes:
             raise ValueError(
                 f"{name}: weights of another shape than {model} with this configuration has "
-                f"(ignore_mismatched_sizes=True initialises them anew):{_listed(shapes)}"
+                f"(ignore_mismatched_sizes=True keeps their initial values):{_listed(shapes)}"
             )
         parts = [
-            ("not in the checkpoint, initialised anew", self.missing_keys),
+            ("not in the checkpoint, left at their initial values", self.missing_keys),
             ("in the checkpoint, not in the model", self.unexpected_keys),
-            ("of another shape, initialised anew", shapes),
+            ("of another shape, left at their initial values", shapes),
         ]
         text = "".join(
             f"\n{len(keys)} weights {what}:{_listed(keys)}" for what, keys in parts if keys
@@ -255,12 +257,12 @@ def _listed(lines: list[str], limit: int = 60) -> str:
 
 
 def _fill(model: nn.Module, state_dict: StateDict) -> LoadingReport:
-    """Copies weights (v5 names, of any of the models) into a model."""
+    """Copy weights (v5 names, of any of the models) into a model."""
     here = model.state_dict()
     there = {
         key: tensor
         for key, tensor in to_level(state_dict, level_of(here)).items()
-        # counts batches, which frozen batch norm does not
+        # frozen batch norm does not count batches
         if not key.endswith(".num_batches_tracked")
     }
     mismatched = [
@@ -282,7 +284,7 @@ def _choose_dtype(
     dtype: torch.dtype | str | None, config: ConditionalDetrConfig, state_dict: StateDict
 ) -> torch.dtype:
     if dtype not in (None, "auto"):
-        return check.dtype("dtype", dtype)
+        return checked(Dtype, dtype, "dtype")
     if config.dtype is not None:
         return config.dtype
     floats = (tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point())
@@ -299,4 +301,4 @@ def _device(device_map: Any) -> torch.device | None:
     try:
         return torch.device(device_map)
     except (RuntimeError, TypeError):
-        check.refuse("device_map", 'None, "auto" or one device', device_map)
+        refuse("device_map", 'None, "auto" or one device', device_map)

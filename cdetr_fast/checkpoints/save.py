@@ -1,4 +1,4 @@
-"""Checkpoints, saved in the layout of transformers 5: `save_pretrained` and `push_to_hub`."""
+"""`save_pretrained` and `push_to_hub`: checkpoints in the layout of transformers 5."""
 
 import copy
 import os
@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -15,17 +15,15 @@ from huggingface_hub import CommitInfo, HfApi, split_torch_state_dict_into_shard
 from torch import Tensor, nn
 
 from cdetr_fast.checkpoints.files import weight_names
-from cdetr_fast.checkpoints.key_maps import (
-    to_v4,
-)
-from cdetr_fast.common import validation as check
+from cdetr_fast.checkpoints.key_maps import to_v4
 from cdetr_fast.common.files import make_folder, replace_all, write_json
-from cdetr_fast.config.model import CONFIG_NAME
+from cdetr_fast.common.validation import refuse
+from cdetr_fast.config.model import CONFIG_NAME, ConditionalDetrConfig
 
 
 def save_pretrained(
     model: nn.Module,
-    save_directory: str | os.PathLike,
+    save_directory: str | os.PathLike[str],
     is_main_process: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
     push_to_hub: bool = False,
@@ -34,48 +32,50 @@ def save_pretrained(
     token: str | bool | None = None,
     *,
     safe_serialization: bool = True,
-    save_function: Callable | None = None,
+    save_function: Callable[..., Any] | None = None,
     **push_options: Any,
 ) -> None:
-    """Saves weights and configuration in a folder that transformers 4 and 5 and this package read.
+    """Save weights and configuration in a folder that transformers 4 and 5 and this package read.
 
-    All files are written beside the old ones first, and then take their places. A write that is
-    interrupted leaves the old files.
+    All files are written beside the old ones first and then replace them, so an interrupted write
+    leaves the old files.
 
     Args:
         model: The model.
-        save_directory: Folder, made if need be.
+        save_directory: Folder, created if necessary.
         is_main_process: False writes nothing (for the other processes of a distributed run).
-        state_dict: Weights in the place of the model's own, with its names.
-        push_to_hub: Upload the folder's files too.
-        max_shard_size: Weights of more bytes are split over several files; "50GB" and the like.
+        state_dict: Weights instead of the model's own, with the same names.
+        push_to_hub: Upload the files too.
+        max_shard_size: Size above which weights are split over several files, as in "50GB".
         variant: Part of the file name, as in `model.fp16.safetensors`.
         token: Access token for the upload.
-        safe_serialization: False writes pytorch_model.bin in the place of model.safetensors.
+        safe_serialization: False writes pytorch_model.bin instead of model.safetensors.
         save_function: Accepted for callers of transformers (Accelerate's idiom passes
-            `accelerator.save`), and without effect there and here.
+            `accelerator.save`), where it has no effect either.
         **push_options: As in `push_to_hub`; `repo_id` is the folder's name unless given.
 
     Raises:
         TypeError: Options for an upload without push_to_hub=True.
-        ValueError: The configuration's fields do not go together.
+        ValueError: The fields of the configuration do not fit each other.
     """
     for name in ("save_peft_format", "save_original_format", "distributed_checkpoint"):
         neutral = (False,) if name == "distributed_checkpoint" else (True, False)
-        check.choice(*neutral)(name, push_options.pop(name, False))
+        value = push_options.pop(name, False)
+        if value not in neutral:
+            refuse(name, f"one of {', '.join(map(repr, neutral))}", value)
     if push_options and not push_to_hub:
         raise TypeError(f"save_pretrained: unknown keyword {next(iter(push_options))!r}")
     if not is_main_process:
         return
     folder = make_folder(save_directory)
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(cast("ConditionalDetrConfig", model.config))
     config.architectures = [type(model).__name__]
     config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     config.validate()
     if config.compat == "paper" and (reason := config.departure()):
         warnings.warn(
-            f"{save_directory}: transformers computes other numbers with these weights, as there "
-            f"{reason}. Models that go back and forth need compat='transformers'.",
+            f"{save_directory}: transformers computes other numbers with these weights: there "
+            f"{reason}. Models that are used in both need compat='transformers'.",
             stacklevel=3,
         )
     weights = model.state_dict() if state_dict is None else state_dict
@@ -108,14 +108,14 @@ def save_pretrained(
 
 
 def _remove_stale(folder: Path, variant: str | None, written: list[str]) -> None:
-    """Removes older weights of the folder that a reader would take for the ones just written."""
+    """Remove older weights that a reader would mistake for the ones just written."""
     names = weight_names(variant)
     main = next(index for index, name in enumerate(names) if name in written)
     stem, *_, suffix = names[main - main % 2].split(".")
     shard = re.compile(
         re.escape(f"{stem}.{variant}" if variant else stem) + rf"-\d{{5}}-of-\d{{5}}\.{suffix}"
     )
-    # found first by a reader; and the other one, whole or sharded, of the same format
+    # those that a reader finds first, and the whole or sharded one of the same format
     for name in {*names[:main], names[main ^ 1]}:
         (folder / name).unlink(missing_ok=True)
     for path in folder.iterdir():
@@ -137,23 +137,23 @@ def push_to_hub(
     variant: str | None = None,
     safe_serialization: bool = True,
 ) -> CommitInfo:
-    """Uploads weights and configuration to a repository on the hub, made if need be.
+    """Upload weights and configuration to a repository on the hub, created if necessary.
 
     Args:
         model: The model.
-        repo_id: Name of the repository, with the organisation in front if it is not one's own.
+        repo_id: Name of the repository, prefixed by the organisation if it is not the user's own.
         commit_message: Title of the commit.
         commit_description: Its text.
         private: Make a new repository private.
         token: Access token; default the one of `hf auth login`.
-        revision: Branch, made if need be.
-        create_pr: Propose the commit in place of making it.
+        revision: Branch, created if necessary.
+        create_pr: Open a pull request instead of committing.
         max_shard_size: As in `save_pretrained`.
         variant: As in `save_pretrained`.
         safe_serialization: As in `save_pretrained`.
 
     Returns:
-        The commit, with its address.
+        The commit, with its URL.
     """
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(

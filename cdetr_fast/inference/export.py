@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cdetr_fast.common import validation as check
 from cdetr_fast.common.files import write_atomically
+from cdetr_fast.common.validation import PositiveInt, checked
 from cdetr_fast.inference.engine import Engine
 from cdetr_fast.inference.optimize import optimize
 
@@ -90,7 +90,7 @@ def export(
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: expected an existing folder, got {path.parent}")
     size = _checked_size(size, dynamic)
-    batch = check.integer(1)("batch", batch)
+    batch = checked(PositiveInt, batch, "batch")
     for module in _NEEDED[format]:
         if importlib.util.find_spec(module) is None:
             raise RuntimeError(f"{format} needs {module}: pip install 'cdetr-fast[export]'")
@@ -130,7 +130,7 @@ def export(
 def _checked_size(size: Any, dynamic: bool) -> tuple[int, int]:
     if not isinstance(size, Sequence) or len(size) != 2:
         raise TypeError(f"size: expected (height, width), got {size!r}")
-    height, width = (check.integer(1)("size", pixels) for pixels in size)
+    height, width = (checked(PositiveInt, pixels, "size") for pixels in size)
     if dynamic and min(height, width) < _LEAST_OPEN_SIZE:
         raise ValueError(
             f"size: expected {_LEAST_OPEN_SIZE} or more, as sizes are to be left open, got "

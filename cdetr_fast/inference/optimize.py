@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from cdetr_fast.common import validation as check
 from cdetr_fast.common.model_families import family_of
+from cdetr_fast.common.validation import PositiveInt, checked
+from cdetr_fast.config.model import Dtype
 from cdetr_fast.inference import models
 from cdetr_fast.inference.int8 import reason_against_int8
 from cdetr_fast.inference.origin import Origin, count_fused_steps, set_apart
@@ -79,19 +80,19 @@ def optimize(
     """
     kind = _recognise(model)
     _check_state(model, kind)
-    dtype = None if dtype is None else check.dtype("dtype", dtype)
+    dtype = checked(Dtype | None, dtype, "dtype")
     target = _device(device) if device is not None else next(model.parameters()).device
     _check_dtype(dtype or next(p.dtype for p in model.parameters()), target)
     options = Options(
         compile=_compile_mode(compile),
         cuda_graphs=_use_graphs(cuda_graphs, target, compile),
         bucket=_bucket(bucket),
-        max_batch=None if max_batch is None else check.integer(1)("max_batch", max_batch),
-        max_graphs=check.integer(1)("max_graphs", max_graphs),
-        static_outputs=check.flag("static_outputs", static_outputs),
+        max_batch=checked(PositiveInt | None, max_batch, "max_batch"),
+        max_graphs=checked(PositiveInt, max_graphs, "max_graphs"),
+        static_outputs=checked(bool, static_outputs, "static_outputs"),
         int8_calibration=_calibration(int8_calibration, model, dtype, target, compile),
     )
-    inplace = check.flag("inplace", inplace)
+    inplace = checked(bool, inplace, "inplace")
     result = _alias(model)
     runner = _prepared(result, target, dtype, Runner(options, kind))
     if inplace:  # all that could fail has been tried on the alias, so this is done in full

@@ -11,7 +11,7 @@ import threading
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from cdetr_fast.common import validation as check
+from cdetr_fast.common.validation import checked
 from cdetr_fast.integrations import versions
 
 _MODELING = "transformers.models.conditional_detr.modeling_conditional_detr"
@@ -308,7 +308,7 @@ def patch_transformers(
         "channels_last": channels_last,
         "attention_interface": attention_interface,
     }
-    return TransformersPatch({name: check.flag(name, on) for name, on in switches.items()})
+    return TransformersPatch({name: checked(bool, on, name) for name, on in switches.items()})
 
 
 def unpatch_transformers() -> None:

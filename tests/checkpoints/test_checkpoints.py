@@ -277,7 +277,7 @@ def test_base_and_head_models_load_each_other(tmp_path):
     torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
     base.save_pretrained(tmp_path / "base")
-    with pytest.warns(UserWarning, match="8 weights not in the checkpoint, initialised anew"):
+    with pytest.warns(UserWarning, match="8 weights not in the checkpoint, left at their"):
         _, info = _class("detection").from_pretrained(tmp_path / "base", output_loading_info=True)
     assert len(info["missing_keys"]) == 8
     assert not info["unexpected_keys"]
@@ -364,7 +364,7 @@ def test_class_of_a_checkpoint(task, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"encoder_layers": 6}, "encoder_layers: expected 1 as the weights in .*pth.*, got 6"),
+        ({"encoder_layers": 6}, "encoder_layers: expected 1 as in the weights of .*pth.*, got 6"),
         ({"d_model": 128}, "d_model: expected 64 .*, got 128"),
         ({"num_labels": 91}, "num_labels: expected 7 .*, got 91"),
         ({"num_queries": 300}, "num_queries: expected 20 .*, got 300"),
@@ -410,7 +410,7 @@ def test_shapes_that_do_not_fit(tmp_path):
         ),
     ):
         _class("detection").from_pretrained(tmp_path, num_labels=3)
-    with pytest.warns(UserWarning, match="2 weights of another shape, initialised anew") as caught:
+    with pytest.warns(UserWarning, match="2 weights of another shape, left at their") as caught:
         model, info = _class("detection").from_pretrained(
             tmp_path, num_labels=3, ignore_mismatched_sizes=True, output_loading_info=True
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,7 +14,7 @@ from cdetr_fast import (
     ConditionalDetrForSegmentation,
     ConditionalDetrImageProcessor,
 )
-from cdetr_fast.common import validation as check
+from cdetr_fast.common.validation import NonNegativeInt, PositiveInt, Probability, checked
 from cdetr_fast.models.auto import class_of_checkpoint
 from cdetr_fast.models.predict import PredictingModel
 from cdetr_fast.training import setup
@@ -69,12 +70,12 @@ def evaluate(
     from accelerate import Accelerator
 
     try:
-        check.integer(1)("batch_size", batch_size)
-        check.integer(0)("num_workers", num_workers)
-        check.number(0, 1)("threshold", threshold)
-        check.choice("auto", "cpu")("device", device)
-        check.choice("stop", "drop")("bad_labels", bad_labels)
-        check.choice("stop", "skip")("bad_images", bad_images)
+        checked(PositiveInt, batch_size, "batch_size")
+        checked(NonNegativeInt, num_workers, "num_workers")
+        checked(Probability, threshold, "threshold")
+        checked(Literal["auto", "cpu"], device, "device")
+        checked(Literal["stop", "drop"], bad_labels, "bad_labels")
+        checked(Literal["stop", "skip"], bad_images, "bad_images")
     except (TypeError, ValueError) as error:
         raise DataError(str(error)) from error
     accelerator = Accelerator(cpu=device == "cpu")
