@@ -1,0 +1,112 @@
+"""The code blocks of the documentation: run as they stand, or marked with the reason why not."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cdetr_fast.demo import DEMO
+from cdetr_fast.demo.scenes import draw_scene, write_coco_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    path
+    for pattern in ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "examples/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+# A reason stands alone on the line above its block: <!-- not run: needs the model hub -->
+BLOCK = re.compile(
+    r"(?:^<!-- not run: (?P<reason>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$",
+    flags=re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page; `reason` is why it is not run, or None."""
+
+    page: Path
+    line: int
+    language: str
+    code: str
+    reason: str | None
+
+    def __str__(self):
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(
+            page,
+            text.count("\n", 0, found.start("code")) + 1,
+            found["language"],
+            found["code"],
+            found["reason"],
+        )
+        for found in BLOCK.finditer(text)
+    ]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with the files that the documentation names, and the commands on its path."""
+    folder = tmp_path_factory.mktemp("docs")
+    draw_scene(1, (96, 128))[0].save(folder / "photo.jpg")
+    write_coco_dataset(folder / "folder", range(2), (96, 128))
+    (folder / "folder" / "annotations.json").unlink()
+    for split, seeds in (("train", range(4)), ("val", range(4, 6)), ("test", range(6, 8))):
+        annotations = write_coco_dataset(folder / "data" / split, seeds, (64, 80))
+        annotations.rename(folder / "data" / f"instances_{split}.json")
+    shutil.copytree(DEMO, folder / "runs" / "first" / "best")
+    commands = folder / "bin"
+    commands.mkdir()
+    script = commands / "cdetr-fast"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m cdetr_fast "$@"\n')
+    script.chmod(0o755)
+    return folder
+
+
+def test_blocks_were_found():
+    languages = {block.language for block in BLOCKS if block.reason is None}
+    assert {"python", "bash"} <= languages
+    fences = [re.findall(r"^```", page.read_text("utf-8"), re.MULTILINE) for page in PAGES]
+    assert 2 * len(BLOCKS) == sum(map(len, fences))
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_block_runs_or_says_why_not(block, workplace, monkeypatch):
+    assert block.language in ("python", "bash", "text", "yaml", "json"), (
+        "name the language of the block: python and bash are run, text is not"
+    )
+    if block.reason is not None:
+        assert len(block.reason.split()) >= 2, "give the reason why the block is not run"
+        return
+    monkeypatch.chdir(workplace)
+    if block.language == "python":
+        # Blank lines in front make a traceback show the page's own line numbers.
+        code = compile("\n" * (block.line - 1) + block.code, str(block.page), "exec")
+        exec(code, {"__name__": "docs"})
+    elif block.language == "bash":
+        path = [str(workplace / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+        sources = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block.code],
+            env=os.environ
+            | {"PATH": os.pathsep.join(path), "PYTHONPATH": os.pathsep.join(sources)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    elif block.language == "json":
+        json.loads(block.code)
