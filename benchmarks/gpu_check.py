@@ -169,24 +169,16 @@ def _tests(folder: str, seconds: float, *options: str) -> Stage:
 
 def _missing_imports(path: Path) -> list[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = set()
+    names: set[str] = set()
     for node in tree.body:  # imports in functions may be asked for with importorskip
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
-    if "oracle" in names:
+            names.add(node.module)
+    if "support.oracle" in names:
         names |= {"transformers", "timm"}
-    own = {
-        "oracle",
-        "interpreter",
-        "threads",
-        "topk_cases",
-        "training_cases",
-        "training_settings",
-        "accelerate_state",
-    }
-    return sorted(name for name in names - own if importlib.util.find_spec(name) is None)
+    roots = {name.split(".")[0] for name in names} - {"support"}
+    return sorted(name for name in roots if importlib.util.find_spec(name) is None)
 
 
 def run_stage(stage: Stage, seconds: float, log: Path) -> dict[str, Any]:

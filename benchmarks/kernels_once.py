@@ -10,8 +10,9 @@ import sys
 
 import torch
 
-from benchmarks import accuracy, ops
+from benchmarks import ops
 from cdetr_kernels import conditional_attention, detection_topk, native
+from cdetr_kernels.testing import accuracy
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,19 +22,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     ran = failed = 0
-    for name, (make, _) in ops.WORKS.items():
-        for dtype in options.dtypes:
-            work = make(ops.DTYPES[dtype], device, **ops.TINY[name])
-            kernel = next(
-                (k for k in ("cdetr_fast triton", "cdetr_fast native") if k in work.providers), None
-            )
-            if kernel is None:
-                continue
-            judge = accuracy.Judge(work, bool(work.gradients))
-            errors = judge.errors(judge.evaluate(work.providers[kernel]()))
-            wrong = [x for x in errors if not x.passes(accuracy.KERNELS_FACTOR)]
-            print(f"{name} {dtype}: {'; '.join(map(str, wrong)) or 'accurate'}", flush=True)
-            ran, failed = ran + 1, failed + bool(wrong)
+    for name, sizes, dtype, _ in ops.cells(options.dtypes, modes=("forward",), tiny=True):
+        case = ops.works()[name][0](ops.DTYPES[dtype], device, **sizes)
+        kernel = next((x for x in ("triton", "native") if x in case.backends()), None)
+        if kernel is None:
+            continue
+        judge = accuracy.Judge(case, bool(case.gradients))
+        errors = judge.errors(judge.evaluate(case.function(kernel)))
+        wrong = [x for x in errors if not x.passes(accuracy.KERNELS_FACTOR)]
+        print(f"{name} {dtype}: {'; '.join(map(str, wrong)) or 'accurate'}", flush=True)
+        ran, failed = ran + 1, failed + bool(wrong)
     _rarely_used(device)
     if device.type == "cuda":
         torch.cuda.synchronize()

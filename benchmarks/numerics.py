@@ -18,43 +18,25 @@ from typing import Any
 
 import torch
 
-from benchmarks import accuracy, measure, ops
+from benchmarks import measure
+from cdetr_kernels.testing import accuracy
+from cdetr_kernels.testing.case import registered
 
 PAGE = Path(__file__).parents[1] / "docs" / "numerics.md"
-INTERPRETED = {
-    "conditional_attention": {"batch": 2, "queries": 37, "height": 7, "width": 9, "masked": True},
-    "conditional_attention_separable": {"batch": 2, "queries": 37, "height": 7, "width": 9},
-    "encoder_self_attention": {"batch": 1, "queries": None, "height": 7, "width": 9},
-    "sine_position_2d": {"batch": 2, "height": 7, "width": 33},
-    "sine_query": {"batch": 2, "queries": 67},
-    "residual_layer_norm": {"batch": 2, "rows": 67},
-    "matching_cost": {"batch": 2, "queries": 67, "targets": 13},
-    "set_loss": {"batch": 2, "queries": 67, "targets": 13},
-}
-ON_A_GPU = {
-    "conditional_attention": {"batch": 8, "height": 25, "width": 42, "masked": True},
-    "conditional_attention_separable": {"batch": 8, "height": 25, "width": 42},
-    "encoder_self_attention": {"batch": 2, "queries": None, "height": 25, "width": 42},
-    "sine_position_2d": {"batch": 8, "height": 25, "width": 42},
-    "sine_query": {"batch": 8},
-    "residual_layer_norm": {"batch": 8},
-    "matching_cost": {"batch": 8, "targets": 20},
-    "set_loss": {"batch": 8, "targets": 20},
-}
 
 
 def kernel_rows(device: torch.device) -> list[dict[str, Any]]:
-    """Returns a row for the output and the worst gradient of each operator in each dtype."""
+    """Return a row for the output and the worst gradient of each operator in each dtype."""
     rows = []
-    for name, size in (ON_A_GPU if device.type == "cuda" else INTERPRETED).items():
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            if name not in ops.WORKS:
+    for name, (make, sizes) in registered().items():
+        for dtype in sizes.dtypes:
+            # Of the typical sizes, the first one with several images.
+            size = next((x for x in sizes.typical if x.get("batch", 0) > 1), sizes.medium)
+            case = make(dtype, device, **(size if device.type == "cuda" else sizes.small))
+            if "triton" not in case.backends() or not dtype.is_floating_point:
                 continue
-            work = ops.WORKS[name][0](dtype, device, **size)
-            if "cdetr_fast triton" not in work.providers:
-                continue
-            judge = accuracy.Judge(work, bool(work.gradients))
-            errors = judge.errors(judge.evaluate(work.providers["cdetr_fast triton"]()))
+            judge = accuracy.Judge(case, bool(case.gradients))
+            errors = judge.errors(judge.evaluate(case.function("triton")))
             for kind in ("output", "gradient"):
                 group = [x for x in errors if x.name.startswith(kind)]
                 if group:
@@ -62,7 +44,7 @@ def kernel_rows(device: torch.device) -> list[dict[str, Any]]:
                     rows.append(
                         {
                             "operator": name,
-                            "sizes": work.shape,
+                            "sizes": case.label,
                             "dtype": str(dtype).removeprefix("torch."),
                             "of": worst.name,
                             "kernel": worst.error,
@@ -74,7 +56,7 @@ def kernel_rows(device: torch.device) -> list[dict[str, Any]]:
 
 
 def model_rows() -> list[dict[str, Any]]:
-    """Returns the largest differences of whole models: ours, transformers', and both from fp64."""
+    """Return the largest differences of whole models: ours, transformers', and both from fp64."""
     from benchmarks.model import make_models
 
     rows = []
@@ -102,7 +84,7 @@ def model_rows() -> list[dict[str, Any]]:
 
 
 def optimized_rows() -> list[dict[str, Any]]:
-    """Returns the largest differences of `optimize(model)` and of its model, from fp64."""
+    """Return the largest differences of `optimize(model)` and of its model, from fp64."""
     import cdetr_fast
     from cdetr_fast.demo import DEMO
     from cdetr_fast.demo.scenes import draw_scene
@@ -140,7 +122,7 @@ def optimized_rows() -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Rows of the same keys as a table of Markdown."""
+    """Return rows of the same keys as a table of Markdown."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     for row in rows:
         cells = (f"{x:.1e}" if isinstance(x, float) else str(x) for x in row.values())
@@ -149,7 +131,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def write(page: Path, tables: dict[str, str]) -> None:
-    """Puts each table between the marks of its name."""
+    """Put each table between the marks of its name."""
     text = page.read_text(encoding="utf-8")
     for name, table in tables.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"

@@ -19,205 +19,167 @@ from typing import Any
 
 import torch
 
-from benchmarks import accuracy, criterion_works, measure, timing, works
-from benchmarks.works import Work
+from benchmarks import measure, peers, timing
+from cdetr_fast.common.errors import first_line
+from cdetr_kernels.testing import accuracy
+from cdetr_kernels.testing.case import Case, Function, Sizes, registered
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-MAPS = {1050: {"height": 25, "width": 42}, 4200: {"height": 50, "width": 84}}
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "uint8": torch.uint8,
+}
 MODES = ("forward", "forward and backward")
+Cell = tuple[str, dict[str, Any], str, str]
+"""Name, sizes, dtype and mode."""
 
 
-def _attention_shapes(batches, maps, masks=(False, True)) -> list[dict[str, Any]]:
-    return [
-        {"batch": batch, **MAPS[keys], "masked": masked}
-        for masked in masks
-        for batch in batches
-        for keys in maps
-    ]
-
-
-# An operator is an entry here: what makes its work, and its sizes, the most telling ones first.
-WORKS: dict[str, tuple[Callable[..., Work], list[dict[str, Any]]]] = {
-    "conditional_attention": (
-        works.conditional_attention,
-        _attention_shapes((1, 8, 32), (1050, 4200)),
-    ),
-    "conditional_attention_separable": (
-        works.conditional_attention_separable,
-        _attention_shapes((1, 8), (1050,), (True,)),
-    ),
-    "encoder_self_attention": (
-        works.conditional_attention,
-        [
-            {**shape, "queries": None}
-            for shape in _attention_shapes((1, 8), (1050,)) + _attention_shapes((1,), (4200,))
-        ],
-    ),
-    "cross_attention_module": (
-        works.cross_attention_module,
-        _attention_shapes((1, 8, 32), (1050,), (True,)),
-    ),
-    "sine_position_2d": (
-        works.sine_position_2d,
-        [{"batch": batch, **MAPS[1050]} for batch in (1, 8, 32)],
-    ),
-    "sine_query": (works.sine_query, [{"batch": batch} for batch in (1, 8, 32)]),
-    "residual_layer_norm": (
-        works.residual_layer_norm,
-        [{"batch": batch, "rows": rows} for batch in (1, 8, 32) for rows in (300, 1050)],
-    ),
-    "matching_cost": (
-        criterion_works.matching_cost,
-        [{"batch": 8, "targets": 7}, {"batch": 8, "targets": 100}],
-    ),
-    "set_loss": (
-        criterion_works.set_loss,
-        [{"batch": 8, "targets": 7}, {"batch": 8, "targets": 100}],
-    ),
-    "detection_topk": (criterion_works.detection_topk, [{"batch": 1}, {"batch": 32}]),
-}
-WITHOUT_GRADIENT = ("sine_position_2d", "residual_layer_norm", "matching_cost", "detection_topk")
-# Sizes at which everything takes moments, also in triton's interpreter.
-TINY: dict[str, dict[str, Any]] = {
-    "conditional_attention": {"batch": 1, "queries": 20, "height": 5, "width": 8, "masked": True},
-    "conditional_attention_separable": {"batch": 1, "queries": 20, "height": 5, "width": 8},
-    "encoder_self_attention": {"batch": 1, "queries": None, "height": 4, "width": 9},
-    "cross_attention_module": {"batch": 1, "queries": 20, "height": 5, "width": 8, "masked": True},
-    "sine_position_2d": {"batch": 1, "height": 3, "width": 5},
-    "sine_query": {"batch": 1, "queries": 9},
-    "residual_layer_norm": {"batch": 1, "rows": 9},
-    "matching_cost": {"batch": 2, "queries": 20, "targets": 3},
-    "set_loss": {"batch": 2, "queries": 20, "targets": 3},
-    "detection_topk": {"batch": 1, "queries": 20, "k": 10},
-}
+def works() -> dict[str, tuple[Callable[..., Case], Sizes]]:
+    """Return what is measured: the cases of all operators, and the cross-attention module."""
+    return registered() | {
+        "cross_attention_module": (peers.cross_attention_module, peers.MODULE_SIZES)
+    }
 
 
 def measured(
-    work: Work,
-    mode: str,
-    repeats: int,
-    seconds: float,
-    providers: str = "",
+    name: str, case: Case, mode: str, repeats: int, seconds: float, only: str = ""
 ) -> Iterator[dict[str, Any]]:
-    """Yields a row for each provider whose name matches: its times, or why there are none."""
+    """Yield a row for each provider whose name matches: its times, or why there are none."""
     # A compiled provider would give up compiling at its eighth shape.
     torch.compiler.reset()
     backward = mode != "forward"
-    judge = accuracy.Judge(work, backward)
-    floor = _floor_seconds(work, backward)
-    for name, make in work.providers.items():
-        if not re.search(providers, name):
+    judge = accuracy.Judge(case, backward)
+    floor = _floor_seconds(case, backward)
+    for provider, make in peers.providers(case).items():
+        if not re.search(only, provider):
             continue
         row = {
-            "op": work.op,
-            "shape": work.shape,
-            "dtype": str(work.dtype).removeprefix("torch."),
+            "op": name,
+            "shape": case.label,
+            "dtype": str(case.dtype).removeprefix("torch."),
             "mode": mode,
-            "provider": name,
+            "provider": provider,
         }
         try:
-            row |= _measured(work, name, make(), judge, backward, floor, repeats, seconds)
-        except Exception as error:  # whatever it is, the others go on
-            row["not measured"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        if work.device.type == "cuda":
+            row |= _measured(provider, make(), judge, backward, floor, repeats, seconds)
+        except Exception as error:  # whatever it is, the others are measured
+            row["not measured"] = f"{type(error).__name__}: {first_line(error)}"[:200]
+        if case.device.type == "cuda":
             torch.cuda.empty_cache()
         yield row
 
 
-def _measured(work, name, function, judge, backward, floor, repeats, seconds) -> dict[str, Any]:
+def _measured(
+    provider: str,
+    function: Function,
+    judge: accuracy.Judge,
+    backward: bool,
+    floor: float,
+    repeats: int,
+    seconds: float,
+) -> dict[str, Any]:
+    case = judge.case
     errors = judge.errors(judge.evaluate(function))
-    factor = accuracy.factor(name)
+    factor = accuracy.factor(provider)
     worst = max(errors, key=lambda x: x.error / (factor * x.torchs + x.floor))
-    row = {"error": worst.error, "torch's error": worst.torchs, "worst": worst.name}
+    row: dict[str, Any] = {"error": worst.error, "torch's error": worst.torchs, "worst": worst.name}
     if not all(x.passes(factor) for x in errors):
         return row | {"not measured": "fails the check of accuracy"}
 
     inputs = {
-        key: x.detach().requires_grad_() if backward and key in work.gradients else x
-        for key, x in work.inputs.items()
+        key: x.detach().requires_grad_() if backward and key in case.gradients else x
+        for key, x in case.inputs.items()
     }
-    leaves = [inputs[key] for key in work.gradients]
+    leaves = [inputs[key] for key in case.gradients]
     grads = judge.grads
 
-    def forward():
+    def forward() -> Any:
         with torch.no_grad():
             return function(**inputs)
 
-    def step():
+    def step() -> Any:
         outputs = accuracy.tensors(function(**inputs))
         return torch.autograd.grad(outputs, leaves, grads)
 
     call = step if backward else forward
-    device = work.device
+    device = case.device
     row["peak MiB"] = timing.peak_mib(call, device)
     row |= timing.call_times(call, device, repeats, seconds)
     best = row["ms"]
-    if device.type == "cuda" and name not in work.uncapturable:
+    if device.type == "cuda" and (case.op, provider) not in peers.UNCAPTURABLE:
         try:
             replay = timing.captured(call)
             times = timing.call_times(replay, device, repeats, seconds)
             row |= {f"graph {key}": x for key, x in times.items()}
             best = min(best, times["ms"])
         except Exception as error:  # not every provider can be captured
-            row["not captured"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    row["GB/s"] = work.moved[backward] / best / 1e6
-    row["TFLOP/s"] = work.operations[backward] / best / 1e9
+            row["not captured"] = f"{type(error).__name__}: {first_line(error)}"[:200]
+    row["GB/s"] = case.bytes_moved[backward] / best / 1e6
+    row["TFLOP/s"] = case.flops[backward] / best / 1e9
     row["of the roofline"] = floor / (best / 1e3)
     return row
 
 
-def _floor_seconds(work: Work, backward: bool) -> float:
-    """No version is faster: its bytes at the rate of a copy, or its products at a matmul's."""
-    seconds = work.moved[backward] / timing.copied_bytes_per_second(work.device)
-    if work.operations[backward]:
-        rate = timing.multiplied_flops_per_second(work.device, work.dtype)
-        seconds = max(seconds, work.operations[backward] / rate)
+def _floor_seconds(case: Case, backward: bool) -> float:
+    """Return what no version can beat: bytes at the rate of a copy, or products at a matmul's."""
+    seconds = case.bytes_moved[backward] / timing.copied_bytes_per_second(case.device)
+    if case.flops[backward]:
+        rate = timing.multiplied_flops_per_second(case.device, case.dtype)
+        seconds = max(seconds, case.flops[backward] / rate)
     return seconds
 
 
 def cells(
-    dtypes: list[str], only: str = "", modes: tuple[str, ...] = MODES, tiny: bool = False
-) -> Iterator[tuple[str, dict[str, Any], str, str]]:
-    """Yields operator, sizes, dtype and mode, first a size of each operator, then the rest."""
-    named = {
-        name: [TINY[name]] if tiny else sizes for name, (_, sizes) in WORKS.items() if only in name
-    }
-    for i in range(max((len(sizes) for sizes in named.values()), default=0)):
-        for dtype in dtypes:
-            for name, sizes in named.items():
-                if i >= len(sizes) or (name == "detection_topk" and dtype != "fp32"):
-                    continue  # halves tie, and then any order of labels is right
+    dtypes: list[str] | None,
+    only: str = "",
+    modes: tuple[str, ...] = MODES,
+    tiny: bool = False,
+) -> Iterator[Cell]:
+    """Yield what is measured, first a size of each operator, then the others.
+
+    Args:
+        dtypes: Names of dtypes; None is the first one of each operator. An operator that has none
+            of them is measured in its first one.
+        only: Part of the names.
+        modes: Of `MODES`.
+        tiny: Take the small sizes.
+    """
+    named = {name: sizes for name, (_, sizes) in works().items() if only in name}
+    lists = {name: [s.small] if tiny else s.typical for name, s in named.items()}
+    for i in range(max(map(len, lists.values()), default=0)):
+        for name, sizes in named.items():
+            if i >= len(lists[name]):
+                continue
+            known = [key for dtype in sizes.dtypes for key, x in DTYPES.items() if x == dtype]
+            for dtype in [x for x in known if x in (dtypes or ())] or known[:1]:
                 for mode in modes:
-                    if mode == "forward" or name not in WITHOUT_GRADIENT:
-                        yield name, sizes[i], dtype, mode
+                    if mode == "forward" or sizes.differentiable:
+                        yield name, lists[name][i], dtype, mode
 
 
-def key_of(cell: tuple[str, dict[str, Any], str, str]) -> str:
-    """A name for a cell, to know it again in a file of results."""
+def key_of(cell: Cell) -> str:
+    """Return a name for a cell, to recognise it in a file of results."""
     name, sizes, dtype, mode = cell
     return " ".join([name, *(f"{k}={v}" for k, v in sizes.items()), dtype, mode])
 
 
 def run_cell(
-    cell: tuple[str, dict[str, Any], str, str],
-    device: torch.device,
-    repeats: int,
-    seconds: float,
-    providers: str = "",
+    cell: Cell, device: torch.device, repeats: int, seconds: float, only: str = ""
 ) -> list[dict[str, Any]]:
-    """Measures the providers of one cell; what fails as a whole is a row that says so."""
+    """Measure the providers of one cell; what fails as a whole is a row that says so."""
     name, sizes, dtype, mode = cell
     try:
-        work = WORKS[name][0](DTYPES[dtype], device, **sizes)
-        return list(measured(work, mode, repeats, seconds, providers))
+        case = works()[name][0](DTYPES[dtype], device, **sizes)
+        return list(measured(name, case, mode, repeats, seconds, only))
     except Exception as error:  # such as too little memory for the reference
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        reason = f"{type(error).__name__}: {first_line(error)}"[:200]
         row = {"op": name, "shape": str(sizes), "dtype": dtype, "mode": mode}
         return [{**row, "provider": "cdetr_fast: all", "not measured": reason}]
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for each cell: our best path, the best of the others, and their ratio."""
+    """Return a line for each cell: our best path, the best of the others, and their ratio."""
     lines = []
     grouped: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -244,7 +206,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def best_ms(row: dict[str, Any]) -> float:
-    """The time of a row on the device: captured if that was possible and is faster."""
+    """Return the time of a row on the device: captured if that was possible and is faster."""
     return min(row["ms"], row.get("graph ms", row["ms"]))
 
 
@@ -252,7 +214,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="operators whose name contains this")
     parser.add_argument("--providers", default="", help="regular expression of providers' names")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: all (CPU: fp32)")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, help="default: all (CPU: the first of each operator)"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--tiny", action="store_true", help="sizes that take moments")
     parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
@@ -267,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu":
         torch.set_num_threads(options.threads)
-    dtypes = options.dtypes or (["fp32"] if device.type == "cpu" else list(DTYPES))
+    dtypes = options.dtypes or (None if device.type == "cpu" else list(DTYPES))
     stored = _stored(options.into)
     rows, started = [row for cell in stored.values() for row in cell], time.monotonic()
     unmeasured = 0

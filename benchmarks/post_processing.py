@@ -62,7 +62,7 @@ def agree(ours, theirs) -> bool:
     return same_segments and torch.equal(ours["segmentation"], theirs["segmentation"])
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, nargs=2, default=(480, 640), metavar=("H", "W"))
     parser.add_argument("--input", type=int, nargs=2, default=(800, 1066), metavar=("H", "W"))
@@ -72,19 +72,19 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", help="name of the file in benchmarks/results to write")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
 
-    settings = (*arguments.input, arguments.queries, arguments.classes, arguments.kept)
+    settings = (*options.input, options.queries, options.classes, options.kept)
     rows = []
     for task in TASKS:
-        common = (task, tuple(arguments.size), settings, arguments.threads)
+        common = (task, tuple(options.size), settings, options.threads)
         calls = {name: make_call(name, *common) for name in PROVIDERS}
         theirs, ours = (calls[name]()[0] for name in PROVIDERS[:2])
         if not agree(ours, theirs):
             print(f"{task}: the results disagree: nothing is reported", file=sys.stderr)
             return 1
         memory = {name: peak_memory(make_call, name, *common)["peak_mib"] for name in PROVIDERS}
-        times = interleaved(calls, arguments.repeats)
+        times = interleaved(calls, options.repeats)
         reference = times["transformers"]["ms"]
         rows += [
             {
@@ -98,8 +98,8 @@ def main() -> int:
             for name in PROVIDERS
         ]
     print_table(rows)
-    if arguments.output:
-        print("written to", save(arguments.output, rows))
+    if options.output:
+        print("written to", save(options.output, rows))
     return 0
 
 

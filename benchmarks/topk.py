@@ -97,7 +97,7 @@ def measure(batch: int, queries: int, classes: int, k: int, repeats: int) -> lis
     return rows
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", default=(1, 8, 32))
     parser.add_argument("--head", nargs="+", default=("300x91", "900x365"))
@@ -105,23 +105,23 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--output", help="name of the file in benchmarks/results to write")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
 
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(options.threads)
     rows = []
     with torch.inference_mode():
-        for head in arguments.head:
+        for head in options.head:
             queries, classes = (int(n) for n in head.split("x"))
-            for k in arguments.k:
-                for batch in arguments.batch:
+            for k in options.k:
+                for batch in options.batch:
                     try:
-                        rows += measure(batch, queries, classes, k, arguments.repeats)
+                        rows += measure(batch, queries, classes, k, options.repeats)
                     except (AssertionError, ValueError) as error:
                         print(f"{head}, k={k}, batch {batch}: {error}", file=sys.stderr)
                         return 1
     print_table(rows)
-    if arguments.output:
-        print("written to", save(arguments.output, rows))
+    if options.output:
+        print("written to", save(options.output, rows))
     return 0
 
 

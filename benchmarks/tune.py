@@ -22,16 +22,19 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
 
-from benchmarks import accuracy, audit, measure, timing, works
+from benchmarks import measure, timing
+from cdetr_kernels import registry
 from cdetr_kernels.gpu import configurations, launching
 from cdetr_kernels.gpu.tiles import Tile
 from cdetr_kernels.ops.conditional_attention import triton as fused
 from cdetr_kernels.ops.conditional_attention_separable import triton as separable
+from cdetr_kernels.testing import accuracy, machine_code
 
 TABLE = Path(configurations.__file__).with_name("tiles.py")
 # Cross-attention of the model at batch 8, of one large image, and self-attention of the encoder.
@@ -55,6 +58,11 @@ class Key:
     def is_separable(self) -> bool:
         """Whether the kernel is one of `conditional_attention_separable`."""
         return self.kernel.startswith("separable_")
+
+    @property
+    def cases(self) -> ModuleType:
+        """The cases of the operator that the kernel belongs to."""
+        return registry.cases(f"conditional_attention{'_separable' * self.is_separable}")
 
     @property
     def pass_(self) -> str:
@@ -96,14 +104,13 @@ def with_tile(kernel: str, tile: Tile) -> Iterator[None]:
 
 def examined(key: Key, tile: Tile, architecture: str) -> dict[str, Any]:
     """Compiles a kernel ahead of time, with dropout, which needs the most registers."""
-    case = audit.Case(key.width, key.precision, dropout_p=0.1)
-    with with_tile(key.kernel, tile):
-        launch = audit.launches(case, architecture)[key.kernel]
+    with with_tile(key.kernel, tile), machine_code.compiling_for(architecture, key.precision):
+        launch = key.cases.audited(key.precision, key.width, 0.1)[key.kernel].launch
     try:
-        used = audit.examine(launch, architecture)
+        used = machine_code.examine(launch, architecture)
     except Exception as error:  # such as more shared memory than there is
         return {"dropped": f"does not compile: {type(error).__name__}"}
-    memory = audit.CAPACITY[architecture][0] - (not architecture.startswith("gfx"))
+    memory = machine_code.CAPACITY[architecture][0] - (not architecture.startswith("gfx"))
     if used["spills"]:
         used["dropped"] = f"{used['spills']} spills"
     elif used["shared"] > memory * 1024:
@@ -132,17 +139,16 @@ def calls(key: Key, device: torch.device, shapes: Iterable[dict]) -> Iterator[tu
     for shape in shapes:
         if key.is_separable and not shape.get("queries", True):
             continue  # self-attention has no map
-        with mock.patch.object(works, "SIZE", key.width):
-            work = _work(key, dtype, device, shape)
+        case = key.cases.make(dtype, device, size=key.width, **shape)
         names = ["q_content", "q_spatial", "k_content", "k_spatial", "value"]
         if key.is_separable:
             names[3:4] = ["k_rows", "k_columns"]
-        tensors = [work.inputs[name] for name in names]
+        tensors = [case.inputs[name] for name in names]
         scale = (tensors[0].shape[-1] * (1 if tensors[1] is None else 2)) ** -0.5
         inputs = (*tensors, None, None, scale, 0.0)
-        output, logsumexp = module._forward(*inputs)
+        output, logsumexp = module.ATTENTION.forward(*inputs)
         if key.pass_ == "forward":
-            yield work.shape, lambda inputs=inputs: module._forward(*inputs)
+            yield case.label, lambda inputs=inputs: module.ATTENTION.forward(*inputs)
         elif key.pass_ == "attention_map":
             batch, queries, heads, _ = tensors[0].shape
             attention = output.new_empty(batch, heads, queries, tensors[2].shape[1])
@@ -150,39 +156,30 @@ def calls(key: Key, device: torch.device, shapes: Iterable[dict]) -> Iterator[tu
             launch = module.map_launch(
                 *queries_and_keys, None, None, logsumexp, scale, 0.0, attention
             )
-            yield work.shape, lambda launch=launch: launch.run(device)
+            yield case.label, lambda launch=launch: launch.run(device)
         else:
             gradients = [torch.empty_like(x) for x in tensors if x is not None]
             passes = module.backward_launches(output, *inputs, output, logsumexp, gradients)
             passes[0].run(device)  # the others read what the first one leaves
             launch = passes[key.pass_ == "backward_keys"]
-            yield work.shape, lambda launch=launch: launch.run(device)
-
-
-def _work(
-    key: Key, dtype: torch.dtype, device: torch.device, shape: dict, masked: bool = False
-) -> works.Work:
-    name = f"conditional_attention{'_separable' * key.is_separable}"
-    return getattr(works, name)(dtype, device, masked=masked, **shape)
+            yield case.label, lambda launch=launch: launch.run(device)
 
 
 def is_accurate(key: Key, device: torch.device, shape: dict) -> bool:
     """Checks output and gradients (or the map) of the operator, with the tile that is set."""
     dtype = torch.bfloat16 if key.precision == "half" else torch.float32
-    with mock.patch.object(works, "SIZE", key.width):
-        work = _work(key, dtype, device, shape, masked=True)
+    case = key.cases.make(dtype, device, size=key.width, mask="padded", **shape)
     if key.pass_ == "attention_map":
-        operator = getattr(works.cdetr_kernels, work.op)
         with torch.no_grad():
-            _, got = operator(**work.inputs, return_attention=True, backend="triton")
-            _, exact = operator(
+            _, got = case.public(**case.inputs, return_attention=True, backend="triton")
+            _, exact = case.public(
                 **{n: x.double() if n != "key_mask" and x is not None else x
-                   for n, x in work.inputs.items()},
+                   for n, x in case.inputs.items()},
                 return_attention=True, backend="torch",
             )  # fmt: skip
         return (got - exact).abs().max().item() <= 2e-2
-    judge = accuracy.Judge(work, backward=key.pass_ != "forward")
-    errors = judge.errors(judge.evaluate(work.providers["cdetr_fast triton"]()))
+    judge = accuracy.Judge(case, backward=key.pass_ != "forward")
+    errors = judge.errors(judge.evaluate(case.function("triton")))
     # Products in TF32 are held to their own precision; the reference's may be IEEE.
     factor = 50.0 if key.precision == "tf32" else accuracy.KERNELS_FACTOR
     return all(x.passes(factor) for x in errors)
@@ -246,8 +243,10 @@ def parts_table(
     """Times the forward kernel of one image for each number of parts, beside the model's choice."""
     rows = []
     for height, width in sizes:
-        work = works.conditional_attention(torch.bfloat16, device, 1, 300, height, width)
-        tensors = [x for name, x in work.inputs.items() if name != "key_mask"]
+        case = registry.cases("conditional_attention").make(
+            torch.bfloat16, device, 1, 300, height, width
+        )
+        tensors = [x for name, x in case.inputs.items() if name != "key_mask"]
         inputs = (*tensors, None, None, 0.125, 0.0)
         chosen = []
         counts = configurations.parts
@@ -257,11 +256,13 @@ def parts_table(
             return chosen[-1]
 
         with mock.patch.object(configurations, "parts", noted):
-            fused._forward(*inputs)
+            fused.ATTENTION.forward(*inputs)
         times = {}
         for count in (1, 2, 3, 4, 6, 8):
             with mock.patch.object(configurations, "parts", return_value=count):
-                call = timing.call_times(lambda i=inputs: fused._forward(*i), device, repeats, 0.2)
+                call = timing.call_times(
+                    lambda i=inputs: fused.ATTENTION.forward(*i), device, repeats, 0.2
+                )
             times[count] = call["ms"]
         rows.append(
             {
@@ -276,9 +277,9 @@ def parts_table(
 
 def _target(architecture: str) -> None:
     """Lets the audit compile for an architecture that it does not know, as for its kin."""
-    if architecture not in audit.TARGETS:
+    if architecture not in machine_code.TARGETS:
         kin = "gfx942" if architecture.startswith("gfx") else "sm_" + architecture[3:-1] + "0"
-        for table in (audit.TARGETS, audit.CAPACITY, audit.TENSOR_CORE):
+        for table in (machine_code.TARGETS, machine_code.CAPACITY, machine_code.TENSOR_CORE):
             table[architecture] = table.get(kin, table["sm_80"])
 
 

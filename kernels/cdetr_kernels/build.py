@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 OLDEST_TORCH = (2, 11)
@@ -41,7 +42,7 @@ def mode() -> str:
     return value
 
 
-def build(folder: Path = _FOLDER, say=print) -> list[str]:
+def build(folder: Path = _FOLDER, say: Callable[[str], object] = print) -> list[str]:
     """Builds what CDETR_FAST_NATIVE asks for.
 
     Args:

@@ -124,17 +124,18 @@ def test_every_operator_is_measured():
         assert len(rows) > 1
         assert all(row.get("ms") for row in rows), rows
         measured.add(cell[0])
-    assert measured == set(ops.WORKS)
+    assert measured == set(ops.works())
 
 
 def test_no_speed_over_a_failed_check():
-    work = ops.WORKS["sine_query"][0](torch.float32, torch.device("cpu"), **ops.TINY["sine_query"])
+    make, sizes = ops.works()["sine_query"]
+    case = make(torch.float32, torch.device("cpu"), **sizes.small)
 
-    def wrong(points, query_scale):
-        return work.exact(points, query_scale) * 1.001
+    def wrong(**inputs):
+        return case.function("torch")(**inputs) * 1.001
 
-    wrong_work = dataclasses.replace(work, providers={"cdetr_fast wrong": lambda: wrong})
-    (row,) = ops.measured(wrong_work, "forward and backward", 1, 1.0)
+    case = dataclasses.replace(case, peers={"wrong": lambda: wrong})
+    (row,) = ops.measured("sine_query", case, "forward and backward", 1, 1.0, only="wrong")
     assert row["not measured"] == "fails the check of accuracy"
     assert "ms" not in row
 

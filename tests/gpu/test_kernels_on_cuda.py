@@ -1,6 +1,6 @@
 """Every triton kernel on a CUDA device: accuracy, capture, streams, devices, size, no waiting.
 
-The calls are those of the microbenchmarks, so an operator that is measured is tested here too.
+The calls are the cases of the operators: whatever is registered is tested.
 """
 
 import contextlib
@@ -9,9 +9,10 @@ import functools
 import pytest
 import torch
 
-from benchmarks import accuracy, ops
-from benchmarks.works import Work
 from cdetr_kernels import conditional_attention, sine_position_2d, sine_query
+from cdetr_kernels.ops.conditional_attention import cases as attention_cases
+from cdetr_kernels.testing import accuracy
+from cdetr_kernels.testing.case import registered
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,29 +20,19 @@ pytestmark = [
 ]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Nothing a multiple of a tile, several images, padding.
-SIZES = {
-    "conditional_attention": {"batch": 3, "queries": 67, "height": 13, "width": 21, "masked": True},
-    "encoder_self_attention": {"batch": 2, "queries": None, "height": 13, "width": 21},
-    "conditional_attention_separable": {"batch": 3, "queries": 67, "height": 13, "width": 21,
-                                        "masked": True},
-    "sine_position_2d": {"batch": 3, "height": 13, "width": 21},
-    "sine_query": {"batch": 3, "queries": 67},
-    "residual_layer_norm": {"batch": 3, "rows": 67},
-    "matching_cost": {"batch": 3, "queries": 67, "targets": 13},
-    "set_loss": {"batch": 3, "queries": 67, "targets": 13},
-}  # fmt: skip
-NAMES = [name for name in SIZES if name in ops.WORKS]
+CASES = registered()
+# Those of triton's kernels; test_topk_on_cuda.py has the other one.
+NAMES = [name for name, (_, sizes) in CASES.items() if torch.float16 in sizes.dtypes]
 
 
 @functools.cache
 def make(name: str, dtype: torch.dtype, device: str = "cuda", backward: bool = True):
-    """A work, its kernels as a function, and its judge; skips where there are no kernels."""
-    work: Work = ops.WORKS[name][0](dtype, torch.device(device), **SIZES[name])
-    if "cdetr_fast triton" not in work.providers:
-        pytest.skip(f"{work.op} has no triton kernels")
-    function = work.providers["cdetr_fast triton"]()
-    return work, function, accuracy.Judge(work, backward and bool(work.gradients))
+    """A case, its kernels as a function, and its judge; skips where there are no kernels."""
+    make, sizes = CASES[name]
+    case = make(dtype, torch.device(device), **sizes.medium)
+    if "triton" not in case.backends():
+        pytest.skip(f"{case.op} has no triton kernels")
+    return case, case.function("triton"), accuracy.Judge(case, backward and bool(case.gradients))
 
 
 def results(judge, function):
@@ -66,15 +57,14 @@ def test_output_and_gradients(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("keys", ops.MAPS)
+@pytest.mark.parametrize("keys", attention_cases.MAPS)
 @pytest.mark.parametrize("batch", [1, 8])
 def test_attention_at_the_sizes_of_the_model(batch, keys, dtype):
     """With one image the keys are split into parts."""
-    work = ops.WORKS["conditional_attention"][0](
-        dtype, torch.device("cuda"), batch=batch, masked=True, **ops.MAPS[keys]
-    )
-    judge = accuracy.Judge(work, backward=True)
-    for error in judge.errors(judge.evaluate(work.providers["cdetr_fast triton"]())):
+    sizes = attention_cases.MAPS[keys]
+    case = attention_cases.make(dtype, "cuda", batch=batch, mask="padded", **sizes)
+    judge = accuracy.Judge(case, backward=True)
+    for error in judge.errors(judge.evaluate(case.function("triton"))):
         assert error.passes(accuracy.KERNELS_FACTOR), error
 
 
@@ -87,11 +77,11 @@ def test_the_same_bits_in_every_run(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_waits_for_the_device(name):
-    work, function, judge = make(name, torch.float16)
+    case, function, judge = make(name, torch.float16)
     results(judge, function)  # compiled, and loaded
     leaves = {
         key: x.detach().requires_grad_() if key in judge.names else x
-        for key, x in work.inputs.items()
+        for key, x in case.inputs.items()
     }
     with no_waiting():
         outputs = accuracy.tensors(function(**leaves))
@@ -100,8 +90,8 @@ def test_nothing_waits_for_the_device(name):
 
 
 def test_dropout_does_not_wait_and_draws_anew_at_each_replay():
-    work, _, _ = make("conditional_attention", torch.float16)
-    call = functools.partial(conditional_attention, **work.inputs, dropout_p=0.5, backend="triton")
+    case, _, _ = make("conditional_attention", torch.float16)
+    call = functools.partial(conditional_attention, **case.inputs, dropout_p=0.5, backend="triton")
     call()
     with no_waiting():
         call()
@@ -118,8 +108,8 @@ def test_dropout_does_not_wait_and_draws_anew_at_each_replay():
 @pytest.mark.parametrize("name", NAMES)
 def test_captured_as_a_graph(name):
     """Forward and backward; other inputs in the same memory give other, right, results."""
-    work, function, judge = make(name, torch.float16)
-    static = {key: None if x is None else x.clone() for key, x in work.inputs.items()}
+    case, function, judge = make(name, torch.float16)
+    static = {key: None if x is None else x.clone() for key, x in case.inputs.items()}
 
     def step(inputs):
         leaves = {
@@ -150,17 +140,17 @@ def test_captured_as_a_graph(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_streams_at_a_time(name):
-    work, function, judge = make(name, torch.float16)
+    case, function, judge = make(name, torch.float16)
     expected = results(judge, function)
     streams = [torch.cuda.Stream() for _ in range(2)]
     # The second stream starts late: on the wrong stream its kernels would read zeros.
-    late = {key: None if x is None else torch.zeros_like(x) for key, x in work.inputs.items()}
+    late = {key: None if x is None else torch.zeros_like(x) for key, x in case.inputs.items()}
     torch.cuda.synchronize()
     with torch.cuda.stream(streams[1]):
         torch.cuda._sleep(20_000_000)
         for key, x in late.items():
             if x is not None:
-                x.copy_(work.inputs[key])
+                x.copy_(case.inputs[key])
         with torch.set_grad_enabled(bool(judge.names)):
             second = accuracy.evaluate(function, late, judge.names, judge.grads, judge.images)
     with torch.cuda.stream(streams[0]):

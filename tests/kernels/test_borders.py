@@ -1,6 +1,6 @@
-"""No kernel writes outside of its outputs, nor leaves a part of them: guards around each buffer.
+"""Guards around every buffer: no kernel writes outside its outputs, or leaves a part unwritten.
 
-What lies around the inputs is poisoned in the tests of each kernel; here it is what lies around
+The surroundings of the inputs are poisoned in the tests of each kernel; here it is those of
 everything that the launchers allocate.
 """
 
@@ -10,31 +10,17 @@ from unittest import mock
 
 import pytest
 import torch
-from support.interpreter import INTERPRETED, run_in_the_interpreter
+from support.interpreter import run_in_the_interpreter
+from support.kernels import DEVICE, in_this_process, needs_kernels
 from torch import Tensor
 
-from benchmarks import accuracy, ops
+from cdetr_kernels.testing import accuracy
+from cdetr_kernels.testing.case import registered
 
 pytest.importorskip("triton")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
-needs_kernels = pytest.mark.skipif(
-    not INTERPRETED and DEVICE.type == "cpu",
-    reason="run by test_in_the_interpreter, in a process of its own",
-)
 GUARD = 4096  # elements on both sides
 MARKS = {True: 12345.0, False: 123}  # what guards hold, in floating point or not
-
-# Odd sizes: the last tile of each axis hangs over.
-SIZES = {
-    "conditional_attention": {"batch": 2, "queries": 21, "height": 3, "width": 13, "masked": True},
-    "conditional_attention_separable": {"batch": 2, "queries": 21, "height": 3, "width": 13},
-    "sine_position_2d": {"batch": 2, "height": 3, "width": 17},
-    "sine_query": {"batch": 2, "queries": 9},
-    "residual_layer_norm": {"batch": 2, "rows": 9},
-    "matching_cost": {"batch": 2, "queries": 21, "targets": 3},
-    "set_loss": {"batch": 2, "queries": 21, "targets": 3},
-}
 
 
 class Guarded:
@@ -64,24 +50,26 @@ class Guarded:
         return len(self.buffers)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
+@in_this_process
 def test_in_the_interpreter(root):
     run_in_the_interpreter(root, __file__)
 
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", registered())
 def test_kernels_write_all_of_their_outputs_and_nothing_else(name, dtype):
-    work = ops.WORKS[name][0](dtype, DEVICE, **SIZES[name])
-    judge = accuracy.Judge(work, bool(work.gradients))
-    function = work.providers["cdetr_fast triton"]()
+    make, sizes = registered()[name]
+    case = make(dtype, DEVICE, **sizes.small)
+    if "triton" not in case.backends():
+        pytest.skip("has no triton kernel")
+    judge = accuracy.Judge(case, bool(case.gradients))
     guarded = Guarded()
     with (
         mock.patch.object(Tensor, "new_empty", lambda x, *s, **o: guarded.empty(x, s, **o)),
         mock.patch.object(torch, "empty_like", lambda x, **o: guarded.empty(x, x.shape, **o)),
     ):
-        results = judge.evaluate(function)
+        results = judge.evaluate(case.function("triton"))
     guarded.check()
     assert any(len(buffer) > 2 * GUARD for buffer in guarded.buffers)
     for error in judge.errors(results):

@@ -5,28 +5,21 @@ The triton kernel is tested on a GPU, or in triton's interpreter in a process of
 
 import pytest
 import torch
-from support.interpreter import INTERPRETED, run_in_the_interpreter
+from support.interpreter import run_in_the_interpreter
+from support.kernels import DEVICE, in_this_process, needs_kernels
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvF
 
 from cdetr_kernels import native, normalize_and_pad, registry
+from cdetr_kernels.ops.normalize_and_pad import cases
+from cdetr_kernels.ops.normalize_and_pad.cases import MEAN, STD
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = [(5, 7), (9, 4), (1, 1), (16, 33)]
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-needs_kernels = pytest.mark.skipif(
-    not INTERPRETED and DEVICE == "cpu",
-    reason="run by test_in_the_interpreter, in a process of its own",
-)
 DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32)
 
 
 def draw(dtype: torch.dtype, channels: int = 3, sizes=SIZES) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randint(0, 256, (channels, *size), generator=generator).to(DEVICE, dtype)
-        for size in sizes
-    ]
+    return list(cases.make(dtype, DEVICE, tuple(sizes), channels).inputs.values())
 
 
 def expected(images, mean, std, factor, size_hw) -> tuple[Tensor, Tensor]:
@@ -50,7 +43,7 @@ def unsupported_reason(backend: str, images) -> str | None:
     return implementation.unsupported_reason(images, None, None, 1.0, 1, 1)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
+@in_this_process
 def test_in_the_interpreter(root):
     run_in_the_interpreter(root, __file__)
 

@@ -7,33 +7,24 @@ import math
 
 import pytest
 import torch
-from support.interpreter import INTERPRETED, run_in_the_interpreter
+from support.interpreter import run_in_the_interpreter
+from support.kernels import DEVICE, DTYPES, assert_close, in_this_process, needs_kernels
 from torch import Tensor
 
 from cdetr_kernels import residual_layer_norm
-
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-needs_kernels = pytest.mark.skipif(
-    not INTERPRETED and DEVICE == "cpu",
-    reason="run by test_in_the_interpreter, in a process of its own",
-)
+from cdetr_kernels.ops.residual_layer_norm import cases
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
+@in_this_process
 def test_in_the_interpreter(root):
     run_in_the_interpreter(root, __file__)
 
 
-def draw(shape: tuple[int, ...], dtype: torch.dtype, shared: bool = False) -> tuple[Tensor, ...]:
+def draw(shape, dtype, shared=False):
     """x with a mean far from 0, residual, weight and bias."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator).to(DEVICE, dtype)
-
-    residual_shape = (1, *shape[1:]) if shared else shape
-    return normal(*shape) + 3, normal(*residual_shape), normal(shape[-1]), normal(shape[-1])
+    batch, rows, channels = (1, *shape)[-3:]
+    x, residual, *affine = cases.make(dtype, DEVICE, batch, rows, channels, shared).inputs.values()
+    return (x, residual, *affine) if len(shape) == 3 else (x[0], residual[0], *affine)
 
 
 def exact(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -62,14 +53,11 @@ def test_kernel(case, shared, dtype):
     """At most twice the error of torch in the same dtype."""
     inputs = draw(SHAPES[case], dtype, shared)
     versions = [x._version for x in inputs]
-    got = residual_layer_norm(*inputs, 1e-5, backend="triton")
-    torchs = residual_layer_norm(*inputs, 1e-5, backend="torch")
-    wanted = exact(*inputs, 1e-5)
-    assert got.dtype == dtype
-    assert got.shape == wanted.shape
-    eps = torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
-    error = (got - wanted).abs().max()
-    assert error <= 2 * (torchs - wanted).abs().max() + eps * wanted.abs().max()
+    got, torchs = (
+        {"output": residual_layer_norm(*inputs, 1e-5, backend=backend)}
+        for backend in ("triton", "torch")
+    )
+    assert_close(got, torchs, {"output": exact(*inputs, 1e-5)})
     assert [x._version for x in inputs] == versions
 
 

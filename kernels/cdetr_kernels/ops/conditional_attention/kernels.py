@@ -1,4 +1,4 @@
-"""Conditional attention, tile by tile: forward, both backward kernels, the map, the merge.
+"""Kernels of conditional attention, tile by tile: forward, both backward kernels, the map.
 
     score[i,j] = scale * (q_content[i] . k_content[j] + q_spatial[i] . k_spatial[j])    per b, n
     P          = softmax over the keys j that are attended to
@@ -28,14 +28,17 @@ import triton
 import triton.language as tl
 
 from cdetr_kernels.gpu.arithmetic import dot, rounded
-from cdetr_kernels.gpu.attention_blocks import (
+from cdetr_kernels.gpu.attention_kernels import (
     LOWEST,
     key_gradients,
     load_rows,
     mask_bias,
     program,
+    row_gradients,
     store_map,
+    store_output,
     store_rows,
+    stored_streams,
 )
 from cdetr_kernels.gpu.random import keep, row_streams
 
@@ -131,50 +134,9 @@ def forward_kernel(
         b_m = b_m_next
         bias = next_bias
 
-    empty = b_l == 0.0
-    b_l = tl.where(empty, 1.0, b_l)
-    b_out = b_acc * (inverse_keep / b_l)[:, None]
-    p_out += i_out.to(tl.int64) * Q * N * DV + i_n * DV
-    store_rows(p_out, b_out, o_q, Q, N * DV, o_v, DV, PRECISION)
-    # A row without keys has +inf: exp2(score - inf) is 0 for any score.
-    b_lse = tl.where(empty, float("inf"), b_m + tl.log2(b_l))
-    tl.store(p_lse + (i_out.to(tl.int64) * N + i_n) * Q + o_q, b_lse, o_q < Q)
-
-
-@triton.jit(do_not_specialize=["rows", "N", "Q", "splits"])
-def merge_kernel(
-    p_part,  # [splits, B, Q, N, DV]
-    p_part_lse,  # [splits, B, N, Q]
-    p_out,  # [B, Q, N, DV]
-    p_lse,  # [B, N, Q]
-    rows,  # B * Q * N
-    N, Q, splits,
-    DV: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Puts the parts of the keys together, each by its log-sum-exp."""
-    o_r = tl.program_id(0) * BR + tl.arange(0, BR)
-    o_v = tl.arange(0, BV)
-    m_r = o_r < rows
-    o_lse = (o_r // (Q * N)) * (Q * N) + (o_r % N) * Q + (o_r // N) % Q
-    b_m = tl.full([BR], LOWEST, tl.float32)
-    b_l = tl.zeros([BR], tl.float32)
-    b_acc = tl.zeros([BR, BV], tl.float32)
-    for _ in range(splits):
-        b_lse = tl.load(p_part_lse + o_lse, m_r, other=float("inf"))
-        b_lse = tl.where(b_lse == float("inf"), float("-inf"), b_lse)
-        b_m_next = tl.maximum(b_m, b_lse)
-        shrink, weight = tl.exp2(b_m - b_m_next), tl.exp2(b_lse - b_m_next)
-        b_part = load_rows(p_part, o_r, rows, DV, o_v, 1, DV)
-        b_acc = b_acc * shrink[:, None] + b_part * weight[:, None]
-        b_l = b_l * shrink + weight
-        b_m = b_m_next
-        p_part_lse += rows
-        p_part += rows.to(tl.int64) * DV
-    empty = b_l == 0.0
-    b_l = tl.where(empty, 1.0, b_l)
-    store_rows(p_out, b_acc / b_l[:, None], o_r, rows, DV, o_v, DV, PRECISION)
-    tl.store(p_lse + o_lse, tl.where(empty, float("inf"), b_m + tl.log2(b_l)), m_r)
+    store_output(
+        p_out, p_lse, b_acc, b_l, b_m, i_out, i_n, N, o_q, Q, o_v, inverse_keep, DV, PRECISION
+    )
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -206,15 +168,12 @@ def backward_queries_kernel(
     i_b, i_n = i_b.to(tl.int64), i_n.to(tl.int64)
     o_q = i_q * BQ + tl.arange(0, BQ)
     o_d, o_v = tl.arange(0, BD), tl.arange(0, BV)
-    m_q = o_q < Q
-    o_row = (i_b * N + i_n) * Q + o_q
 
     b_qc = load_rows(p_qc + i_b * qc_b + i_n * qc_n, o_q, Q, qc_q, o_d, qc_d, D)
-    b_do = load_rows(p_do + i_b * do_b + i_n * do_n, o_q, Q, do_q, o_v, do_d, DV)
-    b_out = load_rows(p_out + i_b * Q * N * DV + i_n * DV, o_q, Q, N * DV, o_v, 1, DV)
-    b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
-    tl.store(p_delta + o_row, b_delta, m_q)
-    b_lse = tl.load(p_lse + o_row, m_q, other=float("inf"))
+    p_do += i_b * do_b + i_n * do_n
+    b_do, b_delta, b_lse = row_gradients(
+        p_out, p_lse, p_do, p_delta, i_b, i_n, N, o_q, Q, o_v, do_q, do_d, DV
+    )
     p_kc += i_b * kc_b + i_n * kc_n
     p_v += i_b * v_b + i_n * v_n
     if SPATIAL:
@@ -224,9 +183,7 @@ def backward_queries_kernel(
     if MASKED:
         p_mask += i_b * mask_b
     if DROPOUT:
-        start, step = row_streams(p_seed, (i_b * N + i_n).to(tl.int32), o_q)
-        tl.store(p_streams + o_row * 2, start.to(tl.int32, bitcast=True), m_q)
-        tl.store(p_streams + o_row * 2 + 1, step.to(tl.int32, bitcast=True), m_q)
+        start, step = stored_streams(p_seed, p_streams, i_b * N + i_n, o_q, Q)
 
     b_dqc = tl.zeros([BQ, BD], tl.float32)
     bias = mask_bias(p_mask, tl.arange(0, BS), S, mask_s, MASKED)

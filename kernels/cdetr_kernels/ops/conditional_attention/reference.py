@@ -4,12 +4,7 @@
                               + q_spatial[b,i,n] . k_spatial[b,j,n])
     out[b,i,n]     = sum_j softmax_j(score[b,n,i])[j] * value[b,j,n]
 
-The content and the spatial halves are never concatenated: two products add up into one score. Of a
-separable map, with k_spatial(y, x) = k_rows(y) + k_columns(x) and j = y * w + x,
-
-    q_spatial[i] . k_spatial[j] = q_spatial[i] . k_rows[y] + q_spatial[i] . k_columns[x]
-
-so h + w products take the place of h * w, and there are no spatial keys.
+The content and the spatial halves are never concatenated: two products add up into one score.
 Softmax statistics are in fp32 (fp64 for fp64 inputs). A row whose keys are all masked gives 0,
 never NaN.
 
@@ -30,11 +25,11 @@ _PIECE = 20 * 2**20
 
 
 class SpatialScores(NamedTuple):
-    """Scores [B, N, Q, S] that are made when and where they are needed.
+    """Scores [B, N, Q, S] that are computed when and where they are needed.
 
     Attributes:
-        parts: What they are made of, each [B, N, ...].
-        combine: Makes the scores of some images and heads from these of each part, into `out` if
+        parts: What they are computed from, each [B, N, ...].
+        combine: Computes the scores of some images and heads from these of each part, into `out` if
             it is given, in shape [b, n, Q, *map_shape].
         map_shape: Shape of the map of S positions.
     """
@@ -44,7 +39,7 @@ class SpatialScores(NamedTuple):
     map_shape: tuple[int, ...]
 
     def all(self) -> Tensor:
-        """Of all images and heads, [B, N, Q, S]."""
+        """Return those of all images and heads, [B, N, Q, S]."""
         return self.combine(*self.parts).flatten(3)
 
 
@@ -60,13 +55,13 @@ def conditional_attention(
     seed: int | None,
     return_attention: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Defines `cdetr_kernels.conditional_attention`; see there for shapes."""
+    """Define `cdetr_kernels.conditional_attention`; see there for shapes."""
     if q_spatial is None and not return_attention and seed is None:
         # Without a spatial half this is torch's fused attention, which knows masked rows.
         mask = None if key_mask is None else _over_queries(key_mask)
         return _fused(q_content, k_content, value, mask, scale, dropout_p), None
     spatial_scores = None
-    if q_spatial is not None:
+    if q_spatial is not None and k_spatial is not None:
         query = q_spatial * scale
         keys = k_spatial.expand(query.shape[0], -1, -1, -1)
         parts = (query.transpose(1, 2), keys.permute(0, 2, 3, 1))
@@ -86,10 +81,14 @@ def attend(
     seed: int | None,
     return_attention: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Adds the content scores to the spatial ones, already scaled, and attends."""
-    inputs = (q_content, k_content, value, spatial_scores)
-    if not return_attention and dropout_p == 0.0 and _takes_a_bias(*inputs):
-        return _attend_with_bias(*inputs, key_mask, scale), None
+    """Add the content scores to the spatial ones, already scaled, and attend."""
+    if (
+        spatial_scores is not None
+        and not return_attention
+        and dropout_p == 0.0
+        and _takes_a_bias(q_content, k_content, value, spatial_scores)
+    ):
+        return _attend_with_bias(q_content, k_content, value, spatial_scores, key_mask, scale), None
 
     scores = dot(q_content * scale, k_content)
     if spatial_scores is not None:
@@ -113,14 +112,14 @@ def attend(
 
 
 def _takes_a_bias(
-    q_content: Tensor, k_content: Tensor, value: Tensor, spatial_scores: SpatialScores | None
+    q_content: Tensor, k_content: Tensor, value: Tensor, spatial_scores: SpatialScores
 ) -> bool:
-    """Whether torch's fused attention takes the spatial scores as a bias of the content scores.
+    """Return whether torch's fused attention takes the spatial scores as a bias.
 
     On CPUs it does, in half of the time or less (300 queries, 850 keys, 8 heads of 32), but it has
     no gradient for the bias.
     """
-    if spatial_scores is None or not q_content.is_cpu:
+    if not q_content.is_cpu:
         return False
     if not torch.is_grad_enabled():
         return True
@@ -136,7 +135,7 @@ def _attend_with_bias(
     key_mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Some images at a time, or some heads of one, as many as have `_PIECE` bytes of scores."""
+    """Attend some images, or heads of one, at a time: as many as have `_PIECE` bytes of scores."""
     batch, queries, heads, _ = q_content.shape
     keys = k_content.shape[1]
     parts, combine, map_shape = spatial_scores
@@ -147,8 +146,10 @@ def _attend_with_bias(
         fill = _over_queries(key_mask.to(parts[0].dtype).log_())
         tensors.append(fill.expand(-1, heads, -1, -1))
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor, out=None) -> Tensor:
-        """All [b, n, ...] -> [b, Q, n, D]."""
+    def attend_piece(
+        query: Tensor, key: Tensor, value: Tensor, *rest: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """Return [b, Q, n, D] of inputs [b, n, ...]."""
         bias = combine(*rest[: len(parts)], out=out).flatten(3)
         if key_mask is not None:
             bias = bias.add_(rest[-1])
@@ -158,7 +159,7 @@ def _attend_with_bias(
     heads_at_once = max(1, _PIECE // max(1, queries * keys * value.element_size()))
     # A compiled graph is one for all batches and sizes.
     if torch.compiler.is_compiling() or heads_at_once >= batch * heads:
-        return attend(*tensors)
+        return attend_piece(*tensors)
     images_at_once, heads_at_once = max(1, heads_at_once // heads), min(heads_at_once, heads)
     buffer = parts[0].new_empty(images_at_once, heads_at_once, queries, *map_shape)
 
@@ -169,7 +170,7 @@ def _attend_with_bias(
     outputs = []
     for images in _pieces(tensors, images_at_once, dim=0):
         of_heads = [
-            attend(*piece, out=part_of_buffer(piece[0]))
+            attend_piece(*piece, out=part_of_buffer(piece[0]))
             for piece in _pieces(images, heads_at_once, dim=1)
         ]
         outputs.append(_joined(of_heads, dim=2))
@@ -177,7 +178,7 @@ def _attend_with_bias(
 
 
 def _pieces(tensors: Sequence[Tensor], size: int, dim: int) -> Iterable[Sequence[Tensor]]:
-    """Splits tensors of one length along a dimension into pieces of `size`."""
+    """Split tensors of one length along a dimension into pieces of `size`."""
     if tensors[0].shape[dim] <= size:
         return [tensors]
     return zip(*(x.split(size, dim) for x in tensors), strict=True)
@@ -188,13 +189,13 @@ def _joined(pieces: list[Tensor], dim: int) -> Tensor:
 
 
 def _over_queries(key_mask: Tensor) -> Tensor:
-    """[B, S] -> [B, 1, 1, S]."""
+    """Return [B, S] as [B, 1, 1, S]."""
     batch, keys = key_mask.shape
     return key_mask.view(batch, 1, 1, keys)  # one view, not an index of two
 
 
 def dot(query: Tensor, key: Tensor) -> Tensor:
-    """[B, Q, N, D] x [B|1, S, N, D] -> [B, N, Q, S]."""
+    """Return the products of [B, Q, N, D] and [B|1, S, N, D], [B, N, Q, S]."""
     return query.transpose(1, 2) @ key.permute(0, 2, 3, 1)
 
 
@@ -206,7 +207,7 @@ def _fused(
     scale: float,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """The fused attention of torch, in this package's order of axes."""
+    """Call the fused attention of torch, in this package's order of axes."""
     output = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),

@@ -1,12 +1,12 @@
-"""Conditional attention over a map whose spatial keys are a row's code plus a column's.
+"""Kernels of conditional attention over a map whose spatial keys are a row's plus a column's code.
 
     score[i,(y,x)] = scale * (q_content[i] . k_content[y,x]) + A[i,y] + B[i,x]
     A[i,y]         = scale * q_spatial[i] . k_rows[y]
     B[i,x]         = scale * q_spatial[i] . k_columns[x]
 
-The rest is as in `conditional_attention_kernels`, whose names hold here too. A tile of keys is one
-line of the map, or a part of one, at the places x of which B is the same block for every line: it
-is computed once, and enters in the multiply-add that scales the scores. A is one number for each
+The rest is as in `ops.conditional_attention.kernels`, whose names hold here too. A tile of keys is
+one line of the map, or a part of one, at the places x of which B is the same block for every line:
+it is computed once, and enters in the multiply-add that scales the scores. A is one number for each
 query and line; `exp2(S + A - pivot)` takes it in with the pivot, so it costs nothing per key. It is
 computed by matrix products beforehand, and waits for its line in the L1 (a row of `line_scores`).
 
@@ -22,21 +22,24 @@ their gradients.
 
 Names: Y lines of X places each. The launcher makes rows of the map lines, or columns, whichever
 leaves less of the tiles empty; key (y, x) is number `y * step_y + x * step_x`.
-Source: as in `conditional_attention_kernels`; the authors' models/position_encoding.py.
+Source: as in `ops.conditional_attention.kernels`; the authors' models/position_encoding.py.
 """
 
 import triton
 import triton.language as tl
 
 from cdetr_kernels.gpu.arithmetic import dot, rounded
-from cdetr_kernels.gpu.attention_blocks import (
+from cdetr_kernels.gpu.attention_kernels import (
     LOWEST,
     key_gradients,
     load_rows,
     mask_bias,
     program,
+    row_gradients,
     store_map,
+    store_output,
     store_rows,
+    stored_streams,
 )
 from cdetr_kernels.gpu.random import keep, row_streams
 
@@ -202,14 +205,9 @@ def forward_kernel(
             b_acc = dot(rounded(b_p, b_v.dtype, PRECISION), b_v, PRECISION, b_acc * shrink[:, None])
             b_m = b_m_next
 
-    empty = b_l == 0.0
-    b_l = tl.where(empty, 1.0, b_l)
-    b_out = b_acc * (inverse_keep / b_l)[:, None]
-    p_out += i_out.to(tl.int64) * Q * N * DV + i_n * DV
-    store_rows(p_out, b_out, o_q, Q, N * DV, o_v, DV, PRECISION)
-    # A row without keys has +inf: exp2(score - inf) is 0 for any score.
-    b_lse = tl.where(empty, float("inf"), b_m + tl.log2(b_l))
-    tl.store(p_lse + (i_out.to(tl.int64) * N + i_n) * Q + o_q, b_lse, m_q)
+    store_output(
+        p_out, p_lse, b_acc, b_l, b_m, i_out, i_n, N, o_q, Q, o_v, inverse_keep, DV, PRECISION
+    )
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -249,14 +247,12 @@ def backward_queries_kernel(
     o_d, o_v = tl.arange(0, BD), tl.arange(0, BV)
     m_q = o_q < Q
     i_head = i_b * N + i_n
-    o_row = i_head * Q + o_q
 
     b_qc = load_rows(p_qc + i_b * qc_b + i_n * qc_n, o_q, Q, qc_q, o_d, qc_d, D)
-    b_do = load_rows(p_do + i_b * do_b + i_n * do_n, o_q, Q, do_q, o_v, do_d, DV)
-    b_out = load_rows(p_out + i_b * Q * N * DV + i_n * DV, o_q, Q, N * DV, o_v, 1, DV)
-    b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
-    tl.store(p_delta + o_row, b_delta, m_q)
-    b_lse = tl.load(p_lse + o_row, m_q, other=float("inf"))
+    p_do += i_b * do_b + i_n * do_n
+    b_do, b_delta, b_lse = row_gradients(
+        p_out, p_lse, p_do, p_delta, i_b, i_n, N, o_q, Q, o_v, do_q, do_d, DV
+    )
     p_qs += i_b * qs_b + i_n * qs_n
     p_kc += i_b * kc_b + i_n * kc_n
     p_ky += i_b * ky_b + i_n * ky_n
@@ -268,9 +264,7 @@ def backward_queries_kernel(
     if MASKED:
         p_mask += i_b * mask_b
     if DROPOUT:
-        start, step = row_streams(p_seed, i_head.to(tl.int32), o_q)
-        tl.store(p_streams + o_row * 2, start.to(tl.int32, bitcast=True), m_q)
-        tl.store(p_streams + o_row * 2 + 1, step.to(tl.int32, bitcast=True), m_q)
+        start, step = stored_streams(p_seed, p_streams, i_head, o_q, Q)
 
     lines, places = _extents(p_mask, Y, X, mask_y, mask_x, MASKED)
     _line_scores(

@@ -112,9 +112,8 @@ def detection_topk(
 
 
 def _sizes(target_sizes: Tensor | Sequence[Sequence[float]], batch: int) -> Tensor:
-    """Returns the sizes as a tensor `[B, 2]`, where they are."""
-    is_tensor = isinstance(target_sizes, Tensor)
-    if is_tensor:
+    """Return the sizes as a tensor `[B, 2]` on their own device."""
+    if isinstance(target_sizes, Tensor):
         sizes_hw = target_sizes
     else:
         sizes_hw = torch.tensor([[float(side) for side in size] for size in target_sizes])
@@ -126,7 +125,7 @@ def _sizes(target_sizes: Tensor | Sequence[Sequence[float]], batch: int) -> Tens
         )
     # A traced tensor has no values to look at.
     if not torch.compiler.is_compiling() and sizes_hw.device.type == "cpu":
-        sides = sizes_hw.tolist() if is_tensor else target_sizes
+        sides = sizes_hw.tolist() if isinstance(target_sizes, Tensor) else target_sizes
         for i, (height, width) in enumerate(sides):
             if not (height > 0 and width > 0):
                 raise ValueError(

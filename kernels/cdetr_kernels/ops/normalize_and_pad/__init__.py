@@ -29,10 +29,11 @@ def _triton(*args: Any) -> Any:
     return normalize_and_pad(*args)
 
 
-def _unsupported_by_native(images: Tensor | Sequence[Tensor], *rest: Any) -> str | None:
+def _unsupported_by_native(images: Any, *rest: Any) -> str | None:
+    """Return why, given the arguments or a tensor alone."""
     from cdetr_kernels import native
 
-    first = images[0] if rest else images
+    first: Tensor = images[0] if rest else images
     if first.is_cuda:
         return "the extension pads images on CPUs only"
     reason = native.unsupported_device(first)
@@ -41,8 +42,9 @@ def _unsupported_by_native(images: Tensor | Sequence[Tensor], *rest: Any) -> str
     return reason
 
 
-def _unsupported_by_triton(images: Tensor | Sequence[Tensor], *rest: Any) -> str | None:
-    first = images[0] if rest else images
+def _unsupported_by_triton(images: Any, *rest: Any) -> str | None:
+    """Return why, given the arguments or a tensor alone."""
+    first: Tensor = images[0] if rest else images
     reason = unsupported_device(first)
     if reason is None and rest and first.shape[0] > _MOST_CHANNELS:
         reason = f"the kernel takes images of up to {_MOST_CHANNELS} channels"
@@ -67,7 +69,7 @@ def normalize_and_pad(
     size_hw: tuple[int, int] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Rescales, normalises and pads images of different sizes to one batch, in one pass.
+    """Rescale, normalise and pad images of different sizes to one batch, in one pass.
 
     Args:
         images: B images `[C, h, w]` on one device, of any dtype that is a number.
@@ -112,7 +114,7 @@ def normalize_and_pad(
         raise ValueError(f"{missing}: expected values, as its counterpart is given, got None")
     factor = 1.0 if rescale_factor is None else float(rescale_factor)
     shift = divisor = None
-    if mean is not None:
+    if mean is not None and std is not None:
         if factor == 0.0:
             raise ValueError("rescale_factor: expected a number other than 0, got 0")
         channels = first.shape[0]
@@ -128,7 +130,7 @@ def _tuple(values: Sequence[float] | float) -> tuple[float, ...]:
 def _per_channel(
     name: str, values: tuple[float, ...], channels: int, factor: float
 ) -> tuple[float, ...]:
-    """Returns values / factor of each channel, rounded as torch's fp32 tensors are."""
+    """Return values / factor of each channel, rounded as torch's fp32 tensors are."""
     if len(values) not in (1, channels):
         raise ValueError(f"{name}: expected {channels} values (channels), got {len(values)}")
     if name == "std" and 0.0 in values:
@@ -139,6 +141,6 @@ def _per_channel(
 
 
 def _to_single(value: float) -> float:
-    """Rounds to 24 bits, in arithmetic that torch.compile can follow."""
+    """Round to 24 bits, in arithmetic that torch.compile can follow."""
     mantissa, exponent = math.frexp(value)
     return math.ldexp(round(math.ldexp(mantissa, 24)), exponent - 24)

@@ -25,7 +25,7 @@ def normalize_and_pad(
     height: int,
     width: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the images as one batch, padded with 0 at the bottom and on the right.
+    """Return the images as one batch, padded with 0 at the bottom and on the right.
 
     Args:
         images: B images `[C, h, w]`.
@@ -42,8 +42,8 @@ def normalize_and_pad(
     values = torch.zeros(len(images), channels, height, width, device=device)
     mask = torch.zeros(len(images), height, width, dtype=torch.int64, device=device)
     if shift is not None:
-        shift = torch.tensor(shift, dtype=torch.float32, device=device)[:, None, None]
-        divisor = torch.tensor(divisor, dtype=torch.float32, device=device)[:, None, None]
+        of_channel = torch.tensor([shift, divisor], dtype=torch.float32, device=device)
+        subtracted, divided = of_channel[:, :, None, None]
     for image, image_values, image_mask in zip(images, values, mask, strict=True):
         h, w = image.shape[1:]
         inside = image_values[:, :h, :w]
@@ -51,6 +51,6 @@ def normalize_and_pad(
         if shift is None:
             inside.mul_(factor)
         else:
-            inside.sub_(shift).div_(divisor)
+            inside.sub_(subtracted).div_(divided)
         image_mask[:h, :w] = 1
     return values, mask

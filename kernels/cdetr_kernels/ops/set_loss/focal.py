@@ -10,6 +10,8 @@ between stays in the cache. `softplus` itself takes 25 times as long as a sigmoi
 of a logarithm, and of its series where that has lost digits.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +23,7 @@ _CACHED = 2**19
 
 
 def focal_loss(logits: Tensor, pairs: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Sum of the focal losses of each layer.
+    """Return the sum of the focal losses of each layer.
 
     Args:
         logits: `[L, B, Q, K]`.
@@ -42,12 +44,12 @@ def focal_loss(logits: Tensor, pairs: Tensor, alpha: float, gamma: float) -> Ten
 
 
 def _focal_negative(logits: Tensor, gamma: float) -> Tensor:
-    """Focal loss, without its weight, of logits that should be low, of the shape of `logits`."""
+    """Return the focal loss, without its weight, of each logit; all should be low."""
     return logits.sigmoid() ** gamma * F.softplus(logits)
 
 
 def focal_in_one_pass(logits: Tensor, pairs: Tensor, alpha: float, gamma: float) -> Tensor:
-    """`focal_loss` of fp32, fp16 or bf16 logits on a CPU; see there for shapes."""
+    """Return the `focal_loss` of fp32, fp16 or bf16 logits on a CPU; see there for shapes."""
     with_derivative = logits.requires_grad and torch.is_grad_enabled()
     return _Focal.apply(logits, pairs, alpha, gamma, with_derivative)
 
@@ -55,7 +57,12 @@ def focal_in_one_pass(logits: Tensor, pairs: Tensor, alpha: float, gamma: float)
 class _Focal(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, logits: Tensor, pairs: Tensor, alpha: float, gamma: float, with_derivative: bool
+        ctx: Any,
+        logits: Tensor,
+        pairs: Tensor,
+        alpha: float,
+        gamma: float,
+        with_derivative: bool,
     ) -> Tensor:
         layers, count = len(logits), logits[:1].numel()
         # One more: what is written for a pair that is none goes there.
@@ -78,14 +85,14 @@ class _Focal(torch.autograd.Function):
         own = torch.cat(positives)
         out = torch.empty_like(own) if with_derivative else None
         loss = _negative(own, own.new_empty(5, *own.shape), gamma, alpha, out)
-        if with_derivative:
+        if out is not None:
             derivative.scatter_(1, pairs, out.neg_())
         ctx.save_for_backward(logits, pairs, derivative)
         ctx.options = alpha, gamma
         return torch.cat(negatives) + loss.sum(1)
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, pairs, derivative = ctx.saved_tensors
         if torch.is_grad_enabled():  # a derivative of the derivative may be wanted
             loss = focal_loss(logits.float(), pairs, *ctx.options)
@@ -98,7 +105,7 @@ class _Focal(torch.autograd.Function):
 def _negative(
     x: Tensor, work: Tensor, gamma: float, weight: float, derivative: Tensor | None
 ) -> Tensor:
-    """Loss of each logit that should be low, times a weight, and into `derivative` its derivative.
+    """Return the weighted loss of logits that should be low; write its derivative to `derivative`.
 
     All is written into `work` `[5, *x.shape]`, the loss too.
     """

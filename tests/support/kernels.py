@@ -1,12 +1,16 @@
-"""What the tests of both fused attention operators share: oracles, tolerances, awkward inputs."""
+"""Helpers of the kernel tests: where they run, awkward inputs, the twice-the-error rule, checks."""
 
 import contextlib
 import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from cdetr_kernels.testing.accuracy import KERNELS_FACTOR, Judge
+from cdetr_kernels.testing.case import Case
 from support.interpreter import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -15,19 +19,25 @@ needs_kernels = pytest.mark.skipif(
     reason="run by test_in_the_interpreter, in a process of its own",
 )
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="needs kernels that can be compiled")
+in_this_process = pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @contextlib.contextmanager
-def poisoned_memory():
-    """`torch.empty` is filled with NaN: what a kernel does not write is seen."""
+def poisoned_memory() -> Iterator[None]:
+    """Fill `torch.empty` with NaN: what a kernel does not write is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-def differentiate(function, tensors, grad_output, dtype=None):
-    """Output and gradients by name of `function(**tensors)`, in another dtype if one is given."""
+def differentiate(
+    function: Callable[..., Tensor],
+    tensors: Mapping[str, Tensor | None],
+    grad_output: Tensor,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Return output and gradients by name of `function(**tensors)`, in `dtype` if one is given."""
     leaves = {
         name: None if x is None else x.detach().to(dtype or x.dtype).requires_grad_()
         for name, x in tensors.items()
@@ -38,25 +48,9 @@ def differentiate(function, tensors, grad_output, dtype=None):
     return {"output": output.detach(), **gradients}
 
 
-def concatenated(mask):
-    """The paper's form on torch's unfused attention."""
-
-    def attend(q_content, q_spatial, k_content, k_spatial, value):
-        query, key = q_content, k_content
-        if q_spatial is not None:
-            query = torch.cat((q_content, q_spatial), -1)
-            key = torch.cat((k_content.expand(len(value), -1, -1, -1),
-                             k_spatial.expand(len(value), -1, -1, -1)), -1)  # fmt: skip
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            return torch.nn.functional.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (query, key, value)),
-                attn_mask=None if mask is None else mask[:, None, None, :],
-            ).transpose(1, 2)
-
-    return attend
-
-
-def assert_close(got: dict[str, Tensor], torchs: dict[str, Tensor], exact: dict[str, Tensor]):
+def assert_close(
+    got: Mapping[str, Tensor], torchs: Mapping[str, Tensor], exact: Mapping[str, Tensor]
+) -> None:
     """At most twice the error of torch in the same dtype, against fp64.
 
     Torch may be exact by luck, as for a single key: the floor is one rounding of the result and the
@@ -64,27 +58,54 @@ def assert_close(got: dict[str, Tensor], torchs: dict[str, Tensor], exact: dict[
     """
     assert got.keys() == exact.keys()
     for name, expected in exact.items():
-        assert got[name].shape == expected.shape
-        assert got[name].dtype == torchs[name].dtype
+        assert got[name].shape == expected.shape, name
+        assert got[name].dtype == torchs[name].dtype, name
+        assert got[name].isfinite().all(), name
+        if expected.numel() == 0:
+            continue
         error = (got[name] - expected).abs().max()
         eps = torch.finfo(got[name].dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
         floor = eps * max(1.0, expected.abs().max())
         assert error <= 2 * (torchs[name] - expected).abs().max() + floor, name
 
 
-def scattered(x: Tensor, order: tuple[int, ...], step: int, offset: int) -> Tensor:
-    """Equal to x, but with NaN between and around its elements and its axes stored in `order`."""
+def assert_accurate(case: Case, backend: str = "triton") -> None:
+    """Check results and gradients of a case by the same rule, and that inputs are unchanged."""
+    present = {name: x for name, x in case.inputs.items() if x is not None}
+    before = {name: (x.clone(), x._version) for name, x in present.items()}
+    judge = Judge(case, backward=bool(case.gradients))
+    got = judge.evaluate(case.function(backend))
+    for name, x in got.named().items():
+        assert x.dtype == judge.torchs[name].dtype, name
+        assert x.isfinite().all(), name
+    for error in judge.errors(got):
+        assert error.passes(KERNELS_FACTOR), error
+    for name, (values, version) in before.items():
+        torch.testing.assert_close(present[name], values, rtol=0, atol=0, equal_nan=True)
+        assert present[name]._version == version
+
+
+def scattered(
+    x: Tensor, order: tuple[int, ...] | None = None, step: int = 2, offset: int = 1
+) -> Tensor:
+    """Equal to x, but with NaN (True, -1) between and around its elements, stored in `order`.
+
+    None stores the axes in reversed order.
+    """
+    order = tuple(reversed(range(x.ndim))) if order is None else order
     shape = [x.shape[axis] for axis in order]
+    fill = {torch.bool: True, torch.int64: -1}.get(x.dtype, math.nan)
     buffer = torch.full([size + 2 for size in shape[:-1]] + [(shape[-1] + 2) * step + offset],
-                        math.nan if x.is_floating_point() else True,
-                        dtype=x.dtype, device=x.device)  # fmt: skip
+                        fill, dtype=x.dtype, device=x.device)  # fmt: skip
     view = buffer[tuple(slice(1, size + 1) for size in shape[:-1])]
     view = view[..., offset : offset + shape[-1] * step : step]
     view = view.permute([order.index(axis) for axis in range(x.ndim)])
     return view.copy_(x)
 
 
-def check_compilation(function, tensors, grad_output):
+def check_compilation(
+    function: Callable[..., Tensor], tensors: Mapping[str, Tensor], grad_output: Tensor
+) -> None:
     """One graph, forward and backward, with the same bits."""
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     expected = differentiate(function, tensors, grad_output)
@@ -93,18 +114,20 @@ def check_compilation(function, tensors, grad_output):
         assert torch.equal(got[name], x)
 
 
-def check_export(operator, inputs):
+def check_export(operator: Callable[..., Any], inputs: tuple[Tensor | None, ...]) -> None:
     """`torch.export` keeps the kernels of `operator(*inputs)`."""
 
-    class Attention(torch.nn.Module):
+    class Model(torch.nn.Module):
         def forward(self, *inputs):
             return operator(*inputs, backend="triton")
 
-    exported = torch.export.export(Attention(), inputs).module()
-    assert torch.equal(exported(*inputs), Attention()(*inputs))
+    exported = torch.export.export(Model(), inputs).module()
+    assert torch.equal(exported(*inputs), Model()(*inputs))
 
 
-def check_no_second_derivative(function, tensors, name):
+def check_no_second_derivative(
+    function: Callable[..., Tensor], tensors: Mapping[str, Tensor], name: str
+) -> None:
     """A gradient of the gradient is refused, not wrong."""
     leaves = {name: x.requires_grad_() for name, x in tensors.items()}
     output = function(**leaves)
@@ -113,8 +136,8 @@ def check_no_second_derivative(function, tensors, name):
         torch.autograd.grad(gradient.sum(), leaves[name])
 
 
-def check_refusals(function, draw):
-    """What the kernels cannot do is said: fp64, and heads that are too wide."""
+def check_refusals(function: Callable[..., Tensor], draw: Callable[..., tuple[Any, ...]]) -> None:
+    """What the attention kernels cannot do is said: fp64, and heads that are too wide."""
     tensors, _, _ = draw("odd sizes", torch.float64)
     with pytest.raises(RuntimeError, match=r"'triton' cannot run: .* not torch.float64"):
         function(**tensors)

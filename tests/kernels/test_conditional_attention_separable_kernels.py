@@ -1,49 +1,58 @@
 """The triton kernels of `conditional_attention_separable` against fp64, and their registration.
 
-Run as the tests of `test_fused_attention.py` are: on a GPU, or in triton's interpreter.
+Run on a GPU, or in triton's interpreter, as those of the general form are.
 """
 
-import math
 from unittest import mock
 
 import pytest
 import torch
-from support.attention_oracle import (
+from support.interpreter import run_in_the_interpreter
+from support.kernels import (
     DEVICE,
     DTYPES,
-    assert_close,
+    assert_accurate,
     check_compilation,
     check_export,
     check_no_second_derivative,
     check_refusals,
     compiled_only,
-    concatenated,
     differentiate,
+    in_this_process,
     needs_kernels,
     poisoned_memory,
     scattered,
 )
-from support.interpreter import INTERPRETED, run_in_the_interpreter
 from torch import Tensor
 
 from cdetr_kernels import conditional_attention, conditional_attention_separable
+from cdetr_kernels.ops.conditional_attention_separable import cases
+from cdetr_kernels.testing.case import RandomTensors
 
 pytest.importorskip("triton")
 
 NAMES = ("q_content", "q_spatial", "k_content", "k_rows", "k_columns", "value")
 
-# batch, queries, height, width, heads, size, value size, batch of the codes, mask
+CODES = ("k_rows", "k_columns")
 CASES = {
-    "one of each": (1, 1, 1, 1, 1, 4, 4, 1, None),
-    "padded": (2, 63, 5, 34, 2, 32, 32, 1, "padded"),
-    "no mask": (1, 100, 7, 9, 1, 16, 32, 1, None),
-    "odd sizes": (2, 5, 14, 5, 1, 9, 20, 2, "holes"),
-    "one row": (1, 33, 1, 70, 1, 8, 16, 1, "holes"),
-    "one column": (2, 7, 70, 1, 1, 8, 16, 1, "a row without keys"),
-    "many queries": (1, 300, 4, 10, 1, 32, 32, 1, "holes"),
-    "lines of several tiles": (2, 20, 40, 37, 1, 16, 16, 2, "padded"),
-    "widest": (1, 33, 5, 8, 1, 128, 100, 1, "holes"),
-}
+    "one of each": {"queries": 1, "height": 1, "width": 1, "heads": 1, "size": 4, "shared": CODES},
+    "padded": {"batch": 2, "queries": 63, "height": 5, "width": 34, "heads": 2, "shared": CODES,
+               "mask": "padded"},
+    "no mask": {"queries": 100, "height": 7, "width": 9, "heads": 1, "size": 16, "value_size": 32,
+                "shared": CODES},
+    "odd sizes": {"batch": 2, "queries": 5, "height": 14, "width": 5, "heads": 1, "size": 9,
+                  "value_size": 20, "mask": "holes"},
+    "one row": {"queries": 33, "height": 1, "width": 70, "heads": 1, "size": 8, "value_size": 16,
+                "shared": CODES, "mask": "holes"},
+    "one column": {"batch": 2, "queries": 7, "height": 70, "width": 1, "heads": 1, "size": 8,
+                   "value_size": 16, "shared": CODES, "mask": "no keys"},
+    "many queries": {"queries": 300, "height": 4, "width": 10, "heads": 1, "shared": CODES,
+                     "mask": "holes"},
+    "lines of several tiles": {"batch": 2, "queries": 20, "height": 40, "width": 37, "heads": 1,
+                               "size": 16, "mask": "padded"},
+    "widest": {"queries": 33, "height": 5, "width": 8, "heads": 1, "size": 128,
+               "value_size": 100, "shared": CODES, "mask": "holes"},
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -52,35 +61,12 @@ def _poisoned_memory():
         yield
 
 
-def draw(case, dtype=torch.float32, seed=0):
+def draw(case, dtype=torch.float32):
     """Six inputs by name, the key mask, and the output's gradient."""
-    batch, queries, height, width, heads, size, value_size, shared, kind = CASES[case]
-    keys = height * width
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
-
-    tensors = {
-        "q_content": normal(batch, queries, heads, size),
-        "q_spatial": normal(batch, queries, heads, size),
-        "k_content": normal(batch, keys, heads, size),
-        "k_rows": normal(shared, height, heads, size),
-        "k_columns": normal(shared, width, heads, size),
-        "value": normal(batch, keys, heads, value_size),
-    }
-    mask = None
-    if kind is not None:
-        mask = torch.rand(batch, height, width, generator=generator) > 0.3
-        mask[:, 0, 0] = True
-        if kind == "padded":
-            mask[:] = True
-            mask[-1, height // 3 :] = False
-            mask[-1, :, width // 2 :] = False
-        elif kind == "a row without keys":
-            mask[0] = False
-        mask = mask.flatten(1).to(DEVICE)
-    return tensors, mask, normal(batch, queries, heads, value_size)
+    inputs = cases.make(dtype, DEVICE, **CASES[case]).inputs
+    mask = inputs.pop("key_mask")
+    shape = (*inputs["q_content"].shape[:3], inputs["value"].shape[-1])
+    return inputs, mask, RandomTensors(DEVICE, dtype, seed=9).normal(*shape)
 
 
 def fused(mask, **options):
@@ -93,16 +79,6 @@ def spatial_keys(k_rows, k_columns):
     return (k_rows[:, :, None] + k_columns[:, None]).flatten(1, 2)
 
 
-def unfused(mask):
-    """The paper's form on torch's unfused attention, spatial keys in memory."""
-
-    def attend(q_content, q_spatial, k_content, k_rows, k_columns, value):
-        k_spatial = spatial_keys(k_rows, k_columns)
-        return concatenated(mask)(q_content, q_spatial, k_content, k_spatial, value)
-
-    return attend
-
-
 def general(mask, backend, **options):
     """`conditional_attention` with its spatial keys in memory."""
 
@@ -113,14 +89,7 @@ def general(mask, backend, **options):
     return attend
 
 
-def assert_right(tensors, mask, grad_output):
-    got = differentiate(fused(mask), tensors, grad_output)
-    torchs = differentiate(unfused(mask), tensors, grad_output)
-    exact = differentiate(unfused(mask), tensors, grad_output, torch.float64)
-    assert_close(got, torchs, exact)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
+@in_this_process
 def test_in_the_interpreter(root):
     """Runs the tests of this file that need kernels."""
     run_in_the_interpreter(root, __file__)
@@ -130,13 +99,7 @@ def test_in_the_interpreter(root):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_output_and_gradients(case, dtype):
-    tensors, mask, grad_output = draw(case, dtype)
-    before = {name: x.clone() for name, x in tensors.items()}
-    versions = {name: x._version for name, x in tensors.items()}
-    assert_right(tensors, mask, grad_output)
-    for name, version in versions.items():
-        assert torch.equal(tensors[name], before[name])
-        assert tensors[name]._version == version
+    assert_accurate(cases.make(dtype, DEVICE, **CASES[case]))
 
 
 @needs_kernels
@@ -153,9 +116,7 @@ def test_a_row_without_keys_is_zero_and_has_no_gradient():
 @needs_kernels
 @pytest.mark.parametrize("names", [("k_rows",), ("k_content", "k_columns")], ids=str)
 def test_what_the_batch_shares(names):
-    tensors, mask, grad_output = draw("odd sizes")
-    tensors |= {name: tensors[name][:1] for name in names}
-    assert_right(tensors, mask, grad_output)
+    assert_accurate(cases.make(torch.float32, DEVICE, **CASES["odd sizes"], shared=names))
 
 
 @needs_kernels
@@ -301,14 +262,3 @@ def test_tensors_on_a_cpu_are_refused():
     tensors, _, _ = draw("odd sizes")
     with pytest.raises(RuntimeError, match="cannot run: the tensors are on cpu"):
         fused(None)(**{name: x.cpu() for name, x in tensors.items()})
-
-
-@compiled_only
-@pytest.mark.parametrize("kernel", ["separable_forward", "separable_backward_queries"])
-def test_audit_of_machine_code(kernel):
-    from benchmarks import audit
-
-    case = audit.Case(32, "half")
-    launch = audit.launches(case, "sm_90")[kernel]
-    assert audit.complaints(audit.examine(launch, "sm_90"), launch, case, "sm_90") == []
-    assert math.isfinite(launch.arguments["scale"])

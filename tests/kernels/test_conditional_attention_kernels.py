@@ -5,47 +5,54 @@ process of its own: whether a kernel is interpreted is decided when triton is im
 """
 
 import contextlib
+import functools
 import itertools
 import math
 from unittest import mock
 
 import pytest
 import torch
-from support.attention_oracle import (
+from support.interpreter import run_in_the_interpreter
+from support.kernels import (
     DEVICE,
     DTYPES,
+    assert_accurate,
     assert_close,
     check_compilation,
     check_export,
     check_no_second_derivative,
     check_refusals,
     compiled_only,
-    concatenated,
     differentiate,
+    in_this_process,
     needs_kernels,
     poisoned_memory,
     scattered,
 )
-from support.interpreter import INTERPRETED, run_in_the_interpreter
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from cdetr_kernels import conditional_attention
 from cdetr_kernels.gpu import support
+from cdetr_kernels.ops.conditional_attention import cases
 from cdetr_kernels.ops.conditional_attention.reference import conditional_attention as reference
+from cdetr_kernels.testing.case import RandomTensors
 
 triton = pytest.importorskip("triton")
 
 NAMES = ("q_content", "q_spatial", "k_content", "k_spatial", "value")
-# batch, queries, keys, heads, size, value size, spatial, mask
 CASES = {
-    "one of each": (1, 1, 1, 1, 4, 4, True, None),
-    "padded": (2, 63, 100, 2, 32, 32, True, "padded"),
-    "no mask": (1, 100, 63, 1, 16, 32, True, None),
-    "odd sizes": (2, 5, 70, 1, 9, 20, True, "holes"),
-    "plain": (2, 33, 300, 1, 8, 16, False, "one row"),
-    "many queries": (1, 300, 40, 1, 32, 32, True, "holes"),
-    "widest": (1, 33, 40, 1, 128, 100, True, "holes"),
-}
+    "one of each": {"queries": 1, "height": 1, "width": 1, "heads": 1, "size": 4},
+    "padded": {"batch": 2, "queries": 63, "height": 10, "width": 10, "heads": 2, "mask": "padded"},
+    "no mask": {"queries": 100, "height": 7, "width": 9, "heads": 1, "size": 16, "value_size": 32},
+    "odd sizes": {"batch": 2, "queries": 5, "height": 7, "width": 10, "heads": 1, "size": 9,
+                  "value_size": 20, "mask": "holes"},
+    "plain": {"batch": 2, "queries": 33, "height": 15, "width": 20, "heads": 1, "size": 8,
+              "value_size": 16, "mask": "no keys", "spatial": False},
+    "many queries": {"queries": 300, "height": 4, "width": 10, "heads": 1, "mask": "holes"},
+    "widest": {"queries": 33, "height": 5, "width": 8, "heads": 1, "size": 128,
+               "value_size": 100, "mask": "holes"},
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -54,34 +61,17 @@ def _poisoned_memory():
         yield
 
 
-def draw(case, dtype=torch.float32, seed=0):
+def draw(case, dtype=torch.float32):
     """Five inputs by name (spatial ones may be None), the key mask, and the output's gradient."""
-    batch, queries, keys, heads, size, value_size, spatial, kind = CASES[case]
-    generator = torch.Generator().manual_seed(seed)
+    inputs = cases.make(dtype, DEVICE, **CASES[case]).inputs
+    mask = inputs.pop("key_mask")
+    shape = (*inputs["q_content"].shape[:3], inputs["value"].shape[-1])
+    return inputs, mask, RandomTensors(DEVICE, dtype, seed=9).normal(*shape)
 
-    def normal(*shape):
-        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
-    tensors = {
-        "q_content": normal(batch, queries, heads, size),
-        "q_spatial": normal(batch, queries, heads, size),
-        "k_content": normal(batch, keys, heads, size),
-        "k_spatial": normal(batch, keys, heads, size),
-        "value": normal(batch, keys, heads, value_size),
-    }
-    if not spatial:
-        tensors |= {"q_spatial": None, "k_spatial": None}
-    mask = None
-    if kind is not None:
-        mask = torch.rand(batch, keys, generator=generator) > 0.3
-        mask[:, 0] = True
-        if kind == "padded":
-            mask[:] = True
-            mask[-1, keys // 3 :] = False
-        elif kind == "one row":
-            mask[0] = False
-        mask = mask.to(DEVICE)
-    return tensors, mask, normal(batch, queries, heads, value_size)
+def concatenated(mask):
+    """The paper's form on torch's unfused attention."""
+    return functools.partial(cases.sdpa(SDPBackend.MATH)(), key_mask=mask)
 
 
 def fused(mask, **options):
@@ -90,7 +80,7 @@ def fused(mask, **options):
     )
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
+@in_this_process
 def test_in_the_interpreter(root):
     """Runs the tests of this file that need kernels."""
     run_in_the_interpreter(root, __file__)
@@ -100,16 +90,7 @@ def test_in_the_interpreter(root):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_output_and_gradients(case, dtype):
-    tensors, mask, grad_output = draw(case, dtype)
-    before = {name: None if x is None else x.clone() for name, x in tensors.items()}
-    versions = {name: x._version for name, x in tensors.items() if x is not None}
-    got = differentiate(fused(mask), tensors, grad_output)
-    torchs = differentiate(concatenated(mask), tensors, grad_output)
-    exact = differentiate(concatenated(mask), tensors, grad_output, torch.float64)
-    assert_close(got, torchs, exact)
-    for name, version in versions.items():
-        assert torch.equal(tensors[name], before[name])
-        assert tensors[name]._version == version
+    assert_accurate(cases.make(dtype, DEVICE, **CASES[case]))
 
 
 @needs_kernels
@@ -272,9 +253,9 @@ def test_attention_map_and_its_gradients(case):
 
         return attend
 
-    batch, queries, keys, heads = CASES[case][:4]
-    generator = torch.Generator().manual_seed(1)
-    grad_map = torch.randn(batch, heads, queries, keys, generator=generator).to(DEVICE)
+    batch, queries, heads, _ = tensors["q_content"].shape
+    keys = tensors["k_content"].shape[1]
+    grad_map = RandomTensors(DEVICE, torch.float32, seed=1).normal(batch, heads, queries, keys)
     del tensors["value"]
     value = torch.zeros(batch, keys, heads, 4, device=DEVICE)
     got = differentiate(lambda **x: maps("triton")(**x, value=value), tensors, grad_map)
@@ -410,8 +391,8 @@ def test_precision_of_dots_follows_torch():
 
 
 def test_every_kernel_has_a_tile_on_every_architecture():
-    from benchmarks.audit import TARGETS
     from cdetr_kernels.gpu import configurations as c
+    from cdetr_kernels.testing.machine_code import TARGETS
 
     for architecture in (*TARGETS, "interpreter", "sm_86", "sm_120", "gfx950", "a new one"):
         precisions = ("half", "ieee") + (() if architecture.startswith("gfx") else ("tf32",))
@@ -420,16 +401,3 @@ def test_every_kernel_has_a_tile_on_every_architecture():
                 tile = c.tile(kernel, architecture, *options)
                 assert min(tile.queries, tile.keys) >= 16
     assert [c.padded(size) for size in (1, 16, 17, 64, 65, 128)] == [16, 16, 32, 64, 128, 128]
-
-
-@compiled_only
-def test_audit_of_machine_code():
-    """One kernel here, all of them by `python -m benchmarks.audit`."""
-    from benchmarks import audit
-
-    case = audit.Case(32, "half")
-    launch = audit.launches(case, "sm_90")["forward"]
-    used = audit.examine(launch, "sm_90")
-    assert audit.complaints(used, launch, case, "sm_90") == []
-    worse = dict.fromkeys(used, 0) | {"registers": 256, "spills": 8, "shared": 2**20}
-    assert len(audit.complaints(worse, launch, case, "sm_90")) == 6

@@ -1,6 +1,6 @@
-"""What the kernels of both attention operators share: blocks of rows, masks, gradients of keys.
+"""Device code that both attention operators share: rows, masks, gradients of keys, map, merge.
 
-Names as in `conditional_attention_kernels`.
+Names as in `ops.conditional_attention.kernels`.
 """
 
 import triton
@@ -52,6 +52,51 @@ def program(rows, BLOCK: tl.constexpr, N):
     tiles = tl.cdiv(rows, BLOCK)
     i = tl.program_id(0)
     return i % tiles, (i // tiles) % N, i // tiles // N
+
+
+@triton.jit
+def store_output(
+    p_out, p_lse,
+    b_acc, b_l, b_m,  # output before the division, sum and pivot of each row
+    i_out,  # part times images plus image
+    i_n, N, o_q, Q, o_v, inverse_keep,
+    DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Writes output and log-sum-exp of a tile of queries; of a row without keys, 0 and +inf."""
+    empty = b_l == 0.0
+    b_l = tl.where(empty, 1.0, b_l)
+    b_out = b_acc * (inverse_keep / b_l)[:, None]
+    p_out += i_out.to(tl.int64) * Q * N * DV + i_n * DV
+    store_rows(p_out, b_out, o_q, Q, N * DV, o_v, DV, PRECISION)
+    # +inf: exp2(score - inf) is 0 for any score.
+    b_lse = tl.where(empty, float("inf"), b_m + tl.log2(b_l))
+    tl.store(p_lse + (i_out.to(tl.int64) * N + i_n) * Q + o_q, b_lse, o_q < Q)
+
+
+@triton.jit
+def row_gradients(
+    p_out, p_lse, p_do, p_delta, i_b, i_n, N, o_q, Q, o_v, do_q, do_d, DV: tl.constexpr
+):
+    """Gradient of the output, delta (also written) and log-sum-exp of a tile of queries.
+
+    `p_do` is that of this image and head.
+    """
+    o_row = (i_b * N + i_n) * Q + o_q
+    b_do = load_rows(p_do, o_q, Q, do_q, o_v, do_d, DV)
+    b_out = load_rows(p_out + i_b * Q * N * DV + i_n * DV, o_q, Q, N * DV, o_v, 1, DV)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
+    tl.store(p_delta + o_row, b_delta, o_q < Q)
+    return b_do, b_delta, tl.load(p_lse + o_row, o_q < Q, other=float("inf"))
+
+
+@triton.jit
+def stored_streams(p_seed, p_streams, i_head, o_q, Q):
+    """Start and step of each row's dropout, also written for the kernel of the keys."""
+    start, step = row_streams(p_seed, i_head.to(tl.int32), o_q)
+    p_stream = p_streams + (i_head * Q + o_q) * 2
+    tl.store(p_stream, start.to(tl.int32, bitcast=True), o_q < Q)
+    tl.store(p_stream + 1, step.to(tl.int32, bitcast=True), o_q < Q)
+    return start, step
 
 
 @triton.jit
@@ -130,3 +175,39 @@ def store_map(
         rounded(b_p, p_map.dtype.element_ty, PRECISION),
         (o_q < Q)[:, None] & (o_s < S)[None, :],
     )
+
+
+@triton.jit(do_not_specialize=["rows", "N", "Q", "splits"])
+def merge_kernel(
+    p_part,  # [splits, B, Q, N, DV]
+    p_part_lse,  # [splits, B, N, Q]
+    p_out,  # [B, Q, N, DV]
+    p_lse,  # [B, N, Q]
+    rows,  # B * Q * N
+    N, Q, splits,
+    DV: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Puts the parts of the keys together, each by its log-sum-exp."""
+    o_r = tl.program_id(0) * BR + tl.arange(0, BR)
+    o_v = tl.arange(0, BV)
+    m_r = o_r < rows
+    o_lse = (o_r // (Q * N)) * (Q * N) + (o_r % N) * Q + (o_r // N) % Q
+    b_m = tl.full([BR], LOWEST, tl.float32)
+    b_l = tl.zeros([BR], tl.float32)
+    b_acc = tl.zeros([BR, BV], tl.float32)
+    for _ in range(splits):
+        b_lse = tl.load(p_part_lse + o_lse, m_r, other=float("inf"))
+        b_lse = tl.where(b_lse == float("inf"), float("-inf"), b_lse)
+        b_m_next = tl.maximum(b_m, b_lse)
+        shrink, weight = tl.exp2(b_m - b_m_next), tl.exp2(b_lse - b_m_next)
+        b_part = load_rows(p_part, o_r, rows, DV, o_v, 1, DV)
+        b_acc = b_acc * shrink[:, None] + b_part * weight[:, None]
+        b_l = b_l * shrink + weight
+        b_m = b_m_next
+        p_part_lse += rows
+        p_part += rows.to(tl.int64) * DV
+    empty = b_l == 0.0
+    b_l = tl.where(empty, 1.0, b_l)
+    store_rows(p_out, b_acc / b_l[:, None], o_r, rows, DV, o_v, DV, PRECISION)
+    tl.store(p_lse + o_lse, tl.where(empty, float("inf"), b_m + tl.log2(b_l)), m_r)

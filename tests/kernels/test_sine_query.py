@@ -1,7 +1,6 @@
-"""The triton kernels of both position codes against fp64, and their registration with torch.
+"""`sine_query`: its definition against the formula, and the triton kernel against fp64.
 
-On a machine with a GPU the tests run there. Everywhere they run in triton's interpreter, in a
-process of its own: whether a kernel is interpreted is decided when triton is imported.
+The kernel is tested on a GPU, or in triton's interpreter in a process of its own.
 """
 
 import importlib
@@ -10,152 +9,44 @@ from unittest import mock
 
 import pytest
 import torch
-from support.interpreter import INTERPRETED, run_in_the_interpreter
-from torch import Tensor
+from support import kernels
+from support.interpreter import run_in_the_interpreter
+from support.kernels import (
+    DEVICE,
+    DTYPES,
+    assert_accurate,
+    assert_close,
+    compiled_only,
+    in_this_process,
+    needs_kernels,
+    poisoned_memory,
+    scattered,
+)
 
 from cdetr_kernels import registry, sine_position_2d, sine_query
 from cdetr_kernels.gpu import support
+from cdetr_kernels.ops.sine_query import cases
+from cdetr_kernels.testing.case import RandomTensors, key_mask
 
-triton = pytest.importorskip("triton")
-
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-needs_kernels = pytest.mark.skipif(
-    not INTERPRETED and DEVICE == "cpu",
-    reason="run by test_in_the_interpreter, in a process of its own",
-)
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="needs kernels that can be compiled")
+pytest.importorskip("triton")
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """`torch.empty` is filled with NaN: what a kernel does not write is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with poisoned_memory():
+        yield
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
+@in_this_process
 def test_in_the_interpreter(root):
-    """Runs the tests of this file that need kernels."""
+    """Run the tests of this file that need kernels."""
     run_in_the_interpreter(root, __file__)
 
 
-def assert_close(got: Tensor, torchs: Tensor, exact: Tensor, name: str = ""):
-    """At most twice the error of torch in the same dtype, against fp64.
-
-    Torch may be exact by luck, as at an angle of 0: the floor is one rounding of the result and a
-    few of an angle in fp32.
-    """
-    assert got.shape == exact.shape, name
-    assert got.dtype == torchs.dtype, name
-    assert got.isfinite().all(), name
-    eps = torch.finfo(got.dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
-    floor = eps * max(1.0, exact.abs().max())
-    error = (got - exact).abs().max()
-    assert error <= 2 * (torchs - exact).abs().max() + floor, name
-
-
 def random(*shape, seed=0, dtype=torch.float32, normal=False):
-    generator = torch.Generator().manual_seed(seed)
-    draw = torch.randn if normal else torch.rand
-    return draw(shape, generator=generator).to(DEVICE, dtype)
+    tensors = RandomTensors(DEVICE, dtype, seed)
+    return tensors.normal(*shape) if normal else tensors.uniform(*shape)
 
-
-def scattered(x: Tensor, order: tuple[int, ...], step: int) -> Tensor:
-    """Equal to x, but with NaN between and around its elements and its axes stored in `order`."""
-    shape = [x.shape[axis] + 2 for axis in order]
-    shape[-1] *= step
-    fill = math.nan if x.is_floating_point() else True
-    buffer = torch.full(shape, fill, dtype=x.dtype, device=x.device)
-    view = buffer[tuple(slice(1, x.shape[axis] + 1) for axis in order[:-1])]
-    view = view[..., 1 : 1 + x.shape[order[-1]] * step : step]
-    return view.permute([order.index(axis) for axis in range(x.ndim)]).copy_(x)
-
-
-# ------------------------------------------------------------------- code of the map positions
-
-
-def draw_mask(kind: str, batch: int, height: int, width: int) -> Tensor:
-    """Of several images with holes, the last is fully masked."""
-    mask = torch.zeros(batch, height, width, dtype=torch.bool)
-    if kind == "padded":
-        for i in range(batch):
-            mask[i, : height - i * height // 3, : width - i * width // 2] = True
-    elif kind == "holes":
-        mask = random(batch, height, width).cpu() > 0.4
-        mask[1:][-1:] = False
-    return mask.to(DEVICE)
-
-
-# kind, batch, height, width, channels
-MASKS = {
-    "one position": ("padded", 1, 1, 1, 4),
-    "padded": ("padded", 2, 3, 17, 256),
-    "holes": ("holes", 3, 3, 33, 20),
-    "fully masked": ("none", 2, 3, 4, 8),
-    "tall": ("holes", 1, 33, 2, 8),
-    "wide": ("holes", 1, 1, 150, 8),
-    "several blocks of features": ("padded", 1, 3, 5, 520),
-}
-
-
-@needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", MASKS)
-def test_position(case, dtype):
-    *shape, channels = MASKS[case]
-    mask = draw_mask(*shape)
-    before, version = mask.clone(), mask._version
-    got = sine_position_2d(mask, channels, dtype=dtype, backend="triton")
-    torchs = sine_position_2d(mask, channels, dtype=dtype, backend="torch")
-    assert_close(got, torchs, sine_position_2d(mask, channels, dtype=torch.float64))
-    assert torch.equal(mask, before)
-    assert mask._version == version
-
-
-@needs_kernels
-@pytest.mark.parametrize(
-    "options",
-    [{"normalize": False}, {"temperature": 20.0}, {"temperature": 0.5}, {"scale": -1.5}],
-    ids=str,
-)
-def test_options_of_the_position(options):
-    mask = draw_mask("holes", 1, 2, 140)
-    got = sine_position_2d(mask, 64, backend="triton", **options)
-    torchs = sine_position_2d(mask, 64, backend="torch", **options)
-    assert_close(got, torchs, sine_position_2d(mask, 64, dtype=torch.float64, **options))
-
-
-@needs_kernels
-@pytest.mark.parametrize("step", [1, 2])
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)], ids=str)
-def test_strides_of_the_mask_and_what_lies_around_it(order, step):
-    mask = draw_mask("holes", 3, 2, 5)
-    expected = sine_position_2d(mask, 8, backend="triton")
-    assert torch.equal(
-        sine_position_2d(scattered(mask, order, step), 8, backend="triton"), expected
-    )
-    shared = mask[:1].expand(3, -1, -1)
-    assert torch.equal(sine_position_2d(shared, 8, backend="triton")[2], expected[0])
-
-
-@needs_kernels
-@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
-def test_position_on_an_empty_map(shape):
-    mask = torch.ones(shape, dtype=torch.bool, device=DEVICE)
-    assert sine_position_2d(mask, 8, backend="triton").shape == (shape[0], shape[1] * shape[2], 8)
-
-
-@needs_kernels
-def test_registration_of_the_position():
-    from cdetr_kernels.ops.sine_position_2d import triton as _registered  # noqa: F401
-
-    arguments = (draw_mask("holes", 2, 3, 4), 8, 10000.0, True, 6.28, torch.float16)
-    torch.library.opcheck(torch.ops.cdetr_fast.sine_position_2d.default, arguments)
-
-
-# ------------------------------------------------------------------------ code of the queries
 
 # shape of the points, shape of lambda without its last size (None: no lambda), channels
 QUERIES = {
@@ -174,27 +65,25 @@ QUERIES = {
 
 def draw_query(case, dtype):
     """Points, lambda and the gradient of the output."""
-    points_shape, lambda_rows, channels = QUERIES[case]
-    points = random(*points_shape, dtype=dtype)
-    query_scale, rows = None, points_shape[:-1]
-    if lambda_rows is not None:
-        query_scale = random(*lambda_rows, channels, seed=1, dtype=dtype, normal=True)
-        rows = torch.broadcast_shapes(rows, lambda_rows)
-    grad_output = random(*rows, channels, seed=2, dtype=dtype, normal=True)
-    return points, query_scale, grad_output, channels
+    points, rows, channels = QUERIES[case]
+    call = make_case(case, dtype)
+    shape = torch.broadcast_shapes(points[:-1], rows or ())
+    grad_output = RandomTensors(DEVICE, dtype, seed=2).normal(*shape, channels)
+    return *call.inputs.values(), grad_output, channels
+
+
+def make_case(case, dtype):
+    points, rows, channels = QUERIES[case]
+    return cases.make(
+        dtype, DEVICE, channels=channels, points=points, rows=rows, scaled=rows is not None
+    )
 
 
 def differentiate(function, points, query_scale, grad_output, dtype=None):
     """Output and gradients of `function(points, query_scale)`, in another dtype if one is given."""
-    leaves = [
-        x.detach().to(dtype or x.dtype).requires_grad_()
-        for x in (points, query_scale)
-        if x is not None
-    ]
-    output = function(*leaves)
-    output.backward(grad_output.to(output.dtype))
-    names = ("output", "points", "lambda")
-    return dict(zip(names, (output.detach(), *(x.grad for x in leaves)), strict=False))
+    tensors = {"points": points, "lambda": query_scale}
+    present = {name: x for name, x in tensors.items() if x is not None}
+    return kernels.differentiate(lambda **x: function(*x.values()), present, grad_output, dtype)
 
 
 def code(channels, backend, **options):
@@ -207,19 +96,7 @@ def code(channels, backend, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", QUERIES)
 def test_query_and_gradients(case, dtype):
-    points, query_scale, grad_output, channels = draw_query(case, dtype)
-    inputs = [x for x in (points, query_scale) if x is not None]
-    before = [(x.clone(), x._version) for x in inputs]
-    arguments = (points, query_scale, grad_output)
-    got = differentiate(code(channels, "triton"), *arguments)
-    torchs = differentiate(code(channels, "torch"), *arguments)
-    exact = differentiate(code(channels, "torch"), *arguments, torch.float64)
-    assert got.keys() == exact.keys()
-    for name, expected in exact.items():
-        assert_close(got[name], torchs[name], expected, name)
-    for x, (values, version) in zip(inputs, before, strict=True):
-        assert torch.equal(x, values)
-        assert x._version == version
+    assert_accurate(make_case(case, dtype))
 
 
 @needs_kernels
@@ -235,8 +112,7 @@ def test_mixed_dtypes(of_points, of_lambda, out):
     got = differentiate(code(channels, "triton", dtype=out), *arguments)
     torchs = differentiate(code(channels, "torch", dtype=out), *arguments)
     exact = differentiate(code(channels, "torch"), *arguments, torch.float64)
-    for name, expected in exact.items():
-        assert_close(got[name], torchs[name], expected, name)
+    assert_close(got, torchs, exact)
 
 
 @needs_kernels
@@ -271,8 +147,7 @@ def test_options_of_the_query(options):
     got = differentiate(code(channels, "triton", **options), *arguments)
     torchs = differentiate(code(channels, "torch", **options), *arguments)
     exact = differentiate(code(channels, "torch", **options), *arguments, torch.float64)
-    for name, expected in exact.items():
-        assert_close(got[name], torchs[name], expected, name)
+    assert_close(got, torchs, exact)
 
 
 @needs_kernels
@@ -302,9 +177,6 @@ def test_a_gradient_of_one_element_for_all():
 
 @needs_kernels
 def test_the_same_bits_in_every_run():
-    mask = draw_mask("holes", 2, 3, 5)
-    position = sine_position_2d(mask, 8, backend="triton")
-    assert torch.equal(position, sine_position_2d(mask, 8, backend="triton"))
     points, *others, channels = draw_query("as in the decoder", torch.float16)
     first = differentiate(code(channels, "triton"), points, *others)
     second = differentiate(code(channels, "triton"), points, *others)
@@ -363,7 +235,7 @@ def test_registration_of_the_query(name, scaled, shared):
 
 @needs_kernels
 def test_both_codes_compile_into_one_graph():
-    mask = draw_mask("holes", 2, 3, 4)
+    mask = key_mask("holes", 2, 3, 4, DEVICE)
     points, query_scale, grad_output, channels = draw_query("as in the decoder", torch.float32)
 
     def function(points, query_scale):
@@ -383,7 +255,7 @@ def test_both_codes_export():
             key_code = sine_position_2d(mask, 16, backend="triton")
             return key_code, sine_query(points, 16, query_scale, backend="triton")
 
-    inputs = (draw_mask("holes", 2, 3, 4), random(1, 5, 2), random(2, 5, 16))
+    inputs = (key_mask("holes", 2, 3, 4, DEVICE), random(1, 5, 2), random(2, 5, 16))
     exported = torch.export.export(Codes(), inputs).module()
     for got, expected in zip(exported(*inputs), Codes()(*inputs), strict=True):
         assert torch.equal(got, expected)
@@ -400,10 +272,8 @@ def test_a_gradient_of_the_gradient_is_refused():
 
 @needs_kernels
 def test_what_the_kernels_cannot_do_is_said():
-    mask, points, ones = draw_mask("none", 1, 2, 2), random(3, 2), torch.ones(8, device=DEVICE)
+    points, ones = random(3, 2), torch.ones(8, device=DEVICE)
     for dtype in (torch.float64, torch.int32):
-        with pytest.raises(RuntimeError, match=f"'triton' cannot run: .* not {dtype}"):
-            sine_position_2d(mask, 8, dtype=dtype, backend="triton")
         with pytest.raises(RuntimeError, match=f"'triton' cannot run: .* not {dtype}"):
             sine_query(points, 8, dtype=dtype, backend="triton")
         with pytest.raises(RuntimeError, match=f"'triton' cannot run: .* not {dtype}"):
@@ -411,8 +281,6 @@ def test_what_the_kernels_cannot_do_is_said():
         with pytest.raises(RuntimeError, match=f"'triton' cannot run: .* not {dtype}"):
             sine_query(points, 8, ones.to(dtype), dtype=torch.float32, backend="triton")
     for temperature in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match=r"temperature: expected a positive .* got "):
-            sine_position_2d(mask, 8, temperature, backend="triton")
         with pytest.raises(ValueError, match=r"temperature: expected a positive .* got "):
             sine_query(points, 8, None, temperature, backend="triton")
     with pytest.raises(ValueError, match=r"channels: expected at most 8192 for each .* 16384"):
@@ -430,8 +298,6 @@ def test_a_lambda_that_does_not_fit(backend):
 
 @compiled_only
 def test_tensors_on_a_cpu_are_refused():
-    with pytest.raises(RuntimeError, match=r"sine_position_2d: .* the tensors are on cpu"):
-        sine_position_2d(torch.ones(1, 2, 2, dtype=torch.bool), 8, backend="triton")
     with pytest.raises(RuntimeError, match=r"sine_query: .* the tensors are on cpu"):
         sine_query(torch.rand(3, 2), 8, backend="triton")
 
@@ -454,24 +320,25 @@ def test_auto_takes_the_reference_and_says_why(name):
     assert operator.implementations["torch"].run is getattr(reference, name)
 
 
-def test_frequencies_in_two_parts():
-    from cdetr_kernels.gpu.waves import frequency_step
-
-    for temperature, features in ((10000.0, 128), (20.0, 10), (0.5, 2), (1.0, 64), (2.0**100, 4)):
-        high, low = frequency_step(temperature, features)
-        assert high + low == -2 * math.log2(temperature) / features
-        assert abs(low) <= abs(high) * 2**-11
-        top = torch.tensor(4095 * high, dtype=torch.float64)
-        assert top.float().double() == top
+@pytest.mark.parametrize("coordinates", [2, 4])
+def test_query_gradients(coordinates):
+    points = torch.rand(3, coordinates, dtype=torch.float64, requires_grad=True)
+    scale = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda p, s: sine_query(p, 16, s), (points, scale))
 
 
-@compiled_only
-@pytest.mark.parametrize("kernel", ["sine_position_2d", "sine_query", "sine_query_backward"])
-def test_audit_of_machine_code(kernel):
-    """One case here, all of them by `python -m benchmarks.audit`."""
-    from benchmarks import audit
+def test_query_scale_multiplies_and_sets_the_dtype():
+    points, scale = torch.rand(1, 3, 2), torch.randn(4, 3, 16)
+    torch.testing.assert_close(sine_query(points, 16, scale), sine_query(points, 16) * scale)
+    half = sine_query(points, 16, scale.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert half.shape == (4, 3, 16)
 
-    case = audit.SineCase("half")
-    launch = audit.launches(case, "sm_90")[kernel]
-    used = audit.examine(launch, "sm_90")
-    assert audit.complaints(used, launch, case, "sm_90") == []
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"reference_points: expected .* got \[3, 3\]"):
+        sine_query(torch.rand(3, 3), 16)
+    with pytest.raises(ValueError, match="channels: expected a positive multiple of 8, got 12"):
+        sine_query(torch.rand(3, 4), 12)
+    with pytest.raises(ValueError, match=r"query_scale: expected \[..., 16\], got \[3, 8\]"):
+        sine_query(torch.rand(3, 2), 16, torch.rand(3, 8))

@@ -8,24 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdetr_kernels import conditional_attention
-from cdetr_kernels.ops.conditional_attention import reference
+from cdetr_kernels.ops.conditional_attention import cases, reference
 
 NAMES = ("q_content", "q_spatial", "k_content", "k_spatial", "value")
 
 
-def inputs(batch=2, queries=5, keys=7, heads=3, size=4, value_size=6, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    return {
-        "q_content": draw(batch, queries, heads, size),
-        "q_spatial": draw(batch, queries, heads, size),
-        "k_content": draw(batch, keys, heads, size),
-        "k_spatial": draw(batch, keys, heads, size),
-        "value": draw(batch, keys, heads, value_size),
-    }
+def inputs(batch=2, queries=5, keys=7, heads=3, size=4, dtype=torch.float64, **options):
+    options = {"value_size": 6} | options
+    case = cases.make(dtype, "cpu", batch, queries, 1, keys, heads=heads, size=size, **options)
+    return {name: case.inputs[name] for name in NAMES}
 
 
 def concatenated(tensors, key_mask=None, scale=None):
@@ -144,7 +135,7 @@ def test_error_in_lower_precision(dtype):
     seed=st.integers(0, 99),
 )
 def test_any_shape(batch, queries, keys, heads, size, value_size, seed):
-    tensors = inputs(batch, queries, keys, heads, size, value_size, seed)
+    tensors = inputs(batch, queries, keys, heads, size, value_size=value_size, seed=seed)
     key_mask = torch.rand(batch, keys, generator=torch.Generator().manual_seed(seed)) > 0.4
     expected, expected_map = concatenated(tensors, key_mask)
     got, attention = conditional_attention(

@@ -7,27 +7,21 @@ from hypothesis import strategies as st
 
 from cdetr_kernels import conditional_attention, conditional_attention_separable
 from cdetr_kernels.ops.conditional_attention import reference
+from cdetr_kernels.ops.conditional_attention_separable import cases
 
 NAMES = ("q_content", "q_spatial", "k_content", "k_rows", "k_columns", "value")
 
 
-def inputs(
-    batch=2, queries=5, height=3, width=4, heads=3, size=4, value_size=6, shared=1, seed=0,
-    dtype=torch.float64,
-):  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
+CODES = ("k_rows", "k_columns")
 
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    return {
-        "q_content": draw(batch, queries, heads, size),
-        "q_spatial": draw(batch, queries, heads, size),
-        "k_content": draw(batch, height * width, heads, size),
-        "k_rows": draw(shared, height, heads, size),
-        "k_columns": draw(shared, width, heads, size),
-        "value": draw(batch, height * width, heads, value_size),
-    }
+def inputs(batch=2, queries=5, height=3, width=4, heads=3, size=4, dtype=torch.float64, **options):
+    """Tensors by name; the batch shares the codes unless `shared` says otherwise."""
+    options = {"value_size": 6, "shared": CODES} | options
+    case = cases.make(
+        dtype, "cpu", batch, queries, height, width, heads=heads, size=size, **options
+    )
+    return {name: case.inputs[name] for name in NAMES}
 
 
 def with_spatial_keys(q_content, q_spatial, k_content, k_rows, k_columns, value, **options):
@@ -43,7 +37,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("shared", [1, 2])
+@pytest.mark.parametrize("shared", [CODES, ()])
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("at_once", [1, 2, 100])
 def test_equals_the_general_form(monkeypatch, mask, shared, gradients, at_once):
@@ -75,7 +69,7 @@ def test_equals_the_general_form(monkeypatch, mask, shared, gradients, at_once):
 @pytest.mark.parametrize("masked", [True, False])
 def test_some_images_at_a_time(monkeypatch, masked):
     """Two of three, the rest after; rows shared by the batch, columns not."""
-    tensors = inputs(batch=3, shared=3)
+    tensors = inputs(batch=3, shared=())
     tensors["k_rows"] = tensors["k_rows"][:1]
     key_mask = torch.arange(12) < torch.tensor([[12], [5], [0]]) if masked else None
     expected = conditional_attention_separable(**tensors, key_mask=key_mask)
@@ -132,7 +126,8 @@ def test_error_in_lower_precision(dtype, mask, gradients):
     seed=st.integers(0, 99),
 )
 def test_any_shape(batch, queries, height, width, heads, size, value_size, seed):
-    tensors = inputs(batch, queries, height, width, heads, size, value_size, batch, seed)
+    options = {"value_size": value_size, "shared": (), "seed": seed}
+    tensors = inputs(batch, queries, height, width, heads, size, **options)
     generator = torch.Generator().manual_seed(seed)
     options = {"key_mask": torch.rand(batch, height * width, generator=generator) > 0.4}
     expected, expected_map = with_spatial_keys(**tensors, **options, return_attention=True)

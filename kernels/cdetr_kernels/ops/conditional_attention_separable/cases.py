@@ -1,0 +1,158 @@
+"""Inputs of `conditional_attention_separable` for tests, benchmarks and the audit."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from cdetr_kernels.ops.conditional_attention import cases as general
+from cdetr_kernels.ops.conditional_attention_separable import conditional_attention_separable
+from cdetr_kernels.testing.case import Case, Function, Inputs, RandomTensors, Sizes, count_bytes
+
+if TYPE_CHECKING:
+    from cdetr_kernels.testing.machine_code import Audit, Audited
+
+_GENERAL = general.SIZES["conditional_attention"]
+SIZES = {
+    "conditional_attention_separable": Sizes(
+        smallest=_GENERAL.smallest,
+        small=_GENERAL.small,
+        medium=_GENERAL.medium,
+        typical=[sizes for sizes in general.typical((1, 8), (1050,)) if sizes["mask"] is not None],
+    )
+}
+
+
+def make(
+    dtype: torch.dtype,
+    device: torch.device | str,
+    batch: int = 1,
+    queries: int = 300,
+    height: int = 25,
+    width: int = 42,
+    mask: str | None = None,
+    heads: int = 8,
+    size: int = 32,
+    value_size: int | None = None,
+    shared: tuple[str, ...] = (),
+    seed: int = 0,
+) -> Case:
+    """Return `conditional_attention`'s case with the spatial keys of rows and of columns.
+
+    Args:
+        dtype: dtype of the inputs.
+        device: Device of the inputs.
+        batch: Images.
+        queries: Queries.
+        height: Rows of the map.
+        width: Columns of the map.
+        mask: Kind of the key mask.
+        heads: Heads.
+        size: Size of each half of a head.
+        value_size: Size of a head of the values; None is `size`.
+        shared: Names of the keys and codes that the batch shares.
+        seed: Seed of the inputs.
+    """
+    whole = general.make(
+        dtype, device, batch, queries, height, width, mask, heads, size, value_size,
+        shared=tuple(name for name in shared if name == "k_content"), seed=seed,
+    )  # fmt: skip
+    random = RandomTensors(device, dtype, seed + 1)
+    codes = {"k_rows": height, "k_columns": width}
+    inputs: Inputs = {name: whole.inputs[name] for name in ("q_content", "q_spatial", "k_content")}
+    for name, count in codes.items():
+        inputs[name] = random.normal(1 if name in shared else batch, count, heads, size)
+    inputs["value"] = whole.inputs["value"]
+    # The spatial scores of h + w keys replace those of all keys.
+    forward, both = whole.flops
+    saved = 2 * batch * heads * size * queries * (height * width - height - width)
+    moved = count_bytes(*inputs.values(), whole.inputs["key_mask"], inputs["q_content"])
+    return Case(
+        "conditional_attention_separable",
+        f"B={batch} Q={queries} h={height} w={width}{f' {mask}' if mask else ''}",
+        dtype,
+        inputs | {"key_mask": whole.inputs["key_mask"]},
+        conditional_attention_separable,
+        gradients=tuple(inputs),
+        flops=(forward - saved, both - 4 * saved),
+        bytes_moved=(moved, 3 * moved),
+        per_image=not shared,
+        definition=_with_spatial_keys(general.sdpa(SDPBackend.MATH)),
+        peers={
+            f"all keys, {name}": functools.partial(_with_spatial_keys, make)
+            for name, make in whole.peers.items()
+            if "compiled" not in name and "flex" not in name
+        },
+    )
+
+
+def _with_spatial_keys(make_general: Callable[[], Function]) -> Function:
+    """Add the codes up to all spatial keys, in the times of those that need them."""
+    function = make_general()
+
+    def attend(k_rows: Tensor, k_columns: Tensor, **others: Any) -> Any:
+        k_spatial = (k_rows[:, :, None] + k_columns[:, None]).flatten(1, 2)
+        return function(k_spatial=k_spatial, **others)
+
+    return attend
+
+
+def audits() -> "list[Audit]":
+    """Return the calls whose kernels are compiled, as in the general form."""
+    from cdetr_kernels.gpu.configurations import WIDTHS
+    from cdetr_kernels.testing.machine_code import Audit
+
+    return [
+        Audit("half 32", functools.partial(audited, "half", 32, 0.0)),
+        *(
+            Audit(
+                f"{precision} {size} dropout",
+                functools.partial(audited, precision, size, 0.1),
+                precision,
+                brief=precision == "half" and size == 32,
+            )
+            for precision in ("half", "tf32", "ieee")
+            for size in WIDTHS
+        ),
+    ]
+
+
+def audited(precision: str, size: int, dropout_p: float) -> "dict[str, Audited]":
+    """Return the launches for one precision and size of a head, by name."""
+    from cdetr_kernels.ops.conditional_attention_separable.triton import ATTENTION
+    from cdetr_kernels.testing.machine_code import Audited
+
+    dtype = torch.bfloat16 if precision == "half" else torch.float32
+    case = make(dtype, "meta", 8, mask="padded", size=size, shared=("k_rows", "k_columns"))
+    *tensors, mask = (case.inputs[name] for name in case.inputs)
+    query, value = tensors[0], tensors[5]
+    batch, queries, heads, _ = query.shape
+    seed = query.new_empty(1, dtype=torch.int64) if dropout_p else None
+    logsumexp = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    inputs = (*tensors, mask, seed, 0.1, dropout_p)
+    gradients = ATTENTION.gradient_buffers(*tensors)
+    backward = ATTENTION.backward_launches(query, *inputs, query, logsumexp, gradients)
+    attention = query.new_empty(batch, heads, queries, value.shape[1])
+    map_launch = ATTENTION.map_launch(
+        *tensors[:5], mask, seed, logsumexp, 0.1, dropout_p, attention
+    )
+    tensor_cores = {"tensor"} if precision != "ieee" else set()
+    products = frozenset({"load16"} | tensor_cores)
+    launches = {
+        "separable_forward": ATTENTION.forward_launch(*inputs, query, logsumexp),
+        **dict(
+            zip(("separable_backward_queries", "separable_backward_keys"), backward, strict=False)
+        ),
+        "separable_attention_map": map_launch,
+    }
+    codes = dict(
+        zip(("separable_backward_rows", "separable_backward_columns"), backward[2:], strict=True)
+    )
+    return {
+        **{name: Audited(launch, products) for name, launch in launches.items()},
+        # It gathers: no loads of 16 bytes.
+        **{name: Audited(launch, frozenset(tensor_cores)) for name, launch in codes.items()},
+    }

@@ -1,0 +1,161 @@
+"""The triton kernels of `matching_cost` against fp64, and their registration with torch.
+
+On a machine with a GPU the tests run there. Everywhere they run in triton's interpreter, in a
+process of its own: whether a kernel is interpreted is decided when triton is imported.
+"""
+
+import pytest
+import torch
+from support.interpreter import run_in_the_interpreter
+from support.kernels import (
+    DEVICE,
+    DTYPES,
+    assert_accurate,
+    assert_close,
+    in_this_process,
+    needs_kernels,
+    poisoned_memory,
+    scattered,
+)
+
+from cdetr_kernels import matching_cost
+from cdetr_kernels.ops.matching_cost import cases
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of exp and log
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    with poisoned_memory():
+        yield
+
+
+@in_this_process
+def test_in_the_interpreter(root):
+    """Run the tests of this file that need kernels."""
+    run_in_the_interpreter(root, __file__)
+
+
+# layers, queries, classes, number of targets of each image
+SIZES = {
+    "one of each": (1, 1, 1, (1,)),
+    "several tiles": (2, 70, 5, (3, 17, 0)),
+    "many classes": (1, 7, 140, (2, 5)),
+    "more targets than queries": (1, 3, 4, (5, 1)),
+    "nothing to find": (2, 5, 3, (0, 0)),
+}
+
+
+def draw(case, dtype=torch.float32):
+    """Predictions and padded targets; padding is NaN, and a label that exists."""
+    return cases.make(dtype, DEVICE, *SIZES[case]).inputs
+
+
+def in_double(inputs):
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def check_cost(inputs, **options):
+    got, torchs = (
+        {"cost": matching_cost(**inputs, **options, backend=backend)}
+        for backend in ("triton", "torch")
+    )
+    assert_close(got, torchs, {"cost": matching_cost(**in_double(inputs), **options)})
+
+
+@needs_kernels
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SIZES)
+def test_cost(case, dtype, classification):
+    call = cases.make(dtype, DEVICE, *SIZES[case], classification)
+    assert_accurate(call)
+    got, torchs = (call.function(backend)(**call.inputs) for backend in ("triton", "torch"))
+    assert got.stride() == torchs.stride()
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "options",
+    [{"gamma": 0.0}, {"gamma": 1.5}, {"alpha": 0.9}, {"class_weight": 0.0, "bbox_weight": 7.0}],
+    ids=str,
+)
+def test_options_of_the_cost(options):
+    inputs = draw("several tiles")
+    check_cost(inputs, **options)
+
+
+@needs_kernels
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+def test_cost_of_extreme_logits(classification):
+    inputs = draw("several tiles")
+    inputs["logits"] = inputs["logits"].sign() * 60
+    inputs["logits"][0, 0, :3] = torch.tensor([[200.0], [-200.0], [0.0]], device=DEVICE)
+    check_cost(inputs, classification=classification)
+
+
+@needs_kernels
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+def test_cost_with_strides_and_nan_around_the_inputs(classification):
+    inputs = draw("several tiles")
+    inputs["target_labels"][2] = 4  # the last class: what lies behind it is not read
+    expected = matching_cost(**inputs, classification=classification, backend="triton")
+    inputs = {name: scattered(x) for name, x in inputs.items()}
+    got = matching_cost(**inputs, classification=classification, backend="triton")
+    assert torch.equal(got, expected)
+    assert torch.equal(
+        matching_cost(**inputs, classification=classification, backend="triton"), got
+    )
+
+
+@needs_kernels
+def test_a_label_out_of_range_is_not_read():
+    inputs = draw("several tiles")
+    inputs["target_labels"][0, 1], inputs["target_labels"][1, 3] = 5, -1
+    got = matching_cost(**inputs, backend="triton").unflatten(0, (2, 3))
+    bad = torch.zeros(got.shape, dtype=torch.bool, device=DEVICE)
+    bad[:, 0, :, 1] = bad[:, 1, :, 3] = True
+    assert torch.equal(got.isnan(), bad)
+
+
+@needs_kernels
+def test_registration_of_the_cost():
+    from cdetr_kernels.ops.matching_cost import triton as _registered  # noqa: F401
+
+    inputs = draw("more targets than queries", torch.bfloat16)
+    inputs["target_boxes_cxcywh"].nan_to_num_(0.5)
+    arguments = (*inputs.values(), 2.0, 5.0, 2.0, False, 0.25, 2.0)
+    torch.library.opcheck(torch.ops.cdetr_fast.matching_cost.default, arguments)
+
+
+@needs_kernels
+def test_cost_compiles_and_exports():
+    class Cost(torch.nn.Module):
+        def forward(self, *inputs):
+            return matching_cost(*inputs, backend="triton") * 2
+
+    inputs = tuple(draw("several tiles").values())
+    expected = Cost()(*inputs)
+    compiled = torch.compile(Cost(), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), expected)
+    assert torch.equal(torch.export.export(Cost(), inputs).module()(*inputs), expected)
+
+
+@needs_kernels
+def test_the_derivative_of_the_cost_is_refused():
+    inputs = draw("several tiles")
+    inputs["logits"].requires_grad_()
+    cost = matching_cost(**inputs, backend="triton")
+    with pytest.raises(NotImplementedError, match="use backend='torch'"):
+        cost[0, 0, 0].backward()
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["logits", "boxes_cxcywh", "target_boxes_cxcywh"])
+def test_dtypes_that_the_kernels_do_not_take(name):
+    inputs = draw("several tiles")
+    inputs[name] = inputs[name].double()
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run: .* not torch.float64"):
+        matching_cost(**inputs, backend="triton")
+    assert matching_cost(**inputs).isfinite().all()
