@@ -8,7 +8,7 @@ from support.training_settings import scenes, settings  # noqa: F401 - fixtures
 
 
 @pytest.fixture
-def damage(scenes, tmp_path):
+def damage(scenes, tmp_path):  # noqa: F811 - a fixture
     """Copies a split of the scenes, with one image cut short; returns the annotation file."""
 
     def copy(split, name):
