@@ -25,11 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cdetr_fast
 from benchmarks.measure import interleaved, peak_memory, print_table, save
-from benchmarks.works import own_backends
 from cdetr_fast.inference.backbone import InferenceBackbone
 from cdetr_fast.inference.convolution import FusedConv2d
 from cdetr_fast.inference.linear import FusedLinear
-from cdetr_kernels import dispatch
+from cdetr_kernels import dispatch, registry
 
 REFERENCE = "transformers sdpa"
 
@@ -70,7 +69,7 @@ class Models:
         if self.arguments.steps:
             rows.append(f"{REFERENCE} folded, channels-last")
         rows.append("cdetr_fast")
-        if "triton" in own_backends("conditional_attention", self.images()[0]):
+        if "triton" in registry.operator("conditional_attention").supported(self.images()[0]):
             rows.append("cdetr_fast triton")
         if self.arguments.steps:
             rows += ["+ norms folded", "+ fused convolutions", "+ constants, joint products"]
@@ -147,7 +146,7 @@ def _without_onednn(model: nn.Module) -> nn.Module:
 
 def on_kernels(model: nn.Module, like: torch.Tensor) -> dict[str, Callable]:
     """Returns the model on its triton kernels, which "auto" may hold back; none without a GPU."""
-    if "triton" not in own_backends("conditional_attention", like):
+    if "triton" not in registry.operator("conditional_attention").supported(like):
         return {}
 
     def run(*arguments, **options):

@@ -99,6 +99,14 @@ class Operator:
             raise RuntimeError(f"{self.name}: backend {requested!r} cannot run: {reason}")
         return self.implementations[backend].run(*args)
 
+    def supported(self, tensor: torch.Tensor) -> list[str]:
+        """Return the backends that can run where a tensor is."""
+        return [
+            name
+            for name, implementation in self.implementations.items()
+            if implementation.unsupported_reason(tensor) is None
+        ]
+
     def choice(self, device: torch.device | str = "cpu") -> Choice:
         """Return the implementation that "auto" takes for fp32 tensors on a device, and why."""
         tensor = torch.empty(0, device=device)

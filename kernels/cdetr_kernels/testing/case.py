@@ -80,9 +80,7 @@ class Case:
 
     def backends(self) -> list[str]:
         """Return the backends that can run the operator where the inputs are."""
-        implementations = registry.operator(self.op).implementations
-        probe = torch.empty(0, device=self.device)
-        return [name for name, x in implementations.items() if x.unsupported_reason(probe) is None]
+        return registry.operator(self.op).supported(torch.empty(0, device=self.device))
 
     def function(self, backend: str, **changes: Any) -> Function:
         """Return the call on one backend, which takes the inputs by name; `changes` are options."""
