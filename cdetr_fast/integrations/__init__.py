@@ -1,1 +1,1 @@
-"""Where this package meets others; nothing outside of this folder knows of transformers."""
+"""Integration with transformers: its models optimized, patched and given our attention."""

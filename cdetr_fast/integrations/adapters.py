@@ -1,60 +1,44 @@
-"""What `patch_transformers()` puts in the place of transformers' functions.
+"""Replacements for functions of transformers other than attention.
 
-Each adapter takes the original and returns its replacement, of the same signature. Replacements
-call our operators where those compute the same, and the original everywhere else; any mix of
-originals and replacements is right, as a model may run while another thread patches. None imports
-transformers but for what it replaces.
+Each adapter, here and in `attention`, takes the original and transformers' module of the model, and
+returns a replacement with the same signature. It calls our operators where those compute the same
+and the original elsewhere. Any mix of originals and replacements is right, as a model may run while
+another thread patches.
 """
 
 import functools
 import math
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdetr_fast.integrations.attention import (
-    attention_functions,
-    cross_attention,
-    decoder,
-    encoder,
-    registered_attention,
-    registered_mask,
-)
+from cdetr_fast.config.model import ConditionalDetrConfig
 from cdetr_fast.loss.criterion import detection_loss, segmentation_loss
+from cdetr_fast.loss.targets import Labels
 from cdetr_fast.models.backbone import frozen_batch_norm
 from cdetr_fast.models.mask_head import mask_logits
 from cdetr_kernels import sine_position_2d, sine_query
 
-__all__ = [
-    "attention_functions",
-    "batch_norm",
-    "conv_encoder",
-    "cross_attention",
-    "decoder",
-    "detection",
-    "encoder",
-    "encoder_layer",
-    "mask_head",
-    "point_embedding",
-    "position_embedding",
-    "registered_attention",
-    "registered_mask",
-    "segmentation",
-]
+Function = Callable[..., Any]
 
 
-def encoder_layer(original: Callable, modeling: ModuleType) -> Callable:
-    """The encoder layer, clamped in training without asking first whether something overflowed."""
+def encoder_layer(original: Function, modeling: ModuleType) -> Function:
+    """Return the forward of the encoder layer; its clamp in training asks the device nothing."""
+    base: Any = modeling.ConditionalDetrEncoderLayer
 
-    class EncoderLayer(modeling.ConditionalDetrEncoderLayer):
-        # A subclass, for transformers wraps the `forward` of each in its gradient checkpointing.
+    class EncoderLayer(base):
+        # A subclass, as transformers wraps the `forward` of each in its gradient checkpointing.
         def forward(
-            self, hidden_states, attention_mask, spatial_position_embeddings=None, **kwargs
-        ):
+            self,
+            hidden_states: Tensor,
+            attention_mask: Tensor | None,
+            spatial_position_embeddings: Tensor | None = None,
+            **kwargs: Any,
+        ) -> Tensor:
             update, _ = self.self_attn(
                 hidden_states=hidden_states,
                 attention_mask=attention_mask,
@@ -69,11 +53,17 @@ def encoder_layer(original: Callable, modeling: ModuleType) -> Callable:
     return EncoderLayer.forward
 
 
-def position_embedding(original: Callable, modeling: ModuleType) -> Callable:
-    """The sine code of the map; in half precision transformers' own, whose angles are rounded."""
+def map_code(original: Function, modeling: ModuleType) -> Function:
+    """Return the sine code of the map; in half precision transformers' own, with rounded angles."""
 
     @functools.wraps(original)
-    def forward(self, shape, device, dtype, mask=None):
+    def forward(
+        self: Any,
+        shape: torch.Size,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        mask: Tensor | None = None,
+    ) -> Any:
         if mask is None or mask.dtype != torch.bool or dtype not in (torch.float32, torch.float64):
             return original(self, shape, device, dtype, mask)
         code = sine_position_2d(
@@ -89,11 +79,11 @@ def position_embedding(original: Callable, modeling: ModuleType) -> Callable:
     return forward
 
 
-def point_embedding(original: Callable, modeling: ModuleType) -> Callable:
-    """The sine code of reference points."""
+def point_code(original: Function, modeling: ModuleType) -> Function:
+    """Return the sine code of reference points."""
 
     @functools.wraps(original)
-    def forward(pos_tensor, num_pos_feats=128, temperature=10000):
+    def forward(pos_tensor: Tensor, num_pos_feats: int = 128, temperature: int = 10000) -> Any:
         coordinates = pos_tensor.shape[-1]
         if coordinates not in (2, 4):
             return original(pos_tensor, num_pos_feats, temperature)
@@ -105,11 +95,13 @@ def point_embedding(original: Callable, modeling: ModuleType) -> Callable:
     return forward
 
 
-def mask_head(original: Callable, modeling: ModuleType) -> Callable:
-    """The mask head without copies of the maps; with anything attached to it, transformers' own."""
+def mask_head(original: Function, modeling: ModuleType) -> Function:
+    """Return the forward of the mask head, without copies of the maps unless something hooks in."""
 
     @functools.wraps(original)
-    def forward(self, features, attention_masks, fpn_features):
+    def forward(
+        self: Any, features: Tensor, attention_masks: Tensor, fpn_features: list[Tensor]
+    ) -> Any:
         if not all(_is_untouched(module) for module in self.modules()):
             return original(self, features, attention_masks, fpn_features)
         masks = mask_logits(self, features, attention_masks, fpn_features)
@@ -118,11 +110,11 @@ def mask_head(original: Callable, modeling: ModuleType) -> Callable:
     return forward
 
 
-def batch_norm(original: Callable, modeling: ModuleType) -> Callable:
-    """Frozen batch norm in one pass; under autocast transformers' own, which promotes to fp32."""
+def batch_norm(original: Function, modeling: ModuleType) -> Function:
+    """Return frozen batch norm in one pass; under autocast transformers' own, which gives fp32."""
 
     @functools.wraps(original)
-    def forward(self, x):
+    def forward(self: Any, x: Tensor) -> Any:
         if x.dtype != self.weight.dtype:
             return original(self, x)
         return frozen_batch_norm(
@@ -132,19 +124,19 @@ def batch_norm(original: Callable, modeling: ModuleType) -> Callable:
     return forward
 
 
-def conv_encoder(original: Callable, modeling: ModuleType) -> Callable:
-    """The backbone on channels-last images."""
+def conv_encoder(original: Function, modeling: ModuleType) -> Function:
+    """Return the forward of the backbone, on channels-last images."""
 
     @functools.wraps(original)
-    def forward(self, pixel_values, pixel_mask):
+    def forward(self: Any, pixel_values: Tensor, pixel_mask: Tensor) -> Any:
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         return original(self, pixel_values, pixel_mask)
 
     return forward
 
 
-class _Config:
-    """A configuration of transformers with the field that our losses read in addition."""
+class _LossConfig:
+    """A configuration of transformers with the field that our losses read besides."""
 
     compat = "transformers"
 
@@ -155,59 +147,63 @@ class _Config:
         return getattr(self._config, name)
 
 
-def detection(original: Callable, modeling: ModuleType) -> Callable:
-    """The loss of a detection model."""
+def _loss_config(config: Any) -> ConditionalDetrConfig:
+    return cast(ConditionalDetrConfig, _LossConfig(config))
+
+
+def detection(original: Function, modeling: ModuleType) -> Function:
+    """Return the loss of a detection model."""
 
     @functools.wraps(original)
     def loss(
-        logits,
-        labels,
-        device,
-        pred_boxes,
-        config,
-        outputs_class=None,
-        outputs_coord=None,
-        **kwargs,
-    ):
+        logits: Tensor,
+        labels: Labels,
+        device: torch.device,
+        pred_boxes: Tensor,
+        config: Any,
+        outputs_class: Tensor | None = None,
+        outputs_coord: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         outputs = (outputs_class, outputs_coord)
-        return detection_loss(logits, labels, device, pred_boxes, _Config(config), *outputs)
+        return detection_loss(logits, labels, device, pred_boxes, _loss_config(config), *outputs)
 
     return loss
 
 
-def segmentation(original: Callable, modeling: ModuleType) -> Callable:
-    """The loss of a segmentation model."""
+def segmentation(original: Function, modeling: ModuleType) -> Function:
+    """Return the loss of a segmentation model."""
 
     @functools.wraps(original)
     def loss(
-        logits,
-        labels,
-        device,
-        pred_boxes,
-        pred_masks,
-        config,
-        outputs_class=None,
-        outputs_coord=None,
-        **kwargs,
-    ):
+        logits: Tensor,
+        labels: Labels,
+        device: torch.device,
+        pred_boxes: Tensor,
+        pred_masks: Tensor,
+        config: Any,
+        outputs_class: Tensor | None = None,
+        outputs_coord: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         outputs = (outputs_class, outputs_coord)
         return segmentation_loss(
-            logits, labels, device, pred_boxes, pred_masks, _Config(config), *outputs
+            logits, labels, device, pred_boxes, pred_masks, _loss_config(config), *outputs
         )
 
     return loss
 
 
 def _without_overflow(x: Tensor) -> Tensor:
-    """What transformers does after asking the device whether all values are finite."""
+    """Clamp as transformers does after asking the device whether all values are finite."""
     limit = torch.finfo(x.dtype).max - 1000
     clamped = x.clamp(-limit, limit)
-    # But for fp16 the limit rounds to the largest finite number, so no finite value changes.
+    # Except in fp16 the limit rounds to the largest finite number, so no finite value changes.
     return torch.where(x.isfinite().all(), x, clamped) if x.dtype == torch.float16 else clamped
 
 
 def _is_untouched(module: nn.Module) -> bool:
-    """Whether the module is torch's or transformers', and nothing hooks into it."""
+    """Return whether a module is torch's or transformers' own and nothing hooks into it."""
     return (
         type(module).__module__.startswith(("torch.nn.", "transformers."))
         and "forward" not in vars(module)

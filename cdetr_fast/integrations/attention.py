@@ -1,4 +1,4 @@
-"""Attention and padding masks for `patch_transformers()`, without concatenation and without a look.
+"""Attention for `patch_transformers()`, without concatenation or looks at the padding mask.
 
 transformers' attention functions take queries, keys and values `[B, N, length, D]` and a 4-D mask.
 """
@@ -10,17 +10,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from cdetr_kernels import conditional_attention
 
+Function = Callable[..., Any]
+
 # Implementations whose arithmetic is that of the operator.
 _IMPLEMENTATIONS = ("eager", "sdpa", "cdetr_fast")
-# What transformers' attention functions take and the operator does not compute.
+# Keywords that change the result in a way that the operator does not compute.
 _BEYOND_THE_OPERATOR = ("softcap", "position_bias", "cache", "s_aux")
+# Keywords that transformers' sdpa, the fallback of "cdetr_fast", computes.
+_COMPUTED = {"is_causal", "output_attentions", "position_bias", "cache"}
+# Keywords that models hand to every attention function and that change no result.
+_WITHOUT_EFFECT = {
+    # in the mask already: packed sequences, windows, selected blocks
+    *("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "max_length_q", "max_length_k", "max_seqlen"),
+    *("position_ids", "seq_idx", "sliding_window", "block_indices", "indices"),
+    # where a cache keeps keys and values
+    *("cache_position", "use_cache", "block_table", "read_index", "write_index", "input_ids"),
+    # other outputs and the loss
+    *("output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch"),
+    *("logits_indices", "logits_processor_args", "deterministic"),
+}
 
 
-def attention_forward(fallback: Callable, gives_map: bool) -> Callable:
-    """Makes an attention function for transformers' `AttentionInterface`.
+def attention_forward(fallback: Function, gives_map: bool) -> Function:
+    """Make an attention function for transformers' `AttentionInterface`.
 
     Args:
         fallback: Computes what the operator does not: causal attention, masks that are not the same
@@ -37,8 +53,8 @@ def attention_forward(fallback: Callable, gives_map: bool) -> Callable:
         scaling: float | None = None,
         dropout: float = 0.0,
         key_mask: Tensor | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:
+        **kwargs: Any,
+    ) -> Any:
         if attention_mask is None:
             key_mask = None
         elif key_mask is None:
@@ -53,25 +69,24 @@ def attention_forward(fallback: Callable, gives_map: bool) -> Callable:
         ):
             arguments = (module, query, key, value, attention_mask)
             return fallback(*arguments, scaling=scaling, dropout=dropout, **kwargs)
-        result = conditional_attention(
+        output, attention_map = _attend(
             query.transpose(1, 2),
             None,
             key.transpose(1, 2),
             None,
             value.transpose(1, 2),
             key_mask,
-            scale=scaling,
-            dropout_p=dropout,
-            return_attention=return_map,
+            scaling,
+            dropout,
+            return_map,
         )
-        output, attention_map = result if return_map else (result, None)
         return output.contiguous(), attention_map
 
     return forward
 
 
 def attention_functions(original: Any, modeling: ModuleType) -> Any:
-    """The interface that Conditional DETR reads, with "eager" and "sdpa" through the operator."""
+    """Return the interface that Conditional DETR reads, "eager" and "sdpa" through the operator."""
     functions = type(original)()
     functions.update(original._local_mapping)
     functions["eager"] = attention_forward(modeling.eager_attention_forward, gives_map=True)
@@ -79,15 +94,43 @@ def attention_functions(original: Any, modeling: ModuleType) -> Any:
     return functions
 
 
-def registered_attention(original: Callable | None, modeling: ModuleType) -> Callable:
-    """The attention function behind `attn_implementation="cdetr_fast"`."""
-    return attention_forward(modeling.ALL_ATTENTION_FUNCTIONS["sdpa"], gives_map=True)
+def registered_attention(original: Function | None, modeling: ModuleType) -> Function:
+    """Return the attention function behind `attn_implementation="cdetr_fast"`, for any model.
+
+    It raises ValueError for keywords that neither the operator nor sdpa computes, as sdpa ignores
+    what it does not know: a model with attention sinks would be wrong without a word.
+    """
+    compute = attention_forward(modeling.ALL_ATTENTION_FUNCTIONS["sdpa"], gives_map=True)
+
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        key_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        for name, given in kwargs.items():
+            is_neutral = given is None or given is False or name in _WITHOUT_EFFECT
+            if not is_neutral and name not in _COMPUTED:
+                raise ValueError(
+                    f'attn_implementation="cdetr_fast" does not compute {name}, which '
+                    f'{type(module).__name__} needs; set attn_implementation="eager"'
+                )
+        return compute(
+            module, query, key, value, attention_mask, scaling, dropout, key_mask, **kwargs
+        )
+
+    return forward
 
 
-def registered_mask(original: Callable | None, modeling: ModuleType) -> Callable:
-    """The mask for `attn_implementation="cdetr_fast"`: sdpa's, but without a host synchronisation.
+def registered_mask(original: Function | None, modeling: ModuleType) -> Function:
+    """Return the mask function for "cdetr_fast": sdpa's, but without a host synchronisation.
 
-    A padding mask is an expanded view, so that its strides tell that all queries share it.
+    A padding mask becomes an expanded view, whose strides tell that all queries share it.
     """
     from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
@@ -98,7 +141,7 @@ def registered_mask(original: Callable | None, modeling: ModuleType) -> Callable
         kv_offset: int = 0,
         attention_mask: Tensor | None = None,
         allow_is_bidirectional_skip: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor | None:
         if attention_mask is not None and allow_is_bidirectional_skip:
             if (
@@ -109,7 +152,7 @@ def registered_mask(original: Callable | None, modeling: ModuleType) -> Callable
             ):
                 return None if _is_trivial(attention_mask) else _expanded(attention_mask, q_length)
             allow_is_bidirectional_skip = attention_mask.device.type == "cpu"
-        return sdpa_mask(
+        mask: Tensor | None = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -118,24 +161,25 @@ def registered_mask(original: Callable | None, modeling: ModuleType) -> Callable
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
             **kwargs,
         )
+        return mask
 
     return forward
 
 
-def cross_attention(original: Callable, modeling: ModuleType) -> Callable:
-    """Conditional cross-attention without concatenation."""
+def cross_attention(original: Function, modeling: ModuleType) -> Function:
+    """Return the forward of conditional cross-attention, without concatenation."""
 
     @functools.wraps(original)
     def forward(
-        self,
-        hidden_states,
-        encoder_hidden_states,
-        query_sine_embed,
-        encoder_position_embeddings,
-        query_position_embeddings=None,
-        attention_mask=None,
-        **kwargs,
-    ):
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        query_sine_embed: Tensor,
+        encoder_position_embeddings: Tensor,
+        query_position_embeddings: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         implementation = self.config._attn_implementation
         return_map = _wants_map(self, kwargs)
         key_mask = None
@@ -164,33 +208,34 @@ def cross_attention(original: Callable, modeling: ModuleType) -> Callable:
             q_content = q_content + self.q_pos_proj(query_position_embeddings)
             # q_c . (k_c + k_s) + q_s . k_s = q_c . k_c + (q_c + q_s) . k_s: fewer queries than keys
             q_spatial = q_content + q_spatial
-        halves = (
-            q_content,
-            q_spatial,
-            self.k_content_proj(encoder_hidden_states),
-            self.k_pos_proj(encoder_position_embeddings),
-            self.v_proj(encoder_hidden_states),
-        )
-        result = conditional_attention(
-            *(half.unflatten(-1, (self.num_attention_heads, -1)) for half in halves),
+        heads = (self.num_attention_heads, -1)
+        output, attention_map = _attend(
+            q_content.unflatten(-1, heads),
+            q_spatial.unflatten(-1, heads),
+            self.k_content_proj(encoder_hidden_states).unflatten(-1, heads),
+            self.k_pos_proj(encoder_position_embeddings).unflatten(-1, heads),
+            self.v_proj(encoder_hidden_states).unflatten(-1, heads),
             key_mask,
-            scale=self.scaling,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            return_attention=return_map,
+            self.scaling,
+            self.attention_dropout if self.training else 0.0,
+            return_map,
         )
-        output, attention_map = result if return_map else (result, None)
         return self.o_proj(output.flatten(2)), attention_map
 
     return forward
 
 
-def encoder(original: Callable, modeling: ModuleType) -> Callable:
-    """The encoder, given a 4-D mask that was made without a look at the padding."""
+def encoder(original: Function, modeling: ModuleType) -> Function:
+    """Return the forward of the encoder with a 4-D mask made without looking at the padding."""
 
     @functools.wraps(original)
     def forward(
-        self, inputs_embeds=None, attention_mask=None, spatial_position_embeddings=None, **kwargs
-    ):
+        self: Any,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        spatial_position_embeddings: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         mask, extra = _padding(self.config, attention_mask, inputs_embeds)
         return original(
             self,
@@ -204,20 +249,20 @@ def encoder(original: Callable, modeling: ModuleType) -> Callable:
     return forward
 
 
-def decoder(original: Callable, modeling: ModuleType) -> Callable:
-    """The decoder, given a 4-D mask that was made without a look at the padding."""
+def decoder(original: Function, modeling: ModuleType) -> Function:
+    """Return the forward of the decoder with a 4-D mask made without looking at the padding."""
 
     @functools.wraps(original)
     def forward(
-        self,
-        inputs_embeds=None,
-        attention_mask=None,
-        encoder_hidden_states=None,
-        encoder_attention_mask=None,
-        spatial_position_embeddings=None,
-        object_queries_position_embeddings=None,
-        **kwargs,
-    ):
+        self: Any,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        spatial_position_embeddings: Tensor | None = None,
+        object_queries_position_embeddings: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         mask, extra = _padding(self.config, encoder_attention_mask, inputs_embeds)
         return original(
             self,
@@ -234,6 +279,32 @@ def decoder(original: Callable, modeling: ModuleType) -> Callable:
     return forward
 
 
+def _attend(
+    q_content: Tensor,
+    q_spatial: Tensor | None,
+    k_content: Tensor,
+    k_spatial: Tensor | None,
+    value: Tensor,
+    key_mask: Tensor | None,
+    scale: float | None,
+    dropout: float,
+    return_map: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the operator; return its output and the attention map, if that is wanted."""
+    result = conditional_attention(
+        q_content,
+        q_spatial,
+        k_content,
+        k_spatial,
+        value,
+        key_mask,
+        scale=scale,
+        dropout_p=dropout,
+        return_attention=return_map,
+    )
+    return result if isinstance(result, tuple) else (result, None)
+
+
 def _wants_map(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     wanted = kwargs.get("output_attentions")
     if wanted is None:
@@ -243,11 +314,11 @@ def _wants_map(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     causal = kwargs.get("is_causal")
-    return getattr(module, "is_causal", True) if causal is None else causal
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def _key_mask(attention_mask: Tensor, batch: int) -> Tensor | None:
-    """4-D mask -> `[B, S]`, if dtype and strides alone prove it to be the same for all queries."""
+    """Return a 4-D mask as `[B, S]` if dtype and strides alone prove all queries to share it."""
     if attention_mask.dtype != torch.bool or attention_mask.ndim != 4:
         return None
     for dim in (1, 2):
@@ -259,7 +330,7 @@ def _key_mask(attention_mask: Tensor, batch: int) -> Tensor | None:
 def _padding(
     config: Any, mask: Tensor | None, states: Tensor | None
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """2-D padding mask -> the 4-D mask that transformers makes of it, and the mask of the keys.
+    """Return the 4-D mask that transformers makes of a 2-D padding mask, and the mask of the keys.
 
     transformers takes a 4-D mask as it is. The mask of the keys goes down to the attention as a
     keyword, since a 4-D mask of floats does not show that it is one.
@@ -283,7 +354,7 @@ def _expanded(mask: Tensor, queries: int) -> Tensor:
 
 
 def _is_trivial(mask: Tensor) -> bool:
-    """Whether nothing is masked; asked only where the answer costs no synchronisation."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or mask.device.type != "cpu":
+    """Return whether nothing is masked, where the answer costs no synchronisation, else False."""
+    if torch.compiler.is_compiling() or is_tracing() or mask.device.type != "cpu":
         return False
     return bool(mask.all())

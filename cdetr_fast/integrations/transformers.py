@@ -1,10 +1,11 @@
-"""Optimised forms of transformers' models: their classes and outputs, this package's engine.
+"""Optimized classes of transformers' models: their interface and outputs, this package's engine.
 
-The weights go into this package's model by name (both use the names of transformers 5) under
+The weights go into this package's model by name (both use the names of transformers 5) with
 `compat="transformers"`, so the numbers are those of transformers, defects included.
 """
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -37,35 +38,36 @@ class ConditionalDetrForSegmentation(OptimizedModel, modeling.ConditionalDetrFor
     forward = forward_of(modeling.ConditionalDetrForSegmentation)
 
 
-def twin_of(model: nn.Module) -> nn.Module:
-    """This package's model with the weights of a model of transformers, which it shares.
+def convert(model: nn.Module) -> nn.Module:
+    """Return this package's model with the weights of a model of transformers, shared with it.
 
     Raises:
         ValueError: This package does not have the model's backbone, or the weights do not fit.
     """
-    config = ConditionalDetrConfig.from_dict(model.config.to_dict() | {"compat": "transformers"})
+    settings = cast(Any, model).config.to_dict()
+    config: Any = ConditionalDetrConfig.from_dict(settings | {"compat": "transformers"})
     config.backbone_config.use_pretrained_backbone = False
-    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and not used
-        twin = getattr(ours, type(model).__name__)(config)
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn and not used
+        converted: nn.Module = getattr(ours, type(model).__name__)(config)
     weights = {
         name: tensor
         for name, tensor in to_v5(model.state_dict(keep_vars=True)).items()
         if not name.endswith(".num_batches_tracked")
     }
     try:
-        twin.load_state_dict(weights, assign=True)
+        converted.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ValueError(f"model: expected the weights of its configuration, {error}") from error
-    return twin.eval()
+    return converted.eval()
 
 
-def is_recorder(hook: Callable) -> bool:
-    """Whether a forward hook is the one with which transformers records states and attentions."""
-    return getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing")
+def is_recorder(hook: Callable[..., Any]) -> bool:
+    """Return whether transformers records states and attentions by a forward hook."""
+    return str(getattr(hook, "__module__", "")).startswith("transformers.utils.output_capturing")
 
 
 recognise = recogniser(
     (ConditionalDetrModel, ConditionalDetrForObjectDetection, ConditionalDetrForSegmentation),
-    twin_of,
+    convert,
     is_recorder,
 )

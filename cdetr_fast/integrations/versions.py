@@ -1,7 +1,7 @@
-"""Which transformers `patch_transformers()` replaces functions of, and how it makes sure.
+"""Checks that transformers is one whose functions `patch_transformers()` knows to replace.
 
-The version has to be a known one, and so has the code that a replacement stands for: its
-fingerprint is a hash of the source without comments, docstrings and annotations.
+The version has to be supported, and so has the code that a replacement stands for: its fingerprint
+is a hash of the source without comments, docstrings and annotations.
 """
 
 import ast
@@ -13,14 +13,24 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-# The tests ran on 5.17, 5.23 and 5.24; the releases between have the code of the one or the other.
+Function = Callable[..., Any]
+
+# The tests ran on 5.17, 5.23 and 5.24; the releases between have the code of one of these.
 FIRST, LAST = (5, 17), (5, 24)
 
-_LEFT_ASIDE = ("annotation", "returns", "decorator_list", "ctx", "kind", "type_comment", "simple")
+_WITHOUT_EFFECT = (
+    "annotation",
+    "returns",
+    "decorator_list",
+    "ctx",
+    "kind",
+    "type_comment",
+    "simple",
+)
 
 
 def check_version(version: str) -> None:
-    """Raises unless the version of transformers is one that was tried.
+    """Check that the version of transformers is supported.
 
     Raises:
         RuntimeError: It is older or newer.
@@ -37,7 +47,7 @@ def check_version(version: str) -> None:
 
 @functools.cache
 def fingerprint(*parts: Any) -> str:
-    """Returns a hash of the source of functions, and of classes' methods; one for all Pythons."""
+    """Return a hash of the source of functions and of classes' methods, the same on all Pythons."""
     digest = hashlib.sha256()
     for function in (function for part in parts for function in _functions(part)):
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -45,7 +55,7 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:12]
 
 
-def _functions(part: Any) -> list[Callable]:
+def _functions(part: Any) -> list[Function]:
     if not inspect.isclass(part):
         return [inspect.unwrap(part)]
     members = (getattr(member, "__func__", member) for _, member in sorted(vars(part).items()))
@@ -53,17 +63,17 @@ def _functions(part: Any) -> list[Callable]:
 
 
 def check_structure(name: str, parts: dict[str, Any], known: tuple[str, ...]) -> None:
-    """Raises if the code behind a technique is not that of a supported version.
+    """Check that the code behind a technique is that of a supported version.
 
-    Where no source is at hand (a frozen application) the version has to do.
+    Where the source is not available (a frozen application) the version has to suffice.
 
     Args:
         name: The switch of the technique.
-        parts: Functions and classes of transformers by their names.
-        known: Fingerprints of them.
+        parts: Functions and classes of transformers by name.
+        known: Their fingerprints in the supported versions.
 
     Raises:
-        RuntimeError: The fingerprint is another.
+        RuntimeError: The fingerprint is none of these.
     """
     try:
         found = fingerprint(*parts.values())
@@ -76,15 +86,18 @@ def check_structure(name: str, parts: dict[str, Any], known: tuple[str, ...]) ->
         )
 
 
-def check_signature(name: str, original: Callable, replacement: Callable) -> None:
-    """Raises unless a function takes the parameters that its replacement takes.
+def check_signature(name: str, original: Function, replacement: Function) -> None:
+    """Check that a function takes the parameters that its replacement takes.
 
     Raises:
         RuntimeError: Their names or kinds differ.
     """
     wanted = _parameters(inspect.unwrap(original))
-    # transformers itself wraps the `forward` of layers, so a replacement may be a wrapper, too.
-    taken = _parameters(inspect.unwrap(replacement, stop=lambda f: f.__wrapped__ is original))
+    # transformers itself wraps the `forward` of layers, so a replacement may be a wrapper too.
+    unwrapped = inspect.unwrap(
+        replacement, stop=lambda f: getattr(f, "__wrapped__", None) is original
+    )
+    taken = _parameters(unwrapped)
     if wanted != taken:
         raise RuntimeError(
             f"transformers: expected {name}({', '.join(taken)}), got {name}({', '.join(wanted)}). "
@@ -92,19 +105,20 @@ def check_signature(name: str, original: Callable, replacement: Callable) -> Non
         )
 
 
-def _parameters(function: Callable) -> list[str]:
-    marks = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
-    return [marks.get(parameter.kind, "") + parameter.name for parameter in parameters]
+def _parameters(function: Function) -> list[str]:
+    signature = inspect.signature(function, follow_wrapped=False)
+    return [
+        str(x.replace(annotation=x.empty, default=x.empty)) for x in signature.parameters.values()
+    ]
 
 
 def _bare(node: Any) -> Any:
-    """A syntax tree as tuples, without what does not change what the code does."""
+    """Return a syntax tree as tuples, without fields that do not change what the code does."""
     if isinstance(node, list):
         return [_bare(item) for item in node if not _is_docstring(item)]
     if not isinstance(node, ast.AST):
         return node
-    fields = [value for name, value in ast.iter_fields(node) if name not in _LEFT_ASIDE]
+    fields = [value for name, value in ast.iter_fields(node) if name not in _WITHOUT_EFFECT]
     return (type(node).__name__, *(_bare(value) for value in fields if value not in (None, [])))
 
 
