@@ -92,6 +92,41 @@ def test_a_wrong_file_is_not_kept(detector, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+class Adapter(torch.nn.Module):
+    """A low-rank adapter as adapter libraries insert it: the layer, and something besides."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.update = torch.nn.Linear(layer.in_features, layer.out_features)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x):
+        return self.layer(x) + self.update(x)
+
+
+def test_an_adapter_is_not_dropped(tmp_path):
+    """What the caller's own forward computes is in the file, or there is no file."""
+    model, path = random_model(), tmp_path / "model.pt2"
+    layer = model.model.decoder.layers[0].mlp
+    layer.fc2 = Adapter(layer.fc2)
+    try:
+        export(model, path, size=(64, 96), dynamic=False)
+    except (RuntimeError, ValueError):
+        assert not list(tmp_path.iterdir())
+    else:
+        got = torch.export.load(path).module()(images())[0]
+        torch.testing.assert_close(got, model(images()).logits, rtol=0, atol=1e-4)
+
+
+def test_a_hook_is_not_dropped(tmp_path):
+    model = random_model()
+    model.class_labels_classifier.register_forward_hook(lambda *arguments: arguments[-1] + 1)
+    with pytest.raises(ValueError, match="class_labels_classifier has a forward hook"):
+        export(model, tmp_path / "model.pt2", size=(64, 96), dynamic=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_arguments_are_checked(detector, tmp_path):
     with pytest.raises(ValueError, match="format: expected one of"):
         export(detector, tmp_path / "model.pt2", "trt")

@@ -190,8 +190,34 @@ def test_what_the_operator_does_not_compute(arguments, calls):
     expected, _ = call("sdpa", None, **arguments)
     torch.testing.assert_close(call("cdetr_fast", None, **arguments)[0], expected)
     assert calls == []
-    call("cdetr_fast", None, cache="of no kind that sdpa knows")
+    call("cdetr_fast", None, cache="not one that sdpa knows")
     assert calls == []
+
+
+def test_what_nobody_computes_is_refused():
+    """sdpa ignores keywords that it does not know, so it cannot be the fallback for them."""
+    for name in ("s_aux", "sinks", "softcap", "a_new_idea"):
+        message = f'"cdetr_fast" does not compute {name}, which Module needs; set .*"eager"'
+        with pytest.raises(ValueError, match=message):
+            call("cdetr_fast", None, **{name: torch.ones(3)})
+        expected, _ = call("sdpa", None)
+        torch.testing.assert_close(call("cdetr_fast", None, **{name: None})[0], expected)
+
+
+def test_keywords_that_change_nothing_reach_the_operator(calls):
+    expected, _ = call("sdpa", None)
+    neutral = {"sliding_window": 7, "position_ids": torch.arange(5), "use_cache": True}
+    torch.testing.assert_close(call("cdetr_fast", None, **neutral)[0], expected)
+    assert len(calls) == 1
+
+
+def test_attention_sinks_are_refused_by_the_name_of_their_module():
+    config = transformers.GptOssConfig(
+        **SMALL, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1
+    )
+    model = transformers.GptOssModel._from_config(config, attn_implementation="cdetr_fast")
+    with pytest.raises(ValueError, match="does not compute s_aux, which GptOssAttention needs"):
+        model(torch.arange(5)[None])
 
 
 class ScalarReads(TorchDispatchMode):
