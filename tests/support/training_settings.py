@@ -1,9 +1,11 @@
 """Small scenes, small models, and settings that train them in seconds."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from cdetr_fast.demo.scenes import write_coco_dataset
 
@@ -64,3 +66,18 @@ def settings(scenes, tmp_path):
         return short_run(scenes, tmp_path / "run") | changes
 
     return make
+
+
+@pytest.fixture
+def damage(scenes, tmp_path):
+    """Copies a split of the scenes, with one image cut short; returns the annotation file."""
+
+    def copy(split, name):
+        folder = tmp_path / f"damaged_{split}"
+        shutil.copytree(scenes / split, folder)
+        victim = folder / name
+        Image.open(victim).save(folder / "x.jpg")
+        victim.write_bytes((folder / "x.jpg").read_bytes()[:700])
+        return folder / "annotations.json"
+
+    return copy
