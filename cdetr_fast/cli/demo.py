@@ -83,7 +83,7 @@ def _score_scenes(
         for i in progress.track(range(count), description="scenes"):
             scene, annotation = scenes.draw_scene(seed * SCENES_PER_SEED + i)
             start = time.perf_counter()
-            result = detector.model.predict(scene, threshold=0.0)
+            result = detector.predict(scene, threshold=0.0)
             seconds.append(time.perf_counter() - start)
             annotations.append(annotation)
             results.extend(result.to_coco(i))
@@ -114,7 +114,7 @@ def _detect_photograph(
     make_output_folder(output)
     detector = Detector(model, None, device)
     start = time.perf_counter()
-    result = detector.model.predict(image, threshold)
+    result = detector.predict(image, threshold)
     seconds = time.perf_counter() - start
     picture = PictureNames(output, [path]).take(path)
     result.draw(image).save(picture, quality=92)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from cdetr_fast.cli.errors import UserError
 from cdetr_fast.common.errors import first_line
@@ -65,11 +65,17 @@ class Detector:
             # images of a folder have many sizes, each of which would be a graph to capture
             self.model = optimize(self.model, cuda_graphs=False, inplace=True)
 
+    def predict(self, image: Image.Image, threshold: float) -> DetectionResult:
+        """Return the result of one image; see `predict` of the model."""
+        return cast("DetectionResult", self.model.predict(image, threshold))
+
     def predict_each(
         self, images: Iterable[Image.Image], threshold: float, top_k: int, batch_size: int
     ) -> Iterator[DetectionResult]:
         """Yield the result of each image; see `predict_each` of the model."""
-        options = {} if self.segments else {"top_k": top_k}  # segments are as many as queries
+        options: dict[str, Any] = (
+            {} if self.segments else {"top_k": top_k}
+        )  # segments are as many as queries
         return self.model.predict_each(images, threshold, batch_size=batch_size, **options)
 
     def describe(self) -> str:

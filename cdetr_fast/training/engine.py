@@ -1,4 +1,4 @@
-"""The training loop: epochs of steps, with everything that lets a run be interrupted."""
+"""Training loop: epochs of steps, checkpoints, evaluations, and how a run stops and resumes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from cdetr_fast.common.files import write_atomically
+from cdetr_fast import ConditionalDetrConfig, ConditionalDetrForObjectDetection
+from cdetr_fast.common.files import write_text
 from cdetr_fast.training import setup
 from cdetr_fast.training.config import TrainingConfig
 from cdetr_fast.training.data.dataset import Batch
 from cdetr_fast.training.data.label_checks import LabelReport
 from cdetr_fast.training.data.loader import grouped
 from cdetr_fast.training.errors import DataError, TrainingStopped
+from cdetr_fast.training.evaluation.detection import evaluate_detections, predict
 from cdetr_fast.training.evaluation.panoptic import PanopticScorer
+from cdetr_fast.training.evaluation.pictures import draw_curves
+from cdetr_fast.training.evaluation.report import draw_samples, write_evaluation
 from cdetr_fast.training.graphs import use_graphs
 from cdetr_fast.training.initial_weights import build_model
 from cdetr_fast.training.optim import LearningRates, WeightAverage, make_optimizer
@@ -32,12 +36,15 @@ from cdetr_fast.training.run.identity import (
     require_same_run,
     run_identity,
 )
-from cdetr_fast.training.run.launch import everywhere, shared_errors
-from cdetr_fast.training.run.log import RunLog
+from cdetr_fast.training.run.launch import all_gather_object, shared_errors
+from cdetr_fast.training.run.log import RunLog, read_rows
+from cdetr_fast.training.run.model_card import model_card
 from cdetr_fast.training.run.signals import StopSignals
 from cdetr_fast.training.run.state import (
     checkpoint_files,
+    full_state,
     load_checkpoint,
+    load_full_state,
     random_state,
     save_checkpoint,
     set_random_state,
@@ -52,7 +59,7 @@ ModelBuilder = Callable[[TrainingConfig, Sequence[str]], nn.Module]
 
 
 def train(config: TrainingConfig, build: ModelBuilder = build_model) -> dict[str, Any]:
-    """Trains a model, or goes on with a run.
+    """Train a model, or resume a run.
 
     Writes to `config.output`: config.yaml, labels.txt, metrics.jsonl, curves.png, `checkpoints`
     (to resume from), `model` (the newest weights, for `from_pretrained`), `best` (those of highest
@@ -60,9 +67,9 @@ def train(config: TrainingConfig, build: ModelBuilder = build_model) -> dict[str
 
     Args:
         config: All settings.
-        build: Makes the model of the settings and the class names. Any model serves that can be
-            called and saved as ours, has outputs of our names, and is made anew by its class from
-            its `config`.
+        build: Makes the model from the settings and the class names. Any model will do that is
+            called and saved like ours, has outputs of the same names, and can be built from its
+            class and its `config`.
 
     Returns:
         The figures of the last evaluation (empty without a validation set), and "step".
@@ -80,11 +87,11 @@ def train(config: TrainingConfig, build: ModelBuilder = build_model) -> dict[str
 
 
 class Engine:
-    """A run, from its settings to its last step.
+    """A training run, from its settings to its last step.
 
     Args:
         config: All settings.
-        signals: Tells whether the run is to end.
+        signals: Signals that stop the run.
         build: Makes the model; see `train`.
     """
 
@@ -101,9 +108,10 @@ class Engine:
         with shared_errors(self.accelerator):
             if self.is_main:
                 resumes = setup.prepare_folder(config, self.agents)
-        resumes = everywhere(self.accelerator, resumes)[0]
+        resumes = all_gather_object(self.accelerator, resumes)[0]
         self.step = self.epoch = self.step_in_epoch = self.bad_in_a_row = 0
-        self.best, self.result = -1.0, {}
+        self.best = -1.0
+        self.result: dict[str, float] = {}
         self.awaits_evaluation = False
         self.batches: Any = None
         self.failure: str | None = None  # an image that could not be read
@@ -113,9 +121,9 @@ class Engine:
         with shared_errors(self.accelerator):
             self.train_index, self.val_index, reports = setup.read_data(config)
             model = build(config, self.train_index.classes)
-            self.processor = setup.make_processor(config, model)
-            self.model_config = model.config
-            self.model_class = type(model)
+            self.model_config = cast(ConditionalDetrConfig, model.config)
+            self.processor = setup.make_processor(config, self.model_config)
+            self.model_class: Any = type(model)
             if config.precision == "bf16-pure":
                 model.bfloat16()
             if config.compile:
@@ -123,7 +131,7 @@ class Engine:
             if config.cuda_graphs:
                 if (device := self.accelerator.device).type != GRAPHS_RUN_ON:
                     raise DataError(f"cuda_graphs: expected a GPU, the device is {device}")
-                self.graphs = use_graphs(model)
+                self.graphs = use_graphs(cast(ConditionalDetrForObjectDetection, model))
             self.sampler, self.loader = setup.training_loader(
                 config, self.train_index, self.accelerator
             )
@@ -150,7 +158,9 @@ class Engine:
     def _start(self, resumes: bool, reports: list[LabelReport]) -> None:
         newest = checkpoint_files(self.folder / "checkpoints")[-1:] if resumes else []
         with shared_errors(self.accelerator):
-            require_one_folder(self.folder, everywhere(self.accelerator, [p.name for p in newest]))
+            require_one_folder(
+                self.folder, all_gather_object(self.accelerator, [p.name for p in newest])
+            )
         if newest:
             self._load(newest[0])
         with shared_errors(self.accelerator):
@@ -173,7 +183,7 @@ class Engine:
     # the loop -------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Runs to the end; see `train`."""
+        """Run to the end; see `train`."""
         with self.log.progress:
             if self.awaits_evaluation:
                 self._finish_epoch()
@@ -187,12 +197,12 @@ class Engine:
         if self.unwritten:
             raise TrainingStopped(
                 f"trained to the last step, but {', '.join(self.unwritten)} in {self.folder} could "
-                "not be written; see above, make room, and pass --resume to write them"
+                "not be written; see above, free some space, and pass --resume to write them"
             )
         return self.result | {"step": self.step}
 
     def close(self) -> None:
-        """Ends the loading processes, which an exception's traceback would keep alive."""
+        """End the loading processes, which an exception's traceback would keep alive."""
         shut_down = getattr(self.batches, "_shutdown_workers", None)
         if shut_down is not None:
             shut_down()
@@ -227,7 +237,7 @@ class Engine:
         self._finish_epoch()
 
     def _usable(self, batch: Batch) -> Batch:
-        """Deals with images that could not be read, as `bad_images` says."""
+        """Report images that could not be read and, with `bad_images` "stop", stop the run."""
         for failure in batch.failures:
             logger.error("%s", failure)
             if self.config.bad_images == "stop":
@@ -246,16 +256,16 @@ class Engine:
         self.log.add(report, rates)
         self.bad_in_a_row = self.bad_in_a_row + 1 if report.skipped else 0
         if report.stop:
-            self.stop_reason = "told to end"
+            self.stop_reason = "told to stop"
         elif self.stop_reason is None and self.bad_in_a_row >= self.config.max_nonfinite:
             self.stop_reason = (
                 f"{self.bad_in_a_row} steps in a row were not finite, the last one in "
                 f"{'; '.join(report.problems) or 'another process'}; the weights are those before "
-                "them. Try a lower learning rate, a longer warm-up, or bf16 in place of fp16"
+                "them. Try a lower learning rate, a longer warm-up, or bf16 instead of fp16"
             )
 
     def _stop(self) -> None:
-        """Saves the state and raises."""
+        """Save the state and raise."""
         self._save()
         where = self._saved()
         received = self.signals.received
@@ -266,14 +276,14 @@ class Engine:
         raise TrainingStopped(f"{self.stop_reason}\n{where}")
 
     def _saved(self) -> str:
-        return f"Step {self.step} is saved in {self.folder / 'checkpoints'}; go on with --resume"
+        return f"Step {self.step} is saved in {self.folder / 'checkpoints'}; continue with --resume"
 
     # state ----------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Saves what the next step depends on; all processes take part."""
+        """Save what the next step depends on; all processes take part."""
         self._read_reports(keep=0)
-        randoms = everywhere(self.accelerator, random_state(self.accelerator.device))
+        randoms = all_gather_object(self.accelerator, random_state(self.accelerator.device))
         state = {
             "step": self.step,
             "epoch": self.epoch,
@@ -284,7 +294,7 @@ class Engine:
             "bad_in_a_row": self.bad_in_a_row,
             "log": self.log.state_dict(),
             "random": randoms,
-            **sharded_or_plain_state(self.model, self.optimizer, self.accelerator),
+            **full_state(self.model, self.optimizer, self.accelerator),
         }
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
@@ -299,10 +309,10 @@ class Engine:
             require_same_run(path, state["run"], self.identity)
         with shared_errors(self.accelerator):
             try:
-                load_sharded_or_plain_state(self.model, self.optimizer, self.accelerator, state)
+                load_full_state(self.model, self.optimizer, self.accelerator, state)
             except (KeyError, RuntimeError, ValueError) as error:
                 raise DataError(
-                    f"{path}: the weights are of another model than that of the settings "
+                    f"{path}: the weights do not fit the model of the settings "
                     f"({' '.join(str(error).split())[:300]}); resume with the same backbone and "
                     "model_options, or choose another output"
                 ) from error
@@ -323,7 +333,7 @@ class Engine:
     # epochs ---------------------------------------------------------------------------------------
 
     def _finish_epoch(self) -> None:
-        """Evaluates if it is time to, and writes the model and the pictures of the run."""
+        """Evaluate if it is due, and write the model and the pictures of the run."""
         self.unwritten = []
         last = self.step >= self.total_steps
         due = last or self.epoch % self.config.evaluate_every == 0
@@ -334,8 +344,6 @@ class Engine:
         self._save()
 
     def _evaluate_and_export(self, last: bool) -> None:
-        from cdetr_fast.training.evaluation import report as reporting
-
         is_best, figure = False, self.best
         if self.val_index is not None:
             loader = setup.evaluation_loader(
@@ -351,121 +359,62 @@ class Engine:
             segments = None
             if self.config.task == "segmentation":
                 segments = PanopticScorer(self.val_index)
-            found = reporting.predict(
-                model, loader, *self.statistics, self.accelerator, observe=segments
-            )
+            found = predict(model, loader, *self.statistics, self.accelerator, observe=segments)
             if found.failures and self.config.bad_images == "stop":  # on all processes
                 raise TrainingStopped(f"{found.described_failures()}\n{self._saved()}")
             if segments is not None:
                 segments.gather(self.accelerator)
             index, found = found.without_failures(self.val_index)
             if self.is_main:
-                evaluation = reporting.score_epoch(self, index, found, segments)
+                evaluation = evaluate_detections(index, found, segments)
                 self.result = evaluation.stats
+                if found.failures:
+                    print(f"{found.described_failures()}\nthey are left out of the figures")
+                self.log.write_evaluation(self.epoch, self.step, evaluation.stats)
                 figure = self.result["AP" if segments is None else "PQ"]
                 # The newest of equals: PQ stays 0 for a while. NaN is a set without objects.
                 is_best = math.isnan(figure) or figure >= self.best
-                self._write("samples", lambda _: reporting.draw_samples(self, index, found))
+                path = Path("samples", f"epoch_{self.epoch:04d}.jpg")
+                count = self.config.sample_pictures
+                self._write(path, lambda path: draw_samples(path, index, found, count))
                 if last:
                     self._write(
                         "evaluation",
-                        lambda path: reporting.write_evaluation(index, found, evaluation, path),
+                        lambda path: write_evaluation(index, found, evaluation, path),
                     )
         weights = self.accelerator.get_state_dict(self.model)
         if self.is_main:
-            self._write("curves.png", lambda _: reporting.draw_run(self.folder))
+            rows = read_rows(self.folder / "metrics.jsonl")
+            self._write("curves.png", lambda path: draw_curves(rows, path))
             self._write("model", lambda path: self._export(weights, path))
             if is_best and self._write("best", lambda path: self._export(weights, path)):
                 self.best = max(self.best, figure)  # NaN is not greater
         self.accelerator.wait_for_everyone()
 
-    def _write(self, name: str, write: Callable[[Path], None]) -> bool:
-        """Writes a result that the next evaluation, or that of `--resume`, writes anew.
+    def _write(self, name: str | Path, write: Callable[[Path], None]) -> bool:
+        """Write a result that the next evaluation, or the one of `--resume`, writes again.
 
         Returns:
-            Whether it could be written; a full disk is reported, and training goes on.
+            Whether it was written; a full disk is logged, and training continues.
         """
         try:
             write(self.folder / name)
         except (OSError, SafetensorError) as error:
             logger.error("%s could not be written (%s)", self.folder / name, error)
-            self.unwritten.append(name)
+            self.unwritten.append(str(name))
             return False
         return True
 
     def _export(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
-        """Writes a folder for `from_pretrained`, with a model card."""
-        from cdetr_fast.training.run.model_card import write_model_card
-
+        """Write a folder for `from_pretrained`, with a model card."""
         config = copy.deepcopy(self.model_config)
         # Only training needs it, and with it transformers computes other numbers than the paper.
         config.auxiliary_loss = False
         with torch.random.fork_rng(devices=[]):  # building a model draws its initial weights
-            model: nn.Module = self.model_class(config)
+            model = self.model_class(config)
         model.load_state_dict(weights)
         folder.mkdir(exist_ok=True)
         model.float().save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        card = write_model_card(self.config, self.train_index, self.val_index, self.result)
-        write_atomically(folder / "README.md", lambda path: path.write_text(card, "utf-8"))
-
-
-def sharded_or_plain_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any
-) -> dict[str, Any]:
-    """Returns the state of model and optimiser, whole also where they are sharded."""
-    if accelerator.distributed_type.value == "FSDP":
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        inner = optimizer.optimizer
-        weights, moments = get_state_dict(model, inner, options=options)
-        return {"model": weights, "optimizer": moments}
-    return {
-        "model": accelerator.unwrap_model(model).state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-
-
-def load_sharded_or_plain_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any, state: dict[str, Any]
-) -> None:
-    """Loads what `sharded_or_plain_state` returned.
-
-    The settings of the optimiser's groups stay those of this start.
-    """
-    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    if accelerator.distributed_type.value == "FSDP":
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
-        set_state_dict(
-            model,
-            optimizer.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=_named_moments(model, optimizer, state["optimizer"]),
-            options=StateDictOptions(full_state_dict=True),
-        )
-    else:
-        accelerator.unwrap_model(model).load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    for group, settings in zip(optimizer.param_groups, own, strict=True):
-        group.update(settings)
-
-
-def _named_moments(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> dict[str, Any]:
-    """Returns an optimiser's state by names of parameters, also if it was saved by numbers."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
-
-    def name(key: str | int) -> str:
-        return order[key] if isinstance(key, int) else key
-
-    return {
-        "state": {name(key): moments for key, moments in state["state"].items()},
-        "param_groups": [
-            group | {"params": [name(key) for key in group["params"]]}
-            for group in state["param_groups"]
-        ],
-    }
+        card = model_card(self.config, self.train_index, self.val_index, self.result)
+        write_text(folder / "README.md", card)

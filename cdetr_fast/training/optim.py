@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from cdetr_fast.training.config import TrainingConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """Returns fused AdamW with the backbone in a group of its own, as in the paper.
+    """Return fused AdamW with the backbone in a group of its own, as in the paper.
 
     The fused form can skip a step on the device (`found_inf`): a non-finite gradient costs no
     synchronisation.
@@ -37,7 +38,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Adam
 
 
 class LearningRates:
-    """Sets the learning rates of a step; what they are depends on nothing but the step.
+    """Learning rates as a function of nothing but the step.
 
     Args:
         config: Kind of schedule.
@@ -51,7 +52,7 @@ class LearningRates:
         self.total_steps = total_steps
 
     def factor(self, step: int) -> float:
-        """Returns the factor of the learning rates in step `step`, counted from 0."""
+        """Return the factor of the learning rates in step `step`, counted from 0."""
         config = self.config
         warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
         if config.schedule == "cosine":
@@ -65,7 +66,7 @@ class LearningRates:
         return warmup
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Sets the rates of all groups."""
+        """Set the rates of all groups."""
         factor = self.factor(step)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -75,7 +76,7 @@ class WeightAverage:
     """Exponential moving average of the trained parameters, in fp32.
 
     Args:
-        parameters: What is averaged.
+        parameters: The parameters to average.
         decay: Of the average in the long run; it rises to there from 0.1, as (1 + n) / (10 + n).
     """
 
@@ -85,40 +86,40 @@ class WeightAverage:
         self.restart()
 
     def restart(self) -> None:
-        """Starts anew from the parameters' values."""
+        """Start again from the parameters' values."""
         self.average = [p.detach().clone().float() for p in self.parameters]
-        self._own_part = [_own_part(a) for a in self.average]
+        self._local_part = [_local_part(a) for a in self.average]
         self.updates = 0
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the parameters' values into the average."""
+        """Add the parameters' values to the average."""
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        values = [_own_part(p.detach()).float() for p in self.parameters]
-        torch._foreach_lerp_(self._own_part, values, weight)
+        values = [_local_part(p.detach()).float() for p in self.parameters]
+        torch._foreach_lerp_(self._local_part, values, weight)
         self.updates += 1
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Gives the parameters the values of the average while the block runs."""
-        own = [_own_part(p.detach()) for p in self.parameters]
+        """Give the parameters the values of the average within the block."""
+        own = [_local_part(p.detach()) for p in self.parameters]
         values = [p.clone() for p in own]
-        torch._foreach_copy_(own, self._own_part)
+        torch._foreach_copy_(own, self._local_part)
         try:
             yield
         finally:
             torch._foreach_copy_(own, values)
 
     def state_dict(self) -> dict[str, list[Tensor] | int]:
-        """Returns the average, in the order of the parameters; whole also where they are sharded.
+        """Return the average, in the order of the parameters; whole even if they are sharded.
 
         All processes take part.
         """
         whole = [a.full_tensor() if isinstance(a, DTensor) else a for a in self.average]
         return {"average": whole, "updates": self.updates}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Loads what `state_dict` returned."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned."""
         for own, whole in zip(self.average, state["average"], strict=True):
             if isinstance(own, DTensor):
                 whole = distribute_tensor(whole.to(own.device), own.device_mesh, own.placements)
@@ -126,6 +127,6 @@ class WeightAverage:
         self.updates = state["updates"]
 
 
-def _own_part(values: Tensor) -> Tensor:
-    """What this process holds of a sharded tensor (an alias); others as they are."""
+def _local_part(values: Tensor) -> Tensor:
+    """Return what this process holds of a sharded tensor (an alias), and others as they are."""
     return values.to_local() if isinstance(values, DTensor) else values

@@ -1,4 +1,4 @@
-"""What a run is put together from: processes, data, model, image processor."""
+"""Parts of a run: processes, data, loaders, image processor."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from cdetr_fast import ConditionalDetrImageProcessor
+from cdetr_fast import ConditionalDetrConfig, ConditionalDetrImageProcessor
 from cdetr_fast.training.config import TrainingConfig
 from cdetr_fast.training.data.coco import read_coco
 from cdetr_fast.training.data.dataset import DetectionDataset
@@ -25,9 +26,12 @@ from cdetr_fast.training.data.transforms import EvaluationTransform, TrainingTra
 from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.run import launch
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-def make_accelerator(config: TrainingConfig) -> Any:
-    """Returns Accelerate's view of the processes, as `torchrun` or `accelerate launch` made them.
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """Return the Accelerator of the processes that `torchrun` or `accelerate launch` started.
 
     Raises:
         DataError: A tracker or precision is not available.
@@ -60,16 +64,16 @@ def make_accelerator(config: TrainingConfig) -> Any:
             log_with=list(config.trackers) or None,
             project_dir=config.output,
             fsdp_plugin=plugin,
-            # We scale losses ourselves; left out, a variable of the environment would too.
+            # We scale losses ourselves; without it an environment variable would scale them too.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
     except (ValueError, ImportError) as error:
         raise DataError(f"precision, trackers, fsdp: {error}") from error
     available = {str(name) for name in get_available_trackers()} | {"all"}
     if missing := [name for name in config.trackers if name not in available]:
-        # Accelerate leaves them out without a word.
+        # Accelerate ignores them silently.
         raise DataError(
-            f"trackers: {', '.join(missing)} not installed (there are {sorted(available)}): "
+            f"trackers: {', '.join(missing)} not installed (available: {sorted(available)}): "
             f"pip install {' '.join(missing)}"
         )
     if config.precision == "fp16" and not accelerator.native_amp:
@@ -78,7 +82,7 @@ def make_accelerator(config: TrainingConfig) -> Any:
             f"precision: fp16 needs a GPU, the device is {accelerator.device}; use bf16 or fp32"
         )
     if plugin is not None and accelerator.distributed_type is DistributedType.MULTI_CPU:
-        # Accelerate passes the plugin over on CPUs, and would quietly copy in place of sharding;
+        # Accelerate ignores the plugin on CPUs and would silently replicate instead of sharding;
         # torch shards over gloo too.
         for state in (PartialState(), accelerator.state):
             state.distributed_type = DistributedType.FSDP
@@ -89,13 +93,14 @@ def make_accelerator(config: TrainingConfig) -> Any:
 def read_data(
     config: TrainingConfig,
 ) -> tuple[CocoIndex | ShardSet, CocoIndex | None, list[LabelReport]]:
-    """Reads and checks the training and the validation set, with the classes of the first.
+    """Read and check the training and the validation set, with the classes of the first.
 
     Raises:
         DataError: A file cannot be used; see `read_coco` and `check_labels`.
     """
     if not config.train_annotations:
         raise DataError("train_annotations: expected a COCO JSON file, got none")
+    train: CocoIndex | ShardSet
     if is_shards(config.train_annotations):
         if config.task == "segmentation":
             raise DataError("task: segmentation needs a panoptic JSON file; shards hold boxes only")
@@ -116,10 +121,12 @@ def read_data(
     return train, val, [report, val_report]
 
 
-def make_processor(config: TrainingConfig, model: nn.Module) -> ConditionalDetrImageProcessor:
-    """Returns the image processor that is saved with the model, in the size of evaluation.
+def make_processor(
+    config: TrainingConfig, model_config: ConditionalDetrConfig
+) -> ConditionalDetrImageProcessor:
+    """Return the image processor that is saved with the model, with the size of evaluation.
 
-    Mean and deviation are those of the checkpoint, or those that timm has for the backbone.
+    Mean and deviation are those of the checkpoint, or timm's for the backbone.
     """
     settings: dict[str, Any] = {}
     if config.model:
@@ -129,7 +136,7 @@ def make_processor(config: TrainingConfig, model: nn.Module) -> ConditionalDetrI
     else:
         import timm
 
-        name = model.config.backbone_config.backbone
+        name = model_config.backbone_config.backbone
         pretrained = timm.get_pretrained_cfg(name) if name else None
         if pretrained is not None:
             settings = {"image_mean": list(pretrained.mean), "image_std": list(pretrained.std)}
@@ -140,7 +147,7 @@ def make_processor(config: TrainingConfig, model: nn.Module) -> ConditionalDetrI
 def pixel_statistics(
     processor: ConditionalDetrImageProcessor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Returns mean and deviation `[3, 1, 1]` of pixels from 0 to 255."""
+    """Return mean and deviation `[3, 1, 1]` of pixels from 0 to 255."""
     mean, std = (
         torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1) / processor.rescale_factor
         for values in (processor.image_mean, processor.image_std)
@@ -149,16 +156,16 @@ def pixel_statistics(
 
 
 def training_loader(
-    config: TrainingConfig, index: CocoIndex | ShardSet, accelerator: Any
-) -> tuple[TrainingSampler | ShardStream, Any]:
-    """Returns what orders the training set, and the loader that asks it."""
+    config: TrainingConfig, index: CocoIndex | ShardSet, accelerator: Accelerator
+) -> tuple[TrainingSampler | ShardStream, DataLoader[Any]]:
+    """Return the sampler that orders the training set, and the loader that follows it."""
     transform = TrainingTransform(
         config.scales,
         config.max_size,
         config.flip_probability,
         config.crop_probability,
         config.crop_scales,
-        config.crop_sizes,
+        (config.crop_sizes[0], config.crop_sizes[1]),
         config.vertical_flip_probability,
         config.color_jitter,
     )
@@ -179,17 +186,17 @@ def evaluation_loader(
     size: Mapping[str, int],
     workers: int,
     multiple: int = 32,
-    accelerator: Any = None,
-) -> Any:
-    """Returns a loader that gives each image once over all processes.
+    accelerator: Accelerator | None = None,
+) -> DataLoader[Any]:
+    """Return a loader that yields each image once over all processes.
 
     Args:
         index: The images.
         batch_size: Images in a batch.
-        size: Of the images, as the image processor has it.
-        workers: Processes that load.
+        size: Size of the images, in the form of the image processor.
+        workers: Number of loading processes.
         multiple: Batches are padded to multiples of it.
-        accelerator: Of Accelerate; None for one process.
+        accelerator: Accelerator of the processes; None for one process.
     """
     rank, processes = 0, 1
     pin = torch.cuda.is_available()
@@ -201,12 +208,13 @@ def evaluation_loader(
     return make_loader(dataset, sampler, workers, multiple, pin)
 
 
-def _aspect_ratios(index: CocoIndex) -> Any:
-    return index.sizes_hw[:, 1] / index.sizes_hw[:, 0]
+def _aspect_ratios(index: CocoIndex) -> list[float]:
+    ratios: list[float] = (index.sizes_hw[:, 1] / index.sizes_hw[:, 0]).tolist()
+    return ratios
 
 
-def make_folder(output: str | os.PathLike) -> Path:
-    """Makes a folder for results; DataError if it cannot be made."""
+def make_output_folder(output: str | os.PathLike[str]) -> Path:
+    """Make a folder for results; DataError if it cannot be made."""
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -216,25 +224,25 @@ def make_folder(output: str | os.PathLike) -> Path:
 
 
 def prepare_folder(config: TrainingConfig, agents: list[dict[str, Any]]) -> bool:
-    """Makes the folder of a run; returns whether to go on with the run that is in it.
+    """Make the folder of a run; return whether to resume the run that is in it.
 
     Args:
         config: All settings.
-        agents: See `launch.agents`; what they have restarted goes on without being asked to.
+        agents: See `launch.agents`; a run that they have restarted resumes by itself.
 
     Raises:
-        DataError: It has a run already and is not to be resumed, or it cannot be made.
+        DataError: The folder has a run already that is not to be resumed, or cannot be made.
     """
-    folder = make_folder(config.output)
+    folder = make_output_folder(config.output)
     resumes = config.resume or launch.has_run(folder, agents)
     if not resumes and (folder / "metrics.jsonl").exists():
         raise DataError(
-            f"output: {folder} has a run already; pass --resume to go on with it, or another output"
+            f"output: {folder} has a run already; pass --resume to continue it, or another output"
         )
     return resumes
 
 
 def hyperparameters(config: TrainingConfig) -> dict[str, Any]:
-    """Returns the settings as trackers take them: numbers, booleans and text."""
+    """Return the settings as trackers take them: numbers, booleans and text."""
     values = config.to_dict()
     return {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}

@@ -1,7 +1,7 @@
 """One step of training: forward and backward of its batches, and one update of the weights.
 
-The host never waits for the device here. Whether a step is finite is found out on the device,
-where the fused optimiser skips the update; losses, gradient norms and the names of what was not
+The host never waits for the device here. Whether a step is finite is decided on the device, where
+the fused optimizer skips the update; losses, gradient norms and the names of what was not
 finite are copied to the host and read one step later, when they have long arrived.
 """
 
@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,22 +20,27 @@ from torch import Tensor, nn
 from cdetr_fast.training.config import TrainingConfig
 from cdetr_fast.training.data.dataset import Batch
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+ImageIds = list[tuple[int, list[int]]]  # of each batch: number of decoder layers, ids
+
 _PARTS = ("loss_ce", "loss_bbox", "loss_giou", "loss_mask", "loss_dice")
 
 
 @dataclass
 class StepReport:
-    """What is known about a step after it was computed.
+    """Result of a step.
 
     Attributes:
-        step: Counted from 0.
-        losses: "loss" and those of the last layer, averaged over the processes.
-        grad_norm: Before clipping.
-        skipped: Whether the weights were left as they were, as something was not finite.
-        stop: Whether any process has been told to end.
+        step: Number of the step, from 0.
+        losses: "loss" and the parts of the last layer, averaged over the processes.
+        grad_norm: Norm of all gradients before clipping.
+        skipped: Whether the weights were left unchanged because something was not finite.
+        stop: Whether any process has been told to stop.
         images: Images of this step, over all processes.
         boxes: Boxes of this step, over all processes.
-        problems: On this process, what was not finite: layer, tensor and image ids.
+        problems: What was not finite on this process: layer, tensor and image ids.
     """
 
     step: int
@@ -57,20 +63,20 @@ class _Pending:
 
 
 class TrainingStep:
-    """Computes steps.
+    """Steps of training.
 
     Args:
-        accelerator: Of Accelerate; `model` and `optimizer` are prepared by it.
+        accelerator: Accelerator that has prepared `model` and `optimizer`.
         model: The model.
         optimizer: Fused AdamW.
         config: Settings.
-        mean: Of the pixels, three values in units of uint8.
-        std: The same.
+        mean: Mean of the pixels, three values in units of uint8.
+        std: Standard deviation of the pixels, likewise.
     """
 
     def __init__(
         self,
-        accelerator,
+        accelerator: Accelerator,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         config: TrainingConfig,
@@ -93,24 +99,26 @@ class TrainingStep:
         self.pending: deque[_Pending] = deque()
 
     def __call__(self, step: int, batches: list[Batch], stop: bool = False) -> None:
-        """Computes a step.
+        """Compute a step.
 
         Args:
-            step: Its number.
-            batches: Of this process.
-            stop: Whether this process has been told to end.
+            step: Number of the step.
+            batches: Batches of this process.
+            stop: Whether this process has been told to stop.
         """
         totals = self._totals(batches, stop)
         num_boxes = (totals[0] / self.accelerator.num_processes).clamp(min=1)
-        losses, sizes, image_ids = None, [], []
+        losses: dict[str, Tensor] = {}
+        output_norms: list[Tensor] = []
+        image_ids: ImageIds = []
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 parts, norms, layers = self._backward(batch, num_boxes)
-            losses = parts if losses is None else {k: v + parts[k] for k, v in losses.items()}
-            sizes.append(norms)
+            losses = {k: losses[k] + v for k, v in parts.items()} if losses else parts
+            output_norms.append(norms)
             image_ids.append((layers, batch.image_ids))
-        norms, grad_norm = self._clip()
+        gradient_norms, grad_norm = self._clip()
         finite = grad_norm.isfinite()
         self._update(finite)
 
@@ -118,20 +126,20 @@ class TrainingStep:
         if self.accelerator.num_processes > 1:
             dist.all_reduce(shared)
             shared = shared / self.accelerator.num_processes
-        own = [~s.isfinite() for s in sizes] + ([~norms.isfinite()] if norms is not None else [])
+        own_norms = output_norms + ([] if gradient_norms is None else [gradient_norms])
         values = torch.cat(
             [
                 totals,
                 shared,
                 grad_norm.float()[None],
                 finite.float()[None],
-                *(x.float() for x in own),
+                *((~norms.isfinite()).float() for norms in own_norms),
             ]
         )
         self._send(step, values, list(losses), image_ids)
 
     def _totals(self, batches: list[Batch], stop: bool) -> Tensor:
-        """Boxes, images and processes that are to stop, summed over all processes `[3]`."""
+        """Return boxes, images and processes told to stop, summed over all processes `[3]`."""
         boxes = sum(len(x["class_labels"]) for batch in batches for x in batch.labels)
         images = sum(len(batch.labels) for batch in batches)
         # Filling needs no copy from the host, unlike torch.tensor.
@@ -143,7 +151,7 @@ class TrainingStep:
         return totals
 
     def _backward(self, batch: Batch, num_boxes: Tensor) -> tuple[dict[str, Tensor], Tensor, int]:
-        """Returns losses, the norms of logits and boxes `[L * 2 * B]`, and L."""
+        """Return losses, the norms of logits and boxes `[L * 2 * B]`, and L."""
         inputs = batch.model_inputs(self.device, self.mean, self.std, self.dtype)
         outputs = self.model(**inputs, num_boxes=num_boxes)
         layers = [*(outputs.auxiliary_outputs or []), outputs]
@@ -154,8 +162,8 @@ class TrainingStep:
             for image in layer[name].unbind()
         ]
         norms = torch.stack(torch._foreach_norm(tensors)).float()
-        # A value that is not finite, even of a box that no loss looks at, becomes a gradient that
-        # is not: then every process sees it, without another message between them.
+        # A non-finite value, even of a box that no loss uses, makes the gradients non-finite: then
+        # every process sees it, without another message between them.
         loss = outputs.loss
         poison = 1 + 0 * (norms.sum() + loss.detach())
         self.accelerator.backward(loss * poison)
@@ -167,7 +175,7 @@ class TrainingStep:
         )
 
     def _clip(self) -> tuple[Tensor | None, Tensor]:
-        """Clips the gradients; returns their norms `[P]` (None if sharded) and that of all."""
+        """Clip the gradients; return their norms `[P]` (None if sharded) and the norm of all."""
         if getattr(self.accelerator, "scaler", None) is not None:
             self.accelerator.unscale_gradients(self.optimizer)
         limit = self.max_norm or float("inf")
@@ -184,13 +192,13 @@ class TrainingStep:
         return norms, total
 
     def _update(self, finite: Tensor) -> None:
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         if getattr(self.accelerator, "scaler", None) is None:
             inner.found_inf = 1 - finite.float()  # the scaler of fp16 sets it itself
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _send(self, step: int, values: Tensor, names: list[str], image_ids: list) -> None:
+    def _send(self, step: int, values: Tensor, names: list[str], image_ids: ImageIds) -> None:
         arrived = None
         if values.device.type == "cuda":
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -205,11 +213,11 @@ class TrainingStep:
         self.pending.append(_Pending(step, values, arrived, names, describe))
 
     def reports(self, keep: int = 1) -> Iterator[StepReport]:
-        """Gives the reports of finished steps, in order.
+        """Yield the reports of finished steps, in order.
 
         Args:
-            keep: Newest steps that are left for later; with 1 the host waits for nothing. Every
-                process reads the same steps at the same time.
+            keep: How many of the newest steps to leave for later; with 1 the host never waits.
+                Every process reads the same steps at the same time.
         """
         while len(self.pending) > keep:
             pending = self.pending.popleft()
@@ -231,9 +239,10 @@ class TrainingStep:
             )
 
 
-def _describe(flags: list[float], image_ids: list, parameters: list[str]) -> list[str]:
-    """Names what the flags stand for: layers, tensors and images, then gradients."""
-    problems, place = [], 0
+def _describe(flags: list[float], image_ids: ImageIds, parameters: list[str]) -> list[str]:
+    """Name what the flags stand for: layers, tensors and images, then gradients."""
+    problems: list[str] = []
+    place = 0
     for layers, ids in image_ids:
         for layer in range(layers):
             for name in ("logits", "pred_boxes"):
@@ -241,14 +250,14 @@ def _describe(flags: list[float], image_ids: list, parameters: list[str]) -> lis
                 place += len(ids)
                 if bad:
                     problems.append(f"{name} of decoder layer {layer}, image ids {bad}")
-    bad = [n for n, flag in zip(parameters, flags[place:], strict=False) if flag]
-    if bad and not problems:
+    wrong = [name for name, flag in zip(parameters, flags[place:], strict=False) if flag]
+    if wrong and not problems:
         ids = [i for _, group in image_ids for i in group]
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        # The backward pass ends at the first layers: what is last in it is where it began.
-        problems.append(f"gradient of {bad[-1]}{more}, image ids {ids}")
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        # The backward pass ends at the first layers: it began at the last of the names.
+        problems.append(f"gradient of {wrong[-1]}{more}, image ids {ids}")
     return problems
 
 
-def _is_sharded(accelerator) -> bool:
+def _is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM")

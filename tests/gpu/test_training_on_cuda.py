@@ -86,7 +86,7 @@ def test_a_stopped_run_goes_on(scenes, tmp_path, monkeypatch, precision):
         original(self, step, batches, stop or step == 3)
 
     monkeypatch.setattr(TrainingStep, "__call__", told_to_end)
-    with pytest.raises(TrainingStopped, match="go on with --resume"):
+    with pytest.raises(TrainingStopped, match="continue with --resume"):
         train(broken)
     monkeypatch.undo()
     train(dataclasses.replace(broken, resume=True))

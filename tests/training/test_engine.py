@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
 from cdetr_fast.training import DataError, TrainingConfig, TrainingStopped, train
 from cdetr_fast.training.engine import Engine
-from cdetr_fast.training.evaluation.report import score_epoch
+from cdetr_fast.training.evaluation.detection import evaluate_detections
 from cdetr_fast.training.run.log import RunLog, read_rows
 from cdetr_fast.training.run.signals import StopSignals
 from cdetr_fast.training.run.state import checkpoint_files, load_checkpoint, save_checkpoint
@@ -159,7 +159,7 @@ def test_sigterm_saves_and_ends(settings, monkeypatch):
 
     monkeypatch.setattr(TrainingStep, "__call__", call)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(TrainingStopped, match=r"go on with --resume") as stopped:
+    with pytest.raises(TrainingStopped, match=r"continue with --resume") as stopped:
         train(config)
     assert stopped.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) == before
@@ -370,7 +370,7 @@ def test_what_cannot_be_written_is_written_after_resume(
             OSError(28, "No space"),
         ),
         "curves": (
-            "cdetr_fast.training.evaluation.report.draw_curves",
+            "cdetr_fast.training.engine.draw_curves",
             OSError(28, "No space left"),
         ),
         "model": ("safetensors.torch.save_file", SafetensorError("No space left on device")),
@@ -405,7 +405,7 @@ def test_a_best_model_that_could_not_be_written_is_not_the_best(
     figures, export = iter([0.5, 0.4]), Engine._export
 
     def scored(*args):
-        evaluation = score_epoch(*args)
+        evaluation = evaluate_detections(*args)
         evaluation.stats["AP"] = next(figures)
         return evaluation
 
@@ -414,7 +414,7 @@ def test_a_best_model_that_could_not_be_written_is_not_the_best(
             raise OSError(28, "No space left on device")
         export(engine, weights, folder)
 
-    monkeypatch.setattr("cdetr_fast.training.evaluation.report.score_epoch", scored)
+    monkeypatch.setattr("cdetr_fast.training.engine.evaluate_detections", scored)
     monkeypatch.setattr(Engine, "_export", full_at_first)
     train(config)
     assert final_state(config)["best"] == 0.4

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-_STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+_STATS: tuple[str, ...] = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 _STATS += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 
 

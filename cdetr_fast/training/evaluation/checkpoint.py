@@ -29,34 +29,34 @@ from cdetr_fast.training.run.launch import shared_errors
 
 
 def evaluate(
-    model: str | os.PathLike,
-    annotations: str | os.PathLike,
-    images: str | os.PathLike | None = None,
-    output: str | os.PathLike | None = None,
+    model: str | os.PathLike[str],
+    annotations: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
     *,
-    masks: str | os.PathLike | None = None,
+    masks: str | os.PathLike[str] | None = None,
     batch_size: int = 1,
     num_workers: int = 2,
-    device: str = "auto",
+    device: Literal["auto", "cpu"] = "auto",
     threshold: float = 0.5,
-    bad_labels: str = "stop",
-    bad_images: str = "stop",
+    bad_labels: Literal["stop", "drop"] = "stop",
+    bad_images: Literal["stop", "skip"] = "stop",
 ) -> Evaluation | None:
-    """Evaluates a checkpoint, on all processes that `torchrun` started.
+    """Evaluate a checkpoint, on all processes that `torchrun` started.
 
     Args:
         model: Folder or hub name, with its image processor; or the authors' .pth file.
         annotations: COCO JSON file, whose categories the model knows by name; by id if it is one
             of the authors' files, which have no names.
-        images: Folder of its images; None looks where they usually lie.
+        images: Folder of its images; None looks in the usual places.
         output: Folder for tables and pictures; None writes none.
-        masks: Folder of panoptic PNG files, with a panoptic JSON file and a segmentation
-            checkpoint: panoptic quality is measured too.
+        masks: Folder of panoptic PNG files, to measure panoptic quality too; `annotations` is a
+            panoptic JSON file then, and `model` a segmentation checkpoint.
         batch_size: Images in a forward pass.
-        num_workers: Processes that load images.
+        num_workers: Number of processes that load images.
         device: "auto" or "cpu".
-        threshold: Lowest score that counts in the confusion, among the worst images and for a
-            segment. AP and AR take all scores.
+        threshold: Lowest score that counts in the confusion matrix, among the worst images and for
+            a segment. AP and AR take all scores.
         bad_labels: "stop" or "drop", as in training.
         bad_images: "stop" makes images that cannot be read an error; "skip" leaves them out of the
             figures, and reports them.
@@ -80,10 +80,12 @@ def evaluate(
         raise DataError(str(error)) from error
     accelerator = Accelerator(cpu=device == "cpu")
     with shared_errors(accelerator):
-        if output is not None:  # before an hour of work, not after it
-            setup.make_folder(output)
+        if output is not None:  # before an hour of work, not after
+            setup.make_output_folder(output)
         network, processor = _load(model, masks is not None)
-        index = read_coco(annotations, images, masks)
+        index = read_coco(
+            Path(annotations), *(None if path is None else Path(path) for path in (images, masks))
+        )
         names = _class_names(network.config, model, index)
         index, report = check_labels(index.with_classes(names, f"the model {model}"), bad_labels)
     if accelerator.is_main_process:
@@ -117,20 +119,21 @@ def evaluate(
 
 
 def _load(
-    model: str | os.PathLike, segments: bool
+    model: str | os.PathLike[str], segments: bool
 ) -> tuple[PredictingModel, ConditionalDetrImageProcessor]:
-    """Loads model and image processor; of a segmentation checkpoint only the detector, if asked."""
+    """Load model and image processor; without `segments` a segmentation model's detector alone."""
+    network_class: type[ConditionalDetrForObjectDetection | ConditionalDetrForSegmentation]
     network_class = ConditionalDetrForObjectDetection
     try:
         if segments:
             network_class = class_of_checkpoint(model)
-            if network_class is not ConditionalDetrForSegmentation:
+            if not issubclass(network_class, ConditionalDetrForSegmentation):
                 raise DataError(
-                    f"masks: {model} is no segmentation checkpoint but one of "
+                    f"masks: {model} is not a segmentation checkpoint but one of "
                     f"{network_class.__name__}; leave masks out to score its boxes"
                 )
         network = network_class.from_pretrained(model, dtype=torch.float32)
-        if os.path.isfile(model):  # there may be a processor beside it, else it is the default one
+        if os.path.isfile(model):  # the processor beside it, or the default
             return network, network.image_processor
         return network, ConditionalDetrImageProcessor.from_pretrained(model)
     except DataError:
@@ -140,9 +143,9 @@ def _load(
 
 
 def _class_names(
-    config: ConditionalDetrConfig, model: str | os.PathLike, index: CocoIndex
+    config: ConditionalDetrConfig, model: str | os.PathLike[str], index: CocoIndex
 ) -> list[str]:
-    """Returns the names of a model's classes; those of the authors' files are category ids."""
+    """Return the names of a model's classes; the authors' files go by category ids."""
     names = [config.id2label.get(i, str(i)) for i in range(config.num_labels)]
     if not os.path.isfile(model) or names != [f"LABEL_{i}" for i in range(len(names))]:
         return names

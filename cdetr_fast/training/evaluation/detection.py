@@ -1,11 +1,10 @@
-"""Detections of a model on a data set, and COCO's AP and AR of them."""
+"""Detections of a model on a data set, with their AP and AR by COCO's rules."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -17,8 +16,12 @@ from cdetr_fast.training.data.dataset import Batch
 from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.evaluation.box_scores import score_boxes
+from cdetr_fast.training.run.launch import all_gather_object
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from cdetr_fast.images.batch_feature import BatchFeature
     from cdetr_fast.training.evaluation.panoptic import PanopticScorer
 
 _PER_IMAGE = 100  # detections, as COCO's rules have it
@@ -27,15 +30,15 @@ _FAILURES_SHOWN = 20
 
 @dataclass
 class Detections:
-    """Detections on a data set: 36 bytes each, 100 an image, which is 3.6 KB.
+    """Detections on a data set: 36 bytes each, at most 3.6 KB per image.
 
     Attributes:
         images: int64 `[n]` indices of images.
         labels: int64 `[n]`.
-        scores: fp32 `[n]`, falling within an image.
+        scores: fp32 `[n]`, descending within an image.
         boxes_xyxy: fp32 `[n, 4]`, pixels.
-        failures: What was wrong with images that could not be read.
-        evaluated: int64 `[N]` indices of the images that could be read, rising.
+        failures: Why images could not be read, one line each.
+        evaluated: int64 `[N]` indices of the images that could be read, ascending.
     """
 
     images: np.ndarray
@@ -46,11 +49,11 @@ class Detections:
     evaluated: np.ndarray
 
     def of_image(self, image: int) -> slice:
-        """Returns where the detections of an image are; images come in rising order."""
+        """Return the slice of the detections of an image; images are in ascending order."""
         return slice(*np.searchsorted(self.images, [image, image + 1]).tolist())
 
     def without_failures(self, index: CocoIndex) -> tuple[CocoIndex, Detections]:
-        """Leaves images that could not be read out of the truth, where they would count as missed.
+        """Remove images that could not be read from the truth, where they would count as missed.
 
         Args:
             index: The truth on all images.
@@ -75,7 +78,7 @@ class Detections:
         )
 
     def described_failures(self) -> str:
-        """Returns how many images could not be read, and why; one line for each of the first."""
+        """Return how many images could not be read, and why; one line for each of the first."""
         total = len(self.evaluated) + len(self.failures)
         lines = [f"{len(self.failures)} of {total} images could not be read:"]
         lines += self.failures[:_FAILURES_SHOWN]
@@ -89,17 +92,17 @@ def predict(
     batches: Iterable[Batch],
     mean: Tensor,
     std: Tensor,
-    accelerator: Any = None,
+    accelerator: Accelerator | None = None,
     observe: Callable[[Batch, Any], None] | None = None,
 ) -> Detections:
-    """Runs a model over batches and collects what all processes found, the same on each of them.
+    """Run a model over batches and collect the detections of all processes on each of them.
 
     Args:
-        model: A detection or segmentation model; left in the mode it came in.
-        batches: Of this process.
-        mean: Of the pixels `[3, 1, 1]`, on the model's device, in units of uint8.
-        std: The same.
-        accelerator: Of Accelerate, if several processes share the work.
+        model: A detection or segmentation model; its training mode is restored.
+        batches: Batches of this process.
+        mean: Mean of the pixels `[3, 1, 1]`, on the model's device, in units of uint8.
+        std: Standard deviation, likewise.
+        accelerator: Accelerator of the processes that share the work, if any.
         observe: Called with each batch and the model's outputs for it.
     """
     was_training = model.training
@@ -115,7 +118,10 @@ def predict(
         inputs = batch.model_inputs(parameter.device, mean, std, parameter.dtype)
         del inputs["labels"]
         outputs = model(**inputs)
-        found = to_detections(outputs, 0.0, batch.orig_sizes_hw, _PER_IMAGE, "pt")
+        found = cast(
+            "BatchFeature",
+            to_detections(outputs, 0.0, batch.orig_sizes_hw, _PER_IMAGE, return_tensors="pt"),
+        )
         names = ("labels", "scores", "boxes", "counts")
         labels, scores, boxes, counts = (found[name].cpu().numpy() for name in names)
         for row, (image, counted) in enumerate(zip(batch.indices, batch.counted, strict=True)):
@@ -131,19 +137,14 @@ def predict(
     model.train(was_training)
     merged = [np.concatenate(column) for column in columns]
     seen = np.array(evaluated, dtype=np.int64)
-    if accelerator is not None and accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        parts = gather_object([(merged, failures, seen)])
-        merged = [np.concatenate(column) for column in zip(*(p[0] for p in parts), strict=True)]
-        failures = list(itertools.chain.from_iterable(p[1] for p in parts))
-        seen = np.concatenate([p[2] for p in parts])
+    parts = all_gather_object(accelerator, (merged, failures, seen))
+    merged = [np.concatenate(column) for column in zip(*(p[0] for p in parts), strict=True)]
     order = np.argsort(merged[0], kind="stable")
-    return Detections(
-        *(column[order] for column in merged),
-        failures=sorted(set(failures)),  # an image that fills up a batch may fail twice
-        evaluated=np.sort(seen),
-    )
+    indices, labels, scores, boxes = (column[order] for column in merged)
+    # An image that fills up a batch may fail twice.
+    all_failures = sorted({failure for part in parts for failure in part[1]})
+    all_seen = np.sort(np.concatenate([part[2] for part in parts]))
+    return Detections(indices, labels, scores, boxes, all_failures, all_seen)
 
 
 @dataclass
@@ -166,12 +167,12 @@ class Evaluation:
 def evaluate_detections(
     index: CocoIndex, detections: Detections, panoptic: PanopticScorer | None = None
 ) -> Evaluation:
-    """Scores detections by COCO's rules, with faster-coco-eval.
+    """Score detections by COCO's rules.
 
     Args:
-        index: The truth; its labels are those of the detections.
-        detections: On images of the index.
-        panoptic: What scored the segments on the same images.
+        index: The truth, with the labels of the detections.
+        detections: Detections on images of the index.
+        panoptic: Scores of the segments on the same images.
     """
     left, top, right, bottom = detections.boxes_xyxy.astype(np.float64).T
     rows = np.stack(
@@ -211,11 +212,11 @@ def evaluate_detections(
 def confusion_matrices(
     index: CocoIndex, detections: Detections, threshold: float = 0.5, iou: float = 0.5
 ) -> Iterator[np.ndarray]:
-    """Counts, image by image, which class was found where which class is.
+    """Yield for each image which class was detected where which class is.
 
     Args:
         index: The truth.
-        detections: On its images.
+        detections: Detections on its images.
         threshold: Lowest score that counts.
         iou: Least overlap of a pair, whatever its classes; best pairs first.
 
@@ -248,7 +249,7 @@ def confusion_matrices(
 
 
 def true_boxes(index: CocoIndex, image: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns boxes xyxy fp32 `[T, 4]` and labels `[T]` of an image, crowds left out."""
+    """Return boxes xyxy fp32 `[T, 4]` and labels `[T]` of an image, without crowds."""
     where = index.objects(image)
     keep = ~index.crowd[where]
     boxes = index.boxes_xywh[where][keep].astype(np.float32)

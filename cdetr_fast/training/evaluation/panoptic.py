@@ -8,17 +8,21 @@ panopticapi/evaluation.py has COCO's rules for void and crowds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cdetr_fast.common.scores import kept_queries
 from cdetr_fast.images import segments as segmentation
 from cdetr_fast.training.data.dataset import Batch
 from cdetr_fast.training.data.index import CocoIndex
+from cdetr_fast.training.run.launch import all_gather_object
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _FIGURES = ("PQ", "SQ", "RQ")
 _MASK_THRESHOLD = 0.5  # as in the image processor
@@ -26,7 +30,7 @@ _VISIBLE_SHARE = 0.8
 
 
 class PanopticQuality:
-    """Counts matches of segments; what it holds does not grow with the number of images.
+    """Counts of matched segments, whose size does not depend on the number of images.
 
     Args:
         classes: Number of classes K.
@@ -42,50 +46,51 @@ class PanopticQuality:
     def add(
         self,
         true_map: np.ndarray,
-        true_ids: Sequence[int],
-        true_labels: Sequence[int],
-        crowd: Sequence[bool],
+        true_ids: ArrayLike,
+        true_labels: ArrayLike,
+        crowd: ArrayLike,
         found_map: np.ndarray,
-        found_ids: Sequence[int],
-        found_labels: Sequence[int],
+        found_ids: ArrayLike,
+        found_labels: ArrayLike,
     ) -> None:
-        """Takes an image.
+        """Add an image.
 
         Args:
             true_map: Integers `[H, W]`, the segment of each pixel; what is not among `true_ids` is
                 void: it counts neither for nor against what is found there.
-            true_ids: Of T segments.
+            true_ids: Ids of T segments.
             true_labels: Their classes.
-            crowd: Which of them are crowds: what lies mostly on crowds of its class is not counted.
+            crowd: Which of them are crowds; segments mostly on crowds of their class do not count.
             found_map: Integers `[H, W]`; what is not among `found_ids` is nothing.
-            found_ids: Of segments that were found.
+            found_ids: Ids of the segments that were found.
             found_labels: Their classes.
         """
         ious, matches, made_up, missed = self.counts
+        true_classes, found_classes = (np.asarray(v, np.int64) for v in (true_labels, found_labels))
+        crowds = np.asarray(crowd, bool)
         true, found = _positions(true_map, true_ids), _positions(found_map, found_ids)
-        width = len(found_ids) + 1
-        shared = np.bincount((true * width + found).ravel(), minlength=(len(true_ids) + 1) * width)
+        width = len(found_classes) + 1
+        cells = (len(true_classes) + 1) * width
+        shared = np.bincount((true * width + found).ravel(), minlength=cells)
         shared = shared.reshape(-1, width)  # [T + 1, F + 1], the last ones void and nothing
         true_areas, found_areas = shared.sum(1)[:-1], shared.sum(0)[:-1]
         shared, void = shared[:-1, :-1], shared[-1, :-1]
-        true_labels, found_labels = (np.asarray(v, np.int64) for v in (true_labels, found_labels))
-        crowd = np.asarray(crowd, bool)
 
-        same_class = true_labels[:, None] == found_labels
+        same_class = true_classes[:, None] == found_classes
         union = true_areas[:, None] + found_areas - shared - void
         iou = shared / np.maximum(union, 1)
-        pairs = np.argwhere(same_class & ~crowd[:, None] & (iou > 0.5))
-        np.add.at(ious, true_labels[pairs[:, 0]], iou[tuple(pairs.T)])
-        np.add.at(matches, true_labels[pairs[:, 0]], 1)
-        left = ~crowd & ~np.isin(np.arange(len(crowd)), pairs[:, 0])
-        np.add.at(missed, true_labels[left], 1)
-        on_crowd = (shared * (same_class & crowd[:, None])).sum(0)
+        pairs = np.argwhere(same_class & ~crowds[:, None] & (iou > 0.5))
+        np.add.at(ious, true_classes[pairs[:, 0]], iou[tuple(pairs.T)])
+        np.add.at(matches, true_classes[pairs[:, 0]], 1)
+        left = ~crowds & ~np.isin(np.arange(len(crowds)), pairs[:, 0])
+        np.add.at(missed, true_classes[left], 1)
+        on_crowd = (shared * (same_class & crowds[:, None])).sum(0)
         ignored = (void + on_crowd > 0.5 * found_areas) | (found_areas == 0)
-        left = ~ignored & ~np.isin(np.arange(len(found_labels)), pairs[:, 1])
-        np.add.at(made_up, found_labels[left], 1)
+        left = ~ignored & ~np.isin(np.arange(len(found_classes)), pairs[:, 1])
+        np.add.at(made_up, found_classes[left], 1)
 
     def per_class(self) -> dict[str, np.ndarray]:
-        """Returns PQ, SQ and RQ, each `[K]`; NaN for classes neither there nor found."""
+        """Return PQ, SQ and RQ, each `[K]`; NaN for classes that are neither present nor found."""
         ious, matches, made_up, missed = self.counts
         whole = matches + 0.5 * (made_up + missed)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -94,7 +99,7 @@ class PanopticQuality:
         return {"PQ": quality * recognition, "SQ": quality, "RQ": recognition}
 
     def stats(self, is_stuff: np.ndarray) -> dict[str, float]:
-        """Returns PQ, SQ and RQ over all classes, over things and over stuff.
+        """Return PQ, SQ and RQ over all classes, over things and over stuff.
 
         Args:
             is_stuff: bool `[K]`.
@@ -107,17 +112,17 @@ class PanopticQuality:
         return result
 
 
-def _positions(segments: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-    """Turns ids into positions in `ids`, `len(ids)` for all others; int64 of the map's shape."""
-    ids = np.asarray(ids, np.int64)
-    order = np.argsort(ids, kind="stable")
-    places = np.searchsorted(ids[order], segments)
-    places = np.append(order, len(ids))[places]
-    return np.where(np.append(ids, -1)[places] == segments, places, len(ids))
+def _positions(segments: np.ndarray, ids: ArrayLike) -> np.ndarray:
+    """Turn ids into positions in `ids`, `len(ids)` for all others; int64 of the map's shape."""
+    known = np.asarray(ids, np.int64)
+    order = np.argsort(known, kind="stable")
+    places = np.searchsorted(known[order], segments)
+    places = np.append(order, len(known))[places]
+    return np.where(np.append(known, -1)[places] == segments, places, len(known))
 
 
 class PanopticScorer:
-    """Scores a model's segments, batch by batch.
+    """Panoptic quality of a model's segments, batch by batch.
 
     Args:
         index: The truth.
@@ -131,13 +136,14 @@ class PanopticScorer:
         self.is_stuff = np.array([name in index.stuff for name in index.classes])
 
     def __call__(self, batch: Batch, outputs: Any) -> None:
-        """Takes the outputs for a batch that has `segment_maps`."""
+        """Add the outputs for a batch that has `segment_maps`."""
         kept = kept_queries(outputs.logits.float(), self.threshold, "paper")[2].cpu()
         sizes_hw = batch.sizes_hw()
+        true_maps = batch.segment_maps or []
         for row, image in enumerate(batch.indices):
             if not batch.counted[row]:
                 continue
-            true_map = batch.segment_maps[row].numpy()
+            true_map = true_maps[row].numpy()
             queries = kept[row].nonzero()[:, 0].to(outputs.logits.device)
             found_map, infos = np.zeros_like(true_map), []
             if len(queries):
@@ -163,9 +169,11 @@ class PanopticScorer:
         batch: Batch,
         orig_hw: tuple[int, int],
     ) -> segmentation.Segments:
+        assert batch.pixels is not None
+        padded_hw = batch.pixels.shape[2:]
         masks = outputs.pred_masks[row, queries].float()[None]
         # A mask covers the padding too: the image is cut out before its size is restored.
-        masks = F.interpolate(masks, batch.pixels.shape[2:], mode="bilinear", align_corners=False)
+        masks = F.interpolate(masks, padded_hw, mode="bilinear", align_corners=False)
         logits, (height, width) = outputs.logits[row : row + 1, queries], size_hw
         return segmentation.segments(
             {"logits": logits, "pred_masks": masks[..., :height, :width]},
@@ -177,13 +185,10 @@ class PanopticScorer:
             "paper",
         )[0]
 
-    def gather(self, accelerator: Any) -> None:
-        """Adds up what all processes counted; all of them take part."""
-        if accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            self.quality.counts = np.sum(gather_object([self.quality.counts]), axis=0)
+    def gather(self, accelerator: Accelerator | None) -> None:
+        """Add up the counts of all processes; all of them take part."""
+        self.quality.counts = np.sum(all_gather_object(accelerator, self.quality.counts), axis=0)
 
     def stats(self) -> dict[str, float]:
-        """Returns the figures over all classes, things and stuff."""
+        """Return the figures over all classes, things and stuff."""
         return self.quality.stats(self.is_stuff)

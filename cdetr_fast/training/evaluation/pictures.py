@@ -1,4 +1,4 @@
-"""Pictures of a run: curves, precision over recall, confusion, samples and worst cases."""
+"""Pictures of a run: curves, precision over recall, confusion matrix, samples and worst images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MOST_CLASSES = 12  # lines, or rows with a name, that a picture can hold
 
 
 def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # without pyplot, which has global state
+    from matplotlib.figure import Figure  # pyplot has global state
 
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
@@ -35,10 +35,10 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws losses, AP and learning rates over the steps of a run.
+    """Draw losses, AP and learning rates over the steps of a run.
 
     Args:
-        rows: Of metrics.jsonl.
+        rows: Rows of metrics.jsonl.
         path: PNG file.
     """
     training = [row for row in rows if row["kind"] == "train" and "loss" in row]
@@ -69,7 +69,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_precision(evaluation: Evaluation, path: Path) -> None:
-    """Draws precision over recall at IoU 0.5: the mean, and the classes with most objects."""
+    """Draw precision over recall at IoU 0.5: the mean, and the classes with most objects."""
     figure = _figure(7.4, 4.8)
     axes = figure.subplots()
     recall = np.linspace(0, 1, 101)
@@ -92,10 +92,10 @@ def draw_precision(evaluation: Evaluation, path: Path) -> None:
 def draw_confusion(
     matrix: np.ndarray, classes: Sequence[str], threshold: float, path: Path
 ) -> None:
-    """Draws a confusion matrix; with many classes the ones confused most.
+    """Draw a confusion matrix; of many classes only the most confused.
 
     Args:
-        matrix: `[K + 1, K + 1]`, the last row and column stand for nothing.
+        matrix: `[K + 1, K + 1]`, the last row and column stand for "nothing".
         classes: K names.
         threshold: Lowest score that counted, for the title.
         path: PNG file.
@@ -129,11 +129,11 @@ def draw_images(
     path: Path,
     threshold: float = 0.5,
 ) -> None:
-    """Draws images twice side by side: the truth on the left, what was found on the right.
+    """Draw images twice side by side: truth on the left, detections on the right.
 
     Args:
         index: The truth.
-        detections: On its images.
+        detections: Detections on its images.
         images: Indices of the images to draw.
         path: JPEG or PNG file.
         threshold: Lowest score that is drawn.

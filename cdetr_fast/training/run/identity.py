@@ -1,4 +1,4 @@
-"""What makes two starts the same run: a checkpoint goes on only with the data it was made with."""
+"""Identity of a run: what has to stay the same for a checkpoint to be resumed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cdetr_fast.training.data.shard_stream import ShardStream
 from cdetr_fast.training.data.shards import ShardSet
 from cdetr_fast.training.errors import DataError
 
-_WAYS_OUT = {
+_REMEDIES = {
     "images per step": "keep the product of batch_size, accumulate and processes",
     "processes": "shards are dealt out to them: start as many as before",
     "loading workers": "shards are dealt out to them: keep num_workers",
@@ -27,7 +27,7 @@ _SAME_DATA = "resume with the same training set, or choose another output"
 def run_identity(
     config: TrainingConfig, index: CocoIndex | ShardSet, sampler: TrainingSampler | ShardStream
 ) -> dict[str, Any]:
-    """Returns what has to stay as it is for a resumed run to be the same one."""
+    """Return what has to stay the same for a resumed run."""
     return {
         "images per step": sampler.images_per_step,
         **{name.replace("_", " "): value for name, value in sampler.fixed.items()},
@@ -53,25 +53,25 @@ def _digest(index: CocoIndex | ShardSet) -> str:
 
 
 def require_same_run(path: Path, stored: dict[str, Any], own: dict[str, Any]) -> None:
-    """Compares the identity in a checkpoint with that of this start.
+    """Compare the identity in a checkpoint with that of this start.
 
     Raises:
-        DataError: They differ; the message names what, and the way out.
+        DataError: They differ; the message names the difference and what to do.
     """
     for name in stored | own:
         before, now = stored.get(name), own.get(name)
         if before != now:
             raise DataError(
-                f"{path}: {name}: {before} before, {now} now; {_WAYS_OUT.get(name, _SAME_DATA)}"
+                f"{path}: {name}: {before} before, {now} now; {_REMEDIES.get(name, _SAME_DATA)}"
             )
 
 
 def changed_settings(path: Path, config: TrainingConfig) -> list[str]:
-    """Returns a line for each setting that differs from those of the last start.
+    """Return a line for each setting that differs from those of the last start.
 
     Args:
-        path: config.yaml of the run; without it there are no lines.
-        config: Of this start.
+        path: config.yaml of the run; without the file there are no lines.
+        config: Settings of this start.
     """
     if not path.is_file():
         return []
@@ -84,19 +84,19 @@ def changed_settings(path: Path, config: TrainingConfig) -> list[str]:
 
 
 def require_one_folder(folder: Path, newest: list[list[str]]) -> None:
-    """Compares the checkpoints that the processes see.
+    """Compare the checkpoints that the processes see.
 
     Args:
-        folder: Of the run.
-        newest: For each process the name of its newest checkpoint, or nothing.
+        folder: Folder of the run.
+        newest: For each process the name of its newest checkpoint, or an empty list.
 
     Raises:
-        DataError: They see different ones, and would go on from different steps.
+        DataError: They see different ones, and would continue from different steps.
     """
     for rank, name in enumerate(newest):
         if name != newest[0]:
             first, other = (", ".join(n) or "none" for n in (newest[0], name))
             raise DataError(
                 f"output: the newest checkpoint in {folder} is {first} for process 0 and {other} "
-                f"for process {rank}; output has to lie on a file system that all hosts share"
+                f"for process {rank}; output has to be on a file system that all hosts share"
             )

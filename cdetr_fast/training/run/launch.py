@@ -1,4 +1,4 @@
-"""The processes of a run: errors that all of them hear of, and which launch they belong to."""
+"""The processes of a run: shared errors, gathered values, and the launch they belong to."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
 from cdetr_fast.common.files import read_json, write_json
 from cdetr_fast.training.errors import DataError
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+
 _FILE = "launch.json"
 _CLOCK_SLACK = 10  # seconds: a host's clock may be set between two starts
 
 
 @contextlib.contextmanager
-def shared_errors(accelerator: Any) -> Iterator[None]:
-    """Raises a DataError of one process on all of them: none waits for one that has left.
+def shared_errors(accelerator: Accelerator) -> Iterator[None]:
+    """Raise a DataError of one process on all of them: none waits for one that has left.
 
     The message comes from the first process, which all see; in the block no process may wait for
-    another one after what can raise.
+    another one after something that can raise.
     """
     error = None
     try:
@@ -34,36 +39,36 @@ def shared_errors(accelerator: Any) -> Iterator[None]:
         if error is not None:
             raise error
         return
-    messages = everywhere(accelerator, None if error is None else str(error))
-    failed = [rank for rank, message in enumerate(messages) if message is not None]
-    if failed:
-        prefix = f"process {failed[0]}: " if failed[0] > 0 else ""
-        raise DataError(
-            prefix + messages[failed[0]], said_elsewhere=not accelerator.is_main_process
-        ) from error
+    messages = all_gather_object(accelerator, None if error is None else str(error))
+    for rank, message in enumerate(messages):
+        if message is not None:
+            prefix = f"process {rank}: " if rank > 0 else ""
+            raise DataError(
+                prefix + message, said_elsewhere=not accelerator.is_main_process
+            ) from error
 
 
 def end_process_group() -> None:
     """End the process group, if there is one; a program that trains calls it last.
 
-    Left to the interpreter's exit, a thread of gloo may ask for an interpreter that is no more,
+    Left to the interpreter's exit, a thread of gloo may ask for an interpreter that is gone,
     and abort a process whose work is done.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
-def everywhere(accelerator: Any, value: Any) -> list[Any]:
-    """Returns the values of all processes, in their order."""
-    if accelerator.num_processes == 1:
+def all_gather_object(accelerator: Accelerator | None, value: T) -> list[T]:
+    """Return the values of all processes, in their order; None stands for a single process."""
+    if accelerator is None or accelerator.num_processes == 1:
         return [value]
     from accelerate.utils import gather_object
 
     return gather_object([value])
 
 
-def agents(accelerator: Any) -> list[dict[str, Any]]:
-    """Returns the agents of torchrun that started the processes; none without torchrun.
+def agents(accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Return the agents of torchrun that started the processes; none without torchrun.
 
     An agent lives as long as the launch: it restarts the processes of its host. Neither the run id
     (the same for all launches if none is given) nor the number of restarts (0 again after hosts
@@ -75,16 +80,16 @@ def agents(accelerator: Any) -> list[dict[str, Any]]:
 
         parent = psutil.Process(os.getppid())
         own = {"host": socket.gethostname(), "pid": parent.pid, "started": parent.create_time()}
-    return [agent for agent in everywhere(accelerator, own) if agent is not None]
+    return [agent for agent in all_gather_object(accelerator, own) if agent is not None]
 
 
 def remember(folder: Path, agents: list[dict[str, Any]]) -> None:
-    """Writes down who has the run in this folder."""
+    """Record the agents that own the run in this folder."""
     write_json(folder / _FILE, {"agents": agents})
 
 
 def has_run(folder: Path, agents: list[dict[str, Any]]) -> bool:
-    """Whether the run in this folder is that of one of the agents, so that this is a restart."""
+    """Return whether one of the agents owns the run in this folder: this is a restart then."""
     path = folder / _FILE
     if not path.is_file():
         return False

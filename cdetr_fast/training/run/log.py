@@ -1,28 +1,31 @@
-"""What a run tells while it goes on: rows of metrics.jsonl, trackers, a progress bar."""
+"""Training log: metrics.jsonl, trackers and a progress bar."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cdetr_fast.common.files import write_atomically
+from cdetr_fast.common.files import write_text
 from cdetr_fast.training.step import StepReport
 
 logger = logging.getLogger(__name__)
 
+_MAIN_FIGURES = ("AP", "AP50", "AP75", "PQ")  # printed at each evaluation
 _SECONDS_OF_RATE = 5.0  # images per second are an average over so long
 _SECONDS_OF_FIRST_RATE = 0.5  # reports of two steps may come at once
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl; a line that a kill cut short is left out."""
+    """Read metrics.jsonl, without a line that a kill cut short."""
     rows = []
     if path.is_file():
         for line in path.read_text("utf-8").splitlines():
@@ -34,16 +37,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """Collects reports of steps, and writes their means every `every` steps.
+    """Log of a run: collects reports of steps and writes their means every `every` steps.
 
     Args:
         path: metrics.jsonl; None writes nothing (all processes but the first).
         every: Steps between rows.
         total_steps: Of the run.
-        tracker: Called with values and step; Accelerate's `log`.
+        tracker: Called with values and the step; `log` of an Accelerator.
     """
 
-    def __init__(self, path: Path | None, every: int, total_steps: int, tracker: Any) -> None:
+    def __init__(
+        self, path: Path | None, every: int, total_steps: int, tracker: Callable[..., None]
+    ) -> None:
         self.path = path
         self.every = every
         self.tracker = tracker
@@ -65,29 +70,29 @@ class RunLog:
         self.task = self.progress.add_task("training", total=total_steps)
 
     def resume(self, step: int, state: dict[str, Any]) -> None:
-        """Goes on after `step` steps: rows of later ones, which come anew, are removed."""
+        """Continue after `step` steps; rows of later steps, which will run again, are removed."""
         self.window, self.skipped = list(state["window"]), state["skipped"]
-        self.seconds = state.get("seconds", 0.0)  # states of before it was counted
+        self.seconds = state.get("seconds", 0.0)  # missing in old checkpoints
         self.progress.update(self.task, completed=step)
         if self.path is not None:
             rows = [row for row in read_rows(self.path) if row["step"] <= step]
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_atomically(self.path, lambda temporary: temporary.write_text(text, "utf-8"))
+            write_text(self.path, text)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what `resume` takes."""
+        """Return what `resume` takes."""
         window = [dict(row) for row in self.window]
         return {"window": window, "skipped": self.skipped, "seconds": self.seconds}
 
     def start_clock(self) -> None:
-        """Leaves what has passed since the last step out of `seconds` and the rate."""
+        """Leave the time since the last step out of `seconds` and the rate."""
         now = time.perf_counter()
         if self.clock is not None:
             self.clock += now - self.step_clock
         self.step_clock = now
 
     def add(self, report: StepReport, rates: dict[str, float]) -> None:
-        """Takes the report of a step."""
+        """Add the report of a step."""
         for problem in report.problems:
             logger.warning("step %d skipped, not finite: %s", report.step + 1, problem)
         if report.skipped:
@@ -127,18 +132,24 @@ class RunLog:
         extra = {"images_per_second": rate, "skipped": self.skipped}
         self.write("train", report.step + 1, means | rates | extra)
         if self.progress.disable and self.path is not None and means:
-            self.tell(
+            self.print_line(
                 f"step {report.step + 1}: {_losses_text(means)}, "
                 f"gradient {means['grad_norm']:.2f}, {self._rate_text()}".rstrip(", ")
             )
         self.window = []
 
-    def tell(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
+    def print_line(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
         self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def write_evaluation(self, epoch: int, step: int, stats: dict[str, float]) -> None:
+        """Print the main figures of an evaluation and write all of them."""
+        figures = [f"{name} {stats[name]:.3f}" for name in _MAIN_FIGURES if name in stats]
+        self.print_line(f"epoch {epoch}: {', '.join(figures)}")
+        self.write("eval", step, {"epoch": epoch} | without_nan(stats))
+
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Appends a row, and passes its numbers to the trackers."""
+        """Append a row, and pass its numbers to the trackers."""
         if self.path is None:
             return
         values = values | {"seconds": round(self.seconds, 2)}
@@ -151,7 +162,12 @@ class RunLog:
             logger.error("%s: row of step %d lost (%s)", self.path, step, error)
 
 
+def without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values that JSON has: NaN becomes None."""
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+
+
 def _losses_text(losses: dict[str, float]) -> str:
-    """The weighted sum over all layers, and what it is made of in the last one."""
+    """Describe the weighted sum over all layers, and the parts of the last layer."""
     parts = [f"{k[5:]} {v:.3f}" for k, v in losses.items() if k.startswith("loss_")]
     return f"loss {losses['loss']:.3f} ({', '.join(parts)})"

@@ -42,22 +42,20 @@ Classes: {classes}.
 """
 
 
-def write_model_card(
+def model_card(
     config: TrainingConfig,
     train: CocoIndex | ShardSet,
     val: CocoIndex | None,
     result: dict[str, Any],
 ) -> str:
-    """Returns the text of the card.
+    """Return the text of the card.
 
     Args:
         config: Of the run.
         train: Training set.
-        val: Validation set, if there is one.
-        result: COCO's figures on it; empty if there are none.
+        val: Validation set, if any.
+        result: COCO's figures on the validation set; empty without one.
     """
-    import yaml
-
     rows = [("training", train)] + ([("validation", val)] if val is not None else [])
     figures = "No validation set was given."
     if result:
@@ -74,5 +72,5 @@ def write_model_card(
         ),
         classes=", ".join(train.classes),
         figures=figures,
-        settings=yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=None),
+        settings=config.as_yaml(),
     )
