@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
-"""What counts as an image in a folder; a file named on the command line may be called anything."""
+"""Suffixes of images in a folder; a file named on the command line may be called anything."""
 
 
 def detect(

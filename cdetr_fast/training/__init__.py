@@ -1,7 +1,8 @@
 """Training and evaluation: from COCO-format data to a checkpoint, on one CPU or many hosts.
 
-Data flows `coco -> label_checks -> sampling -> dataset (transforms) -> step -> engine`, results
-`evaluation -> pictures`; `run_state` keeps what a run needs to go on after any interruption.
+`config` has the settings, `setup` builds the parts of a run, and `engine` loops over `step`. Data
+comes from `data`, figures and pictures from `evaluation`; `run` is what surrounds the loop:
+processes, signals, log, and the state that a run resumes from.
 """
 
 import importlib

@@ -22,7 +22,7 @@ from cdetr_fast.demo.scenes import CLASSES, TRAIN_SEED
 
 
 class Done(NamedTuple):
-    """What a command left: exit code, stdout, stderr."""
+    """Result of a command: exit code, stdout, stderr."""
 
     code: int
     out: str

@@ -496,7 +496,7 @@ def test_fp16_on_a_cpu_is_refused(settings):
 
 
 def test_validation_set_without_objects(settings, scenes, tmp_path, caplog):
-    """AP cannot be measured: that is said once, and `best` is the newest model."""
+    """AP cannot be measured: that is logged once, and `best` is the newest model."""
     content = json.loads((scenes / "val" / "annotations.json").read_text())
     path = tmp_path / "empty.json"
     path.write_text(json.dumps(content | {"annotations": []}))

@@ -16,7 +16,7 @@ from cdetr_fast.training.setup import make_processor
 
 @pytest.fixture
 def checkpoint(settings, tmp_path):
-    """A model of two other classes, so that its head is made anew."""
+    """A model of two other classes, which needs a new head."""
     config = TrainingConfig(**settings())
     model = build_model(config, ["cat", "dog"])
     model.save_pretrained(tmp_path / "start")

@@ -200,7 +200,7 @@ def test_which_shapes_get_graphs(cuda):
 
 
 def test_what_cannot_be_captured_runs_without_and_is_named_once(cuda, caplog):
-    """A look at a number is refused while capturing, as on a GPU; random numbers go on."""
+    """A look at a number is refused while capturing, as on a GPU; random numbers continue."""
     model = small_model(dropout=0.3)
     graphed = copy.deepcopy(model)
     used = graphs.use_graphs(graphed, eager_first=0)

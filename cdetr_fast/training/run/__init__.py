@@ -1,1 +1,1 @@
-"""A training run from outside the loop: processes, signals, log, state on disk, identity."""
+"""Surroundings of the training loop: processes, signals, log, state on disk, identity."""

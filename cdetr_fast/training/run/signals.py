@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: pre-emptible hosts send SIGTERM, people press Ctrl-C."""
+"""Signals that stop a run: pre-emptible hosts send SIGTERM, people press Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class StopSignals:
-    """Remembers SIGTERM and the first SIGINT, so that the run saves its state and then ends."""
+    """Handlers that record SIGTERM and the first SIGINT, so that the run can save its state."""
 
     def __init__(self) -> None:
         self.received: int | None = None

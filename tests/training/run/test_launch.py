@@ -68,7 +68,7 @@ def final_state(output):
 def test_two_processes_are_one(settings, scenes, tmp_path, root):
     """Losses to 1e-5, gradients (first moments of one step) too; evaluation is the same.
 
-    Also of a run that one process began, and two go on with, sharded.
+    Also of a run that one process began and two continue, sharded.
 
     One image in four has objects: in some steps a process has none.
     """
@@ -191,7 +191,7 @@ def load_forever(pipe):
 
 
 def test_workers_end_with_a_killed_run():
-    """Also those of a fork server, whose parent process goes on."""
+    """Also those of a fork server, whose parent process continues."""
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
     process = context.Process(target=load_forever, args=(theirs,))

@@ -1,4 +1,4 @@
-"""`--resume`: what has to stay as it was, what may change, and whose run a restart goes on with."""
+"""`--resume`: what has to stay the same, what may change, and which run a restart continues."""
 
 import dataclasses
 import json
