@@ -177,9 +177,7 @@ def measure_steps(arms: dict[str, tuple[TrainingConfig, Builder]], repeats: int)
         accelerator = setup.make_accelerator(config)
         model = build(config, train.classes).to(accelerator.device)
         _, loader = setup.training_loader(config, train, accelerator)
-        statistics = setup.pixel_statistics(
-            setup.make_processor(config, model.config), accelerator.device
-        )
+        statistics = setup.pixel_statistics(setup.make_processor(config, model), accelerator.device)
         inputs = next(iter(loader)).model_inputs(accelerator.device, *statistics)
         inputs["num_boxes"] = torch.tensor(
             float(sum(len(label["boxes"]) for label in inputs["labels"]))

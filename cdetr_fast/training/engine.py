@@ -122,7 +122,7 @@ class Engine:
             self.train_index, self.val_index, reports = setup.read_data(config)
             model = build(config, self.train_index.classes)
             self.model_config = cast(ConditionalDetrConfig, model.config)
-            self.processor = setup.make_processor(config, self.model_config)
+            self.processor = setup.make_processor(config, model)
             self.model_class: Any = type(model)
             if config.precision == "bf16-pure":
                 model.bfloat16()

@@ -6,10 +6,10 @@ import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cdetr_fast import ConditionalDetrConfig, ConditionalDetrImageProcessor
@@ -121,9 +121,7 @@ def read_data(
     return train, val, [report, val_report]
 
 
-def make_processor(
-    config: TrainingConfig, model_config: ConditionalDetrConfig
-) -> ConditionalDetrImageProcessor:
+def make_processor(config: TrainingConfig, model: nn.Module) -> ConditionalDetrImageProcessor:
     """Return the image processor that is saved with the model, with the size of evaluation.
 
     Mean and deviation are those of the checkpoint, or timm's for the backbone.
@@ -136,6 +134,7 @@ def make_processor(
     else:
         import timm
 
+        model_config = cast(ConditionalDetrConfig, model.config)
         name = model_config.backbone_config.backbone
         pretrained = timm.get_pretrained_cfg(name) if name else None
         if pretrained is not None:
