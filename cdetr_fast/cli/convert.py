@@ -51,4 +51,4 @@ def convert(
 
     written = conversion.convert(kind, source, output)
     folder = conversion.image_folder(kind, source)
-    print("\n".join(conversion.lines_about(written, folder)))
+    print("\n".join(conversion.summary_lines(written, folder)))

@@ -1,9 +1,9 @@
-"""Which query each target gets: costs -> the cheapest one-to-one assignment -> query numbers.
+"""Assignment of queries to targets: one to one, at the lowest total cost.
 
-Two libraries solve it. scipy on the host gets the costs in one transfer, the only synchronisation
-of a training step. `torch-linear-assignment`, where it is installed and the GPU suits it, solves on
-the device, and the host waits for nothing: what only the device knows (predictions that are not
-finite, labels out of range) is then reported by a later step, or at the end of the process.
+Two libraries solve it. scipy, on the host, gets the costs in one transfer, the only synchronisation
+of a training step. `torch-linear-assignment`, if it is installed and supports the GPU, solves on
+the device, and the host never waits: what only the device knows (predictions that are not finite,
+labels out of range) is then reported by a later step, or at the end of the process.
 """
 
 import atexit
@@ -26,12 +26,19 @@ from cdetr_kernels import matching_cost
 
 logger = logging.getLogger(__name__)
 
-# In place of a cost that is not finite: such a pair is taken only when nothing else is left.
+Report = Callable[[np.ndarray], None]
+
+# Replaces costs that are not finite: such pairs are matched only if nothing else is left.
 _WORST = torch.finfo(torch.float32).max
 
 
 class Matches(NamedTuple):
-    """int64 `[L, B, T]`, the query of each target or -1; also on the host if that has solved it."""
+    """The query of each target.
+
+    Attributes:
+        queries: int64 `[L, B, T]`, -1 for targets without a query.
+        on_host: The same on the host, if it was solved there.
+    """
 
     queries: Tensor
     on_host: np.ndarray | None
@@ -44,18 +51,18 @@ def match(
     config: ConditionalDetrConfig,
     classification: str = "focal",
 ) -> Matches:
-    """Assigns predictions to targets, one to one and at least cost, in every layer and image.
+    """Assign predictions to targets, one to one and at the lowest cost, in each layer and image.
 
     Args:
         layer_logits: `[L, B, Q, K]`.
         layer_boxes_cxcywh: `[L, B, Q, 4]`, relative.
         targets: The padded labels.
-        config: Holds the cost weights.
-        classification: "focal" or "softmax" class cost.
+        config: Model configuration with the cost weights.
+        classification: Kind of class cost, "focal" or "softmax".
 
     Raises:
-        ValueError: Labels that came on a device are out of range (see `check_range`); where its
-            solver is used, those of an earlier step were.
+        ValueError: Labels that were passed on a device are out of range (see `check_range`). Where
+            the device solves, the error is that of an earlier step.
 
     Source: Kuhn, "The Hungarian method".
     """
@@ -72,10 +79,10 @@ def match(
         giou_weight=config.giou_cost,
         classification=classification,
     ).mT  # [L*B, T, Q], contiguous
-    facts = [_sums(layer_logits), _sums(layer_boxes_cxcywh)]
+    to_check = [_sums(layer_logits), _sums(layer_boxes_cxcywh)]
     if targets.unchecked is not None:
-        facts.append(targets.unchecked)
-    facts = torch.cat([fact.flatten().to(cost.dtype) for fact in facts])
+        to_check.append(targets.unchecked)
+    findings = torch.cat([values.flatten().to(cost.dtype) for values in to_check])
     report = functools.partial(
         _report,
         shape=(layers, batch, most),
@@ -87,25 +94,26 @@ def match(
     solve = device_solver(cost.device) if most <= queries else None
     if solve is not None:
         matches = solve_on_device(solve, cost.unflatten(0, (layers, batch)), targets.counts)
-        LATE_REPORTS.add(facts, report)
+        LATE_REPORTS.add(findings, report)
         return Matches(matches, None)
-    host = torch.cat([facts, cost.flatten()]).cpu().numpy()
-    report(host[: len(facts)])
-    on_host = solve_on_host(host[len(facts) :].reshape(layers, batch, most, queries), targets.sizes)
+    host = torch.cat([findings, cost.flatten()]).cpu().numpy()
+    report(host[: len(findings)])
+    costs = host[len(findings) :].reshape(layers, batch, most, queries)
+    on_host = solve_on_host(costs, targets.sizes)
     return Matches(torch.from_numpy(on_host).to(cost.device, non_blocking=True), on_host)
 
 
 def solve_on_host(costs: np.ndarray, sizes: list[int]) -> np.ndarray:
-    """Solves by scipy.
+    """Solve with scipy.
 
     Args:
         costs: `[L, B, T, Q]`.
         sizes: Number of targets of each image.
 
     Returns:
-        int64 `[L, B, T]`, the query of each target, -1 if it has none.
+        int64 `[L, B, T]`, the query of each target, -1 for targets without a query.
     """
-    from scipy.optimize import linear_sum_assignment  # 0.2 s, and it changes warnings.filters
+    from scipy.optimize import linear_sum_assignment  # takes 0.2 s, changes warnings.filters
 
     if not np.isfinite(costs.sum(dtype=np.float64)):
         costs = np.nan_to_num(costs, nan=_WORST, posinf=_WORST, neginf=_WORST)
@@ -117,22 +125,22 @@ def solve_on_host(costs: np.ndarray, sizes: list[int]) -> np.ndarray:
 
 
 def solve_on_device(solve: Callable[[Tensor], Tensor], cost: Tensor, counts: Tensor) -> Tensor:
-    """Solves by `torch-linear-assignment`, without a synchronisation.
+    """Solve with `torch-linear-assignment`, without a synchronisation.
 
-    Targets beyond an image's own have equal costs for all queries. With at least as many queries as
-    targets each of them takes a query that is left over: the others' optimum stays what it is.
+    Padding targets cost the same for all queries. With at least as many queries as targets each of
+    them takes a query that is left over, and the optimum of the image's own targets is unchanged.
 
     Args:
-        solve: `[N, T, Q]` -> `[N, T]`, as `device_solver` returns it.
-        cost: `[L, B, T, Q]`, T <= Q, 0 beyond an image's own targets.
-        counts: int64 `[B]`.
+        solve: Solver from `device_solver`, `[N, T, Q]` -> `[N, T]`.
+        cost: `[L, B, T, Q]`, T <= Q, 0 for padding targets.
+        counts: int64 `[B]`, targets of each image.
 
     Returns:
-        int64 `[L, B, T]`, the query of each target, -1 if there is no such target.
+        int64 `[L, B, T]`, the query of each target, -1 for padding.
     """
     layers, batch, targets, queries = cost.shape
-    # A kernel is compiled for each number of targets, so there are few: powers of two. In fp64 it
-    # computes what scipy does, and _WORST does not overflow.
+    # A kernel is compiled per number of targets, hence powers of two. In fp64 the library computes
+    # what scipy does, and _WORST does not overflow.
     rows = min(queries, max(16, 1 << (targets - 1).bit_length())) if targets else 0
     cost = F.pad(cost.flatten(0, 1).double(), (0, 0, 0, rows - targets))
     query = solve(torch.nan_to_num(cost, nan=_WORST, posinf=_WORST, neginf=_WORST))
@@ -142,12 +150,12 @@ def solve_on_device(solve: Callable[[Tensor], Tensor], cost: Tensor, counts: Ten
 
 
 def device_solver(device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """Returns a solver for a device, None where the host solves."""
+    """Return the solver of a device, None where the host solves."""
     return _device_solver(device)[0]
 
 
 def solver_choice(device: torch.device | str) -> str:
-    """Says which library solves for tensors on a device, and why."""
+    """Return which library solves for tensors on a device, and why."""
     solve, reason = _device_solver(torch.device(device))
     return reason if solve else f"scipy on the host, in one transfer: {reason}"
 
@@ -159,13 +167,13 @@ def _device_solver(device: torch.device) -> tuple[Callable[[Tensor], Tensor] | N
     if torch.cuda.get_device_capability(device) < (8, 0):
         return None, "torch-linear-assignment needs compute capability 8.0"
     try:
-        # Its public function waits for the device twice, to look for costs that are not finite, and
-        # for problems without a solution: here there are none. This one can be told not to look.
+        # The public function waits for the device twice, to look for costs that are not finite and
+        # for problems without a solution, which do not occur here. This one can skip its checks.
         from torch_linear_assignment._triton import batch_linear_assignment
     except ImportError as error:
         return None, f"torch-linear-assignment cannot be imported ({error})"
     if "validation" not in inspect.signature(batch_linear_assignment).parameters:
-        return None, "this version of torch-linear-assignment cannot leave out its checks"
+        return None, "this version of torch-linear-assignment cannot skip its checks"
 
     def solve(cost: Tensor) -> Tensor:
         with torch.cuda.device(cost.device):
@@ -175,19 +183,20 @@ def _device_solver(device: torch.device) -> tuple[Callable[[Tensor], Tensor] | N
 
 
 def _sums(x: Tensor) -> Tensor:
-    """Sums of `[L, B, ...]` in each layer and image: finite if all is (`isfinite`: four passes).
+    """Return the sums of `[L, B, ...]` per layer and image, finite if all values are.
 
-    Finite values of a size whose sum overflows count as not finite; no logit comes near.
+    `isfinite` takes four passes. Values whose sum overflows count as not finite; no logit is that
+    large.
     """
     return x.flatten(2).sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _report(
-    facts: np.ndarray, shape: tuple[int, int, int], sizes: list[int], classes: int, compat: str
+    findings: np.ndarray, shape: tuple[int, int, int], sizes: list[int], classes: int, compat: str
 ) -> None:
-    """Says which predictions are not finite, and refuses labels that are out of range."""
+    """Warn of predictions that are not finite, and refuse labels that are out of range."""
     layers, batch, most = shape
-    logits, boxes, labels = np.split(facts, [layers * batch, 2 * layers * batch])
+    logits, boxes, labels = np.split(findings, [layers * batch, 2 * layers * batch])
     for name, sums in (("logits", logits), ("pred_boxes", boxes)):
         for layer, finite in enumerate(np.isfinite(sums.reshape(layers, batch))):
             if not finite.all():
@@ -204,37 +213,41 @@ def _report(
 
 
 class LateReports:
-    """Facts on their way from a device, and what is to be said about them once they are here.
+    """Findings on their way from a device, and the functions that report them on arrival.
 
-    The host never waits: a step delivers what has arrived of the steps before it. What is left at
-    the end of the process is delivered then.
+    The host never waits: a step reports what has arrived of earlier steps. The rest is reported at
+    the end of the process.
     """
 
     def __init__(self) -> None:
-        self._pending: deque[tuple[torch.cuda.Event, Tensor, Callable]] = deque()
+        self._pending: deque[tuple[torch.cuda.Event, Tensor, Report]] = deque()
 
-    def add(self, facts: Tensor, report: Callable[[np.ndarray], None]) -> None:
-        """Delivers what has arrived, and sends for these facts.
+    def add(self, findings: Tensor, report: Report) -> None:
+        """Start copying findings to the host, and report those that have arrived.
 
-        While a CUDA graph is captured nothing is sent: its replays run without the host.
+        While a CUDA graph is captured nothing is copied: its replays run without the host.
+
+        Args:
+            findings: On the device.
+            report: Called with the findings on the host.
 
         Raises:
-            ValueError: A report of an earlier step did.
+            ValueError: A report of an earlier step raised it.
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
         if not self._pending:
             atexit.unregister(self._deliver_at_exit)
             atexit.register(self._deliver_at_exit)
-        host = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=facts.is_cuda)
-        host.copy_(facts, non_blocking=True)
+        host = torch.empty(findings.shape, dtype=findings.dtype, pin_memory=findings.is_cuda)
+        host.copy_(findings, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(facts.device))
+        arrived.record(torch.cuda.current_stream(findings.device))
         self._pending.append((arrived, host, report))
         self.deliver()
 
     def deliver(self, wait: bool = False) -> None:
-        """Reports what has arrived, or everything after waiting for it."""
+        """Report what has arrived; with `wait`, everything."""
         while self._pending:
             arrived, host, report = self._pending[0]
             if wait:

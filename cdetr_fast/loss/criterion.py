@@ -1,4 +1,4 @@
-"""The training criterion: labels -> matching -> weighted losses, all decoder layers at once.
+"""Training criterion: labels -> matching -> weighted losses, for all decoder layers at once.
 
 Source: the authors' models/conditional_detr.py (SetCriterion) and models/matcher.py.
 """
@@ -29,19 +29,20 @@ def detection_loss(
     outputs_coord: Tensor | None = None,
     num_boxes: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
-    """Computes the loss of a detection model; the signature is that of transformers.
+    """Compute the loss of a detection model; the signature is that of transformers.
 
     Args:
         logits: Class logits of the last decoder layer `[B, Q, K]`.
         labels: For each image `class_labels` int64 `[T]` in [0, K), and `boxes` `[T, 4]` as centre
-            and size relative to the image. T may be 0.
-        device: Device to compute on; labels are moved there.
+            and size relative to the image. T may be 0. Best on the host, in any number of tensors:
+            they are moved to the device in one copy.
+        device: Device to compute on.
         pred_boxes: Boxes of the last decoder layer `[B, Q, 4]`, relative.
-        config: Holds the weights of costs and losses, `auxiliary_loss` and `compat`.
+        config: Model configuration with the weights of costs and losses.
         outputs_class: Class logits of every decoder layer `[L, B, Q, K]`, for the auxiliary losses.
         outputs_coord: Boxes of every decoder layer `[L, B, Q, 4]`.
-        num_boxes: Number of boxes that the losses are divided by, a scalar; None counts those of
-            this batch, averaged over the processes. With gradient accumulation it is the number in
+        num_boxes: Number of boxes that the losses are divided by, a scalar; None for the number in
+            this batch, averaged over the processes. With gradient accumulation pass the number in
             all batches of the step, divided by the number of processes.
 
     Returns:
@@ -69,19 +70,19 @@ def segmentation_loss(
     outputs_coord: Tensor | None = None,
     num_boxes: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
-    """Computes the loss of a segmentation model: `detection_loss`, and masks of the last layer.
+    """Compute the loss of a segmentation model: `detection_loss`, and masks of the last layer.
 
     transformers matches by the softmax of the logits here although they are trained with the focal
-    loss; so does `compat="transformers"`.
+    loss; `compat="transformers"` does the same.
 
     Args:
-        logits: As in `detection_loss`; so are the arguments not listed here.
-        labels: Also hold `masks` `[T, H, W]`, nonzero = object; `compat="transformers"` takes their
+        logits: As in `detection_loss`.
+        labels: With `masks` `[T, H, W]` too, nonzero = object; `compat="transformers"` takes their
             values for probabilities.
         device: Device to compute on.
         pred_boxes: `[B, Q, 4]`.
         pred_masks: Mask logits `[B, Q, h, w]`.
-        config: Holds the weights.
+        config: Model configuration.
         outputs_class: `[L, B, Q, K]`.
         outputs_coord: `[L, B, Q, 4]`.
         num_boxes: A scalar or None.
@@ -176,12 +177,13 @@ def _criterion(
         "loss_bbox": config.bbox_loss_coefficient,
         "loss_giou": config.giou_loss_coefficient,
     }
-    loss = sum(weight * per_layer[name].sum() for name, weight in weights.items())
+    weighted = [weight * per_layer[name].sum() for name, weight in weights.items()]
+    loss = weighted[0] + weighted[1] + weighted[2]
     return _Criterion(loss, per_layer, auxiliary, targets, matches, num_boxes)
 
 
 def _with_last(layers: Tensor, before: tuple[Tensor, ...], last: Tensor) -> Tensor:
-    """`[L, ...]` with another last layer; without a copy if it is the last one already."""
+    """Return `[L, ...]` with its last layer replaced, without a copy if it is `last` already."""
     base = layers if layers._base is None else layers._base
     is_view = last.grad_fn is not None and layers.requires_grad and last._base is base
     if is_view and last.shape == layers.shape[1:] and last.stride() == layers.stride()[1:]:
@@ -194,7 +196,7 @@ def _with_last(layers: Tensor, before: tuple[Tensor, ...], last: Tensor) -> Tens
 def _named(
     per_layer: dict[str, Tensor], of_last_layer: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Losses by transformers' names and in its order: the last layer's, then `_i` for layer i."""
+    """Return losses by transformers' names and in its order: last layer, then `_i` of layer i."""
     layers = {name: values.unbind(0) for name, values in per_layer.items()}
     names = {name: values[-1] for name, values in layers.items()} | (of_last_layer or {})
     for i in range(len(layers["loss_ce"]) - 1):
@@ -203,10 +205,10 @@ def _named(
 
 
 def _pairs_of_last_layer(matches: Matches, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-    """Image, query and target of each pair, `[M]`; the host knows their number without asking."""
+    """Return image, query and target of each pair, `[M]`; the host knows M without waiting."""
     if matches.on_host is not None:
         is_pair = matches.on_host[-1] >= 0
-    else:  # solved on the device, so there are at least as many queries as targets
+    else:  # the device solves only if there are at least as many queries as targets
         is_pair = np.arange(targets.labels.shape[1]) < np.array(targets.sizes)[:, None]
     image, target = to_device(np.stack(is_pair.nonzero()), targets.labels.device)
     return image, matches.queries[-1, image, target], target
@@ -226,10 +228,10 @@ def _check_masks(labels: Labels) -> None:
 
 
 def _average_num_boxes(counts: Tensor, compat: str) -> Tensor:
-    """Number of target boxes, averaged over the processes, at least 1."""
+    """Return the number of target boxes, averaged over the processes, at least 1."""
     total = counts.sum(dtype=torch.float32)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # transformers averages only where Accelerate runs the processes.
+        # transformers averages only under Accelerate.
         state = getattr(sys.modules.get("accelerate"), "PartialState", None)
         if compat == "paper" or (state is not None and state._shared_state):
             torch.distributed.all_reduce(total)
@@ -243,9 +245,9 @@ def _mask_losses(
     pairs: tuple[Tensor, Tensor, Tensor],
     num_boxes: Tensor,
 ) -> dict[str, Tensor]:
-    """Focal and dice loss of the matched masks, at the size of the (padded) target masks.
+    """Return focal and dice loss of the matched masks, at the size of the (padded) target masks.
 
-    In fp32 at least: sums over the pixels of a mask overflow fp16.
+    Computed in fp32 at least: sums over the pixels of a mask overflow fp16.
     """
     image, query, target = pairs
     dtype = torch.promote_types(pred_masks.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""The labels of a batch as padded tensors, checked, and on the device after one copy at most."""
+"""Targets: the labels of a batch, checked and padded, on the device after at most one copy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 Labels = list[dict[str, Tensor]]
 
-# Annotation tools round; a box may overshoot the image by this much of its side. transformers
-# trains on boxes of any place.
+# Annotation tools round; a box may overshoot the image by this fraction of its side. transformers
+# trains on boxes anywhere.
 _BOX_TOLERANCE = {"paper": 1e-3, "transformers": float("inf")}
 
 
@@ -25,8 +25,8 @@ class Targets:
         boxes_cxcywh: `[B, T, 4]`, relative, padded with 0.
         counts: int64 `[B]`.
         sizes: The counts as Python integers.
-        unchecked: `[B, T, 5]`, class and box as they came, where they came on the device: the host
-            has yet to see whether they are in range. None where it has.
+        unchecked: `[B, T, 5]`, class and box of labels that were passed on the device: the host has
+            not checked their range yet. None if it has.
     """
 
     labels: Tensor
@@ -39,21 +39,21 @@ class Targets:
 def pad_targets(
     labels: Labels, device: torch.device, batch: int, classes: int, compat: str = "paper"
 ) -> Targets:
-    """Pads the labels of a batch and brings them to a device.
+    """Pad the labels of a batch and move them to a device.
 
-    Labels on the host are checked and packed there, and go to the device in one copy that the host
-    does not wait for. Labels on a device stay there; `match` reports what is wrong with them.
+    Labels on the host are checked and packed there, and moved in one copy that the host does not
+    wait for. Labels on a device stay there; `match` reports what is wrong with them.
 
     Args:
         labels: For each image `class_labels` `[T]` and `boxes` `[T, 4]`.
-        device: Where the targets go.
+        device: Device of the targets.
         batch: Number of images.
         classes: Number of classes K.
-        compat: With "transformers" boxes may be in any place.
+        compat: With "transformers" boxes may be outside the image.
 
     Raises:
         TypeError: `labels` is not a list of dictionaries of tensors.
-        ValueError: A shape does not fit; on the host also what `check_range` refuses.
+        ValueError: A shape does not fit, or (on the host) `check_range` refuses a value.
     """
     _check_structure(labels, batch)
     device = torch.device(device)
@@ -106,7 +106,7 @@ def _pack(
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copies an array to a device; the host does not wait for it."""
+    """Copy an array to a device, without the host waiting."""
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
         return tensor.to(device)
@@ -116,17 +116,17 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 def check_range(
     labels: np.ndarray, boxes_cxcywh: np.ndarray, sizes: list[int], classes: int, compat: str
 ) -> None:
-    """Refuses classes and boxes that are out of range.
+    """Refuse classes and boxes that are out of range.
 
     Args:
         labels: `[B, T]`, of any dtype.
         boxes_cxcywh: `[B, T, 4]`.
         sizes: Number of targets of each image.
         classes: Number of classes K.
-        compat: With "transformers" boxes may be in any place.
+        compat: With "transformers" boxes may be outside the image.
 
     Raises:
-        ValueError: A class is not in [0, K), or a box is inverted, not finite, or (but for
+        ValueError: A class is not in [0, K), or a box is inverted, not finite, or (unless
             `compat="transformers"`) outside [0, 1].
     """
     low, high = -_BOX_TOLERANCE[compat], 1 + _BOX_TOLERANCE[compat]
@@ -153,7 +153,7 @@ def _check_structure(labels: Labels, batch: int) -> None:
     if not isinstance(labels, (list, tuple)):
         raise TypeError(f"labels: expected a list of dictionaries, got {type(labels).__name__}")
     if len(labels) != batch:
-        raise ValueError(f"labels: expected {batch} dictionaries, one an image, got {len(labels)}")
+        raise ValueError(f"labels: expected {batch} dictionaries, one per image, got {len(labels)}")
     for i, label in enumerate(labels):
         if not isinstance(label, Mapping):
             raise TypeError(f"labels[{i}]: expected a dictionary, got {type(label).__name__}")

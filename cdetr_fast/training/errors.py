@@ -1,12 +1,12 @@
-"""What can go wrong in training through no fault of the program."""
+"""Errors of training whose cause is outside the program: data, settings, signals."""
 
 
 class DataError(ValueError):
-    """Data or settings that cannot be used; the message names the file, the id and what to do.
+    """Data or settings that cannot be used.
 
     Args:
-        message: See above.
-        said_elsewhere: Whether another process of the run says the same, and is the one to.
+        message: Names the file, the id and what to do.
+        said_elsewhere: Whether another process of the run reports the same error.
     """
 
     def __init__(self, message: str, *, said_elsewhere: bool = False) -> None:
@@ -15,11 +15,11 @@ class DataError(ValueError):
 
 
 class TrainingStopped(RuntimeError):
-    """Training ended before its last step; the state is saved where the message says.
+    """Training ended before its last step, and its state is saved.
 
     Args:
-        message: Reason, and how to go on.
-        exit_code: What the command line exits with.
+        message: Reason, where the state is, and how to resume.
+        exit_code: Exit code of the command line.
     """
 
     def __init__(self, message: str, exit_code: int = 1) -> None:

@@ -128,7 +128,7 @@ def test_why_the_host_solves():
 @pytest.mark.parametrize(
     ("capability", "missing", "reason"),
     [((7, 5), None, "compute capability 8.0"), ((9, 0), "import", "cannot be imported"),
-     ((9, 0), "option", "cannot leave out its checks"), ((9, 0), None, "on the device")],
+     ((9, 0), "option", "cannot skip its checks"), ((9, 0), None, "on the device")],
 )  # fmt: skip
 def test_which_gpus_solve(capability, missing, reason):
     kernels = pytest.importorskip("torch_linear_assignment._triton")

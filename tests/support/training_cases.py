@@ -21,7 +21,7 @@ def batch(step, shape=SHAPES[0], masked=True, device="cpu"):
 
 
 def run(model, steps, accumulate=2, autocast=False, cache=True):
-    """Trains; returns losses, logits and gradients of all steps. The shapes take turns."""
+    """Train; return losses, logits and gradients of all steps. The shapes alternate."""
     device = model.device
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     found = []

@@ -22,14 +22,14 @@ MODEL = {
 
 
 def write_scenes(folder: Path) -> Path:
-    """Writes `train` (14 scenes) and `val` (5 scenes), 64 x 80 pixels."""
+    """Write `train` (14 scenes) and `val` (5 scenes), 64 x 80 pixels."""
     write_coco_dataset(folder / "train", range(14), (64, 80))
     write_coco_dataset(folder / "val", range(100, 105), (64, 80))
     return folder
 
 
 def short_run(scenes: Path, output: Path) -> dict[str, Any]:
-    """Returns settings of a run of two epochs with four steps each."""
+    """Return settings of a run of two epochs with four steps each."""
     return {
         "train_annotations": str(scenes / "train" / "annotations.json"),
         "output": str(output),

@@ -27,7 +27,7 @@ from cdetr_fast.training.data.records import (
 from cdetr_fast.training.errors import DataError
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What PIL raises for files that are missing, damaged or absurdly large."""
+"""Errors of PIL for files that are missing, damaged or absurdly large."""
 
 # The arrays of objects of a `CocoIndex`.
 _PER_OBJECT = [

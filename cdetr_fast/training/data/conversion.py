@@ -1,4 +1,4 @@
-"""Pascal VOC and YOLO folders as COCO annotation files; the images stay where they are."""
+"""Conversion of Pascal VOC and YOLO folders to COCO annotation files; images stay in place."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from cdetr_fast.training.data.coco import UNREADABLE
 from cdetr_fast.training.errors import DataError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-_ORIENTATION, _TURNED_BY_A_QUARTER = 0x0112, 5  # EXIF tag, and the first of its values
-_ROUNDING = 0.01  # by which relative coordinates may leave 0 to 1
+_ORIENTATION, _QUARTER_TURN = 0x0112, 5  # EXIF tag, and the lowest value for a turn by 90 degrees
+_ROUNDING = 0.01  # tolerance of relative coordinates outside 0 to 1
 
 
 def convert(
     kind: str, source: str | os.PathLike[str], output: str | os.PathLike[str]
 ) -> dict[str, Path]:
-    """Writes `instances_<split>.json` for every split of a data set.
+    """Write `instances_<split>.json` for every split of a data set.
 
     Args:
         kind: "voc" (Annotations, JPEGImages and ImageSets/Main) or "yolo" (data.yaml, images and
             labels; a polygon becomes its extent).
         source: The folder.
-        output: Folder for the JSON files; made if absent.
+        output: Folder for the JSON files; created if it does not exist.
 
     Returns:
         The file of each split. File names in them are relative to `image_folder(kind, source)`.
 
     Raises:
-        DataError: The folder has another form, or a file is broken.
+        DataError: The folder has another structure, or a file is broken.
     """
     source, output = Path(source), Path(output)
     if kind not in ("voc", "yolo"):
@@ -61,12 +61,12 @@ def convert(
 
 
 def image_folder(kind: str, source: str | os.PathLike[str]) -> Path:
-    """Returns the folder that the file names of a converted data set are relative to."""
+    """Return the folder that the file names of a converted data set are relative to."""
     return Path(source) / "JPEGImages" if kind == "voc" else Path(source)
 
 
 Record = tuple[str, int, int, list[tuple[str, list[float], int]]]
-"""File name, width, height; and of each object class, left-top-width-height and `iscrowd`."""
+"""File name, width, height; and class, box (left, top, width, height) and `iscrowd` per object."""
 
 
 def _coco(records: list[Record], classes: list[str]) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _read_voc_file(folder: Path, stem: str) -> Record:
         ) from error
     images = folder.parent / "JPEGImages"
     name = root.findtext("filename") or f"{stem}.jpg"
-    if not (images / name).is_file():  # tools write other names than the files have
+    if not (images / name).is_file():  # some tools write a name that no file has
         suffixes = (s for s in _SUFFIXES if (images / f"{stem}{s}").is_file())
         name = next((f"{stem}{s}" for s in suffixes), name)
     return name, width, height, objects
@@ -185,7 +185,7 @@ def _read_yolo(source: Path) -> tuple[list[str], dict[str, list[Record]]]:
 
 
 def _yolo_images(entry: str, root: Path, source: Path, what: str) -> list[Path]:
-    """The images of a folder, or of a text file that lists them."""
+    """Return the images of a folder, or of a text file that lists them."""
     # Some exports write "../train/images" for a folder beside data.yaml.
     for place in (root / entry, source / entry.removeprefix("../")):
         if place.is_dir():
@@ -207,12 +207,12 @@ def _read_yolo_file(source: Path, image: Path, labels: Path, names: dict[int, st
     try:
         with Image.open(image) as picture:
             width, height = picture.size
-            # Labels are drawn on the turned picture.
-            if picture.getexif().get(_ORIENTATION, 1) >= _TURNED_BY_A_QUARTER:
+            # Labels refer to the turned picture.
+            if picture.getexif().get(_ORIENTATION, 1) >= _QUARTER_TURN:
                 width, height = height, width
     except UNREADABLE as error:
         raise DataError(
-            f"{image}: cannot be read ({error}); replace the file, or take it out of the folder"
+            f"{image}: cannot be read ({error}); replace the file, or remove it from the folder"
         ) from error
     objects = []
     for number, line in enumerate(_lines(labels) if labels.is_file() else [], 1):
@@ -258,8 +258,8 @@ def _lines(path: Path) -> list[str]:
         raise DataError(f"{path}: expected a text file ({error})") from error
 
 
-def lines_about(written: dict[str, Path], images: Path) -> Iterator[str]:
-    """Tells how to train on what `convert` wrote."""
+def summary_lines(written: dict[str, Path], images: Path) -> Iterator[str]:
+    """Yield what `convert` wrote, and the flags to train on it."""
     for split, path in written.items():
         content = json.loads(path.read_text("utf-8"))
         yield f"{split}: {len(content['images'])} images, {len(content['annotations'])} objects"

@@ -1,4 +1,4 @@
-"""Labels checked before the first step, since a bad one can hide for hours behind a loss."""
+"""Checks of a set's labels before the first step: a bad label can hide behind a loss for hours."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _SHOWN = 3
 
 @dataclass
 class LabelReport:
-    """What was found in an annotation file.
+    """Findings in an annotation file.
 
     Attributes:
         path: The file.
-        counts: Images, objects, images without objects, and objects of each class.
-        bad: Kind of defect -> ids of what has it; these cannot be trained on.
-        notes: Kind of oddity -> ids; these are fine to train on.
+        counts: Numbers of images and objects, and of objects per class if there are few classes.
+        bad: Kind of defect -> ids of the images or annotations with it, which cannot be used.
+        notes: Kind of oddity -> ids, which can be trained on.
     """
 
     path: Path
@@ -34,7 +34,7 @@ class LabelReport:
     notes: dict[str, list[Any]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """Returns the report as text, one finding a line."""
+        """Return the report as text, one line per finding."""
         summary = ", ".join(f"{count} {name}" for name, count in self.counts.items())
         found = [f"{self.path}: {summary}"]
         for heading, kinds in (("bad", self.bad), ("note", self.notes)):
@@ -49,19 +49,18 @@ class LabelReport:
 def check_labels(
     index: CocoIndex, bad_labels: str = "stop", num_queries: int | None = None
 ) -> tuple[CocoIndex, LabelReport]:
-    """Looks for labels that cannot be right.
+    """Look for labels that cannot be right.
 
     Args:
-        index: The annotation file.
-        bad_labels: "stop" raises for them; "drop" leaves them out, and with them images without a
-            file.
-        num_queries: Of the model; images with more objects are noted.
+        index: The set.
+        bad_labels: "stop" raises an error for them; "drop" drops them, and images without a file.
+        num_queries: Queries of the model; images with more objects are noted.
 
     Returns:
-        The index that is left, and the report.
+        The remaining index, and the report.
 
     Raises:
-        DataError: There are bad labels and `bad_labels` is "stop", or nothing is left.
+        DataError: There are bad labels and `bad_labels` is "stop", or nothing remains.
     """
     owner = index.image_of_object()
     height, width = index.sizes_hw[owner].T.astype(np.float64)
@@ -108,9 +107,9 @@ def check_labels(
     before_gaps = ids[:-1][np.diff(ids) > 1]
     without = "images without objects"
     if not counts.any():
-        without += ", which is all of them: AP cannot be measured on this set, nor objects learnt"
+        without += ", which is all of them: this set can neither be trained on nor measure AP"
     for kind, found in (
-        ("boxes that reach out of their image and are clipped, ids", index.object_ids[overshoot]),
+        ("boxes that extend beyond their image and are clipped, ids", index.object_ids[overshoot]),
         ("crowds, not trained on, ids", index.object_ids[index.crowd]),
         (f"{without}, ids", index.image_ids[counts == 0]),
         ("gaps in the category ids, after ids", before_gaps),
@@ -132,16 +131,16 @@ def check_labels(
     if report.bad and bad_labels == "stop":
         raise DataError(
             "\n".join(report.lines())
-            + "\ncorrect the file, or leave these out by --bad-labels drop (bad_labels: drop)"
+            + "\ncorrect the file, or drop these by --bad-labels drop (bad_labels: drop)"
         )
     kept = index.select(present & sized, ~bad_object)
     if len(kept) == 0:
-        raise DataError("\n".join(report.lines()) + "\nnothing is left to train on")
+        raise DataError("\n".join(report.lines()) + "\nnothing remains to train on")
     return kept, report
 
 
 def _repeated(index: CocoIndex) -> np.ndarray:
-    """Which objects have the id of an earlier one, bool `[M]`; segments, of one of their image."""
+    """Return which objects repeat an earlier id (segments: within their image), bool `[M]`."""
     owner = index.image_of_object() if index.masks is not None else np.zeros(index.num_objects)
     order = np.lexsort((index.object_ids, owner))  # stable: the first one of equals comes first
     ids, owner = index.object_ids[order], owner[order]
@@ -151,7 +150,7 @@ def _repeated(index: CocoIndex) -> np.ndarray:
 
 
 def _names(index: CocoIndex, objects: np.ndarray) -> list[int | str]:
-    """Returns the ids of objects; of those that have none, that of their image."""
+    """Return the ids of objects; for those without an id, the id of their image."""
     images = index.image_ids[index.image_of_object()[objects]].tolist()
     ids = index.object_ids[objects].tolist()
     return [

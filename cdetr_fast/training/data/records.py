@@ -86,7 +86,7 @@ class Category(BaseModel):
 
 
 class ObjectRecord(BaseModel):
-    """What annotations of objects and segments share."""
+    """Fields that annotations of objects and segments share."""
 
     id: Whole = NO_ID
     category_id: Whole

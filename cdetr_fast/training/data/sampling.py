@@ -75,7 +75,7 @@ class StepPlan:
 
     @property
     def fixed(self) -> dict[str, int]:
-        """What else must not change for the order to stay the same."""
+        """Further numbers that must not change for the order to stay the same."""
         return {}
 
     def places(self, part: int) -> range:

@@ -72,7 +72,7 @@ class ShardStream(StepPlan, IterableDataset[Batch]):
 
     @property
     def fixed(self) -> dict[str, int]:
-        """What else must not change for the order to stay the same."""
+        """Further numbers that must not change for the order to stay the same."""
         return {"processes": self.processes, "loading_workers": self.workers}
 
     def start_at(self, epoch: int, step: int = 0) -> None:

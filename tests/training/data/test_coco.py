@@ -325,7 +325,7 @@ def test_bad_labels_are_dropped(write):
 
 def test_overshooting_boxes_are_noted(write):
     kept, report = check_labels(read_coco(write(put("annotations", 0, "bbox", [1, 2, 50, 6]))))
-    assert report.notes["boxes that reach out of their image and are clipped, ids"] == [1]
+    assert report.notes["boxes that extend beyond their image and are clipped, ids"] == [1]
     assert len(kept.labels) == 3
 
 

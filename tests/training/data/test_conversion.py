@@ -40,7 +40,7 @@ def boxes(path):
 
 
 def items(path, images):
-    """What training makes of the file: the checked items of its images."""
+    """Return the checked items that training makes of the images of a file."""
     index, report = check_labels(read_coco(path, images))
     dataset = DetectionDataset(index, EvaluationTransform({"shortest_edge": 30}))
     return [dataset[ImageRequest(i, (0,), (0,), True)] for i in range(len(index))], report
@@ -304,7 +304,7 @@ def test_bad_yolo_files(yolo, tmp_path):
 
 
 def test_absurdly_large_image(yolo, tmp_path, monkeypatch):
-    """PIL refuses it by an error that is no OSError."""
+    """PIL refuses it by an error that is not an OSError."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(DataError, match=r"\.png: cannot be read \(Image size .* exceeds limit"):
         convert("yolo", yolo, tmp_path)

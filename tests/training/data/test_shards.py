@@ -90,7 +90,7 @@ def test_labels_are_those_of_the_json_file(scenes, batches):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_order(batches, workers):
-    """The same again, another one in the next epoch, and goes on in the middle."""
+    """The same again, another in the next epoch, and resumable in the middle."""
     options = {"num_workers": workers, "accumulate": 1 + workers // 2}
     whole = batches(**options)
     assert len(whole) == -(-14 // (2 * options["accumulate"])) * options["accumulate"]
