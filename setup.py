@@ -19,12 +19,12 @@ BUILD = runpy.run_path(str(ROOT / "kernels/cdetr_kernels/build.py"))
 
 
 class BuildWithExtension(build_py):
-    """Also builds the extension into the package, and adds its sources for a later build."""
+    """Also build the extension into the package, and add its sources for a later build."""
 
     built = ()
 
-    def run(self):
-        """In an editable installation the extension lies in the checkout."""
+    def run(self) -> None:
+        """Build; in an editable installation the extension goes into the checkout."""
         super().run()
         if self.editable_mode:
             BUILD["build"](ROOT / "kernels/cdetr_kernels")
@@ -35,27 +35,27 @@ class BuildWithExtension(build_py):
 
 
 class PlatformWheel(bdist_wheel):
-    """Tags the wheel by what was built."""
+    """Wheel tagged by what was built."""
 
-    def run(self):
-        """Builds first: the tag depends on it."""
+    def run(self) -> None:
+        """Build first: the tag depends on the result."""
         self.run_command("build")
         self.root_is_pure = not BuildWithExtension.built
         self.distribution.has_ext_modules = lambda: bool(BuildWithExtension.built)
         super().run()
 
-    def get_tag(self):
-        """Any Python; this platform if there is an extension."""
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return any Python, and this platform if there is an extension."""
         if not BuildWithExtension.built:
             return "py3", "none", "any"
         return "py3", "none", super().get_tag()[2]
 
 
 class SourcesToo(sdist):
-    """Adds csrc, which no package owns."""
+    """Source distribution with csrc, which no package owns."""
 
-    def make_release_tree(self, base_dir, files):
-        """Copies what setuptools does not know of."""
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        """Copy csrc, which setuptools does not know of."""
         super().make_release_tree(base_dir, files)
         shutil.copytree(ROOT / "csrc", Path(base_dir) / "csrc", dirs_exist_ok=True)
 

@@ -37,7 +37,7 @@ inline int64_t chunk_count(int64_t candidates, int64_t size) {
 }
 
 // 64 bytes of logits at once, in the vectors of GCC and clang: left to themselves they vectorise
-// neither the maximum (20 us for 300x91 in place of 5) nor the search.
+// neither the maximum (20 us for 300x91 instead of 5) nor the search.
 template <class F>
 struct Vector {
   using Bits = typename F::Bits;

@@ -107,7 +107,7 @@ struct CodesOfBlocks {
   __device__ uint64_t operator()(int i) const { return __ldcg(codes + i); }  // not this L1's
 };
 
-// Finds the bin, counted from the highest, in which the `wanted`-th code lies.
+// Finds the bin, counted from the highest, that holds the `wanted`-th code.
 template <int kBlock>
 __device__ void find_digit(int wanted, Scratch& s) {
   constexpr int kEach = kBins / kBlock;

@@ -56,7 +56,7 @@ CDETR_BOTH double value_of(Float16, int16_t bits) {
   if ((bits & 0x7c00) == 0x7c00) {  // infinity or NaN
     return sign * bits_as<float>(exponent_and_mantissa | 0x7f800000u);
   }
-  // The bias is 15 in place of 127: a product moves it, and makes subnormal numbers normal.
+  // The bias is 15 instead of 127: a product moves it, and makes subnormal numbers normal.
   return sign * bits_as<float>(exponent_and_mantissa) * 0x1p112f;
 }
 

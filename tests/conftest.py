@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures and settings of the whole suite."""
 
 import os
 from pathlib import Path
@@ -18,27 +18,27 @@ settings.load_profile("cdetr_fast")
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The checkout."""
+    """Return the checkout."""
     return ROOT
 
 
 @pytest.fixture(autouse=True)
 def _own_accelerate_state():
-    """Accelerate keeps its settings for the whole process; each test leaves none behind."""
+    """Reset the settings that Accelerate keeps for the whole process after each test."""
     yield
     forget_accelerate_state()
 
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path | None:
-    """Folder of real images that are not part of the project, or None where there is none."""
+    """Return the folder of real images that are not part of the project, or None without one."""
     folder = Path(os.environ.get("CDETR_FAST_TEST_DATA", ROOT.parent / "shared" / "data"))
     return folder if folder.is_dir() else None
 
 
 @pytest.fixture(scope="session")
 def photo(data_folder: Path | None) -> Image.Image:
-    """A real photograph if there is one, otherwise a generated image; RGB, 640 x 480 pixels."""
+    """Return a real photograph if there is one, else a generated image; RGB, 640 x 480."""
     path = data_folder / "coco_sample" / "000000039769.png" if data_folder else None
     if path and path.is_file():
         return Image.open(path).convert("RGB")

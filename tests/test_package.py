@@ -1,4 +1,4 @@
-"""The package as it is installed and imported: every check in a fresh process."""
+"""The package as it is installed and imported, checked in fresh processes."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ import cdetr_kernels
 
 
 def run_python(code: str, cwd: Path, *options: str, **environment: str) -> str:
-    """What a fresh Python prints on stdout; a failure shows its stderr."""
+    """Return the stdout of a fresh Python; a failure shows its stderr."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     env = {**env, "PYTHONWARNINGS": "", **environment}
     done = subprocess.run(

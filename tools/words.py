@@ -80,8 +80,12 @@ def hits(path: Path) -> Iterator[tuple[int, str, str]]:
             yield text.count("\n", 0, match.start()) + 1, match.group(), replacement
     if path.suffix == ".py" and NAME_PATTERN.search(text):
         with path.open("rb") as file:
+            before = ""
             for token in tokenize.tokenize(file.readline):
-                if token.type == tokenize.NAME and token.string in NAMES:
+                # A capital behind a dot is another module's class, such as PIL's ImageDraw.Draw.
+                foreign = before == "." and token.string[:1].isupper()
+                before = token.string
+                if token.type == tokenize.NAME and token.string in NAMES and not foreign:
                     yield token.start[0], token.string, NAMES[token.string]
 
 

@@ -1,4 +1,4 @@
-"""Demonstration: procedural scenes and the checkpoint that comes with the package."""
+"""Demonstration: procedural scenes and the checkpoint shipped with the package."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """Procedural detection scenes: textured shapes on a textured background, with exact boxes.
 
-They need no download, so that the demo, the tests and the embedded checkpoint work on any machine.
+They need no download, so the demo, the tests and the embedded checkpoint work on any machine.
 A scene is a pure function of its seed and size. Training uses seeds from `TRAIN_SEED` on; smaller
 seeds are never trained on.
 """
@@ -24,9 +24,9 @@ TRAIN_SEED = 1_000_000_000
 OBJECT_SIZES = (0.08, 0.60)
 """Longer box side of an object, as a fraction of the shorter image side."""
 MIN_VISIBLE = 0.6
-"""Fraction of an object's pixels that later objects leave visible."""
+"""Least fraction of an object's pixels that later objects leave visible."""
 MIN_CONTRAST = 0.3
-"""RGB distance (components in [0, 1]) between an object's colour and what lies beneath it."""
+"""Least RGB distance (components in [0, 1]) between an object's colour and its surroundings."""
 _OVERHANG = 0.15  # fraction of an object's box that may lie outside of the image, on each axis
 _ATTEMPTS = 40
 _SUPERSAMPLE = 4
@@ -71,7 +71,7 @@ def _cross(rng: np.random.Generator) -> list[np.ndarray]:
     return [np.concatenate([quarter @ np.linalg.matrix_power(turn, i) for i in range(4)])]
 
 
-# Each gives closed polygons around the origin: the outline, then the holes.
+# Each returns closed polygons around the origin: the outline, then the holes.
 _OUTLINES: dict[str, Callable[[np.random.Generator], list[np.ndarray]]] = {
     "circle": _circle,
     "rectangle": _rectangle,
@@ -85,7 +85,7 @@ _OUTLINES: dict[str, Callable[[np.random.Generator], list[np.ndarray]]] = {
 def _place(
     rng: np.random.Generator, label: int, height: int, width: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """One random object: its polygons in image pixels and its unclipped xyxy box."""
+    """Return the polygons of a random object in image pixels, and its unclipped xyxy box."""
     polygons = _OUTLINES[CLASSES[label]](rng)
     angle = rng.uniform(0, 2 * np.pi)
     cos, sin = np.cos(angle), np.sin(angle)
@@ -104,7 +104,7 @@ def _place(
 
 
 def _coverage(polygons: list[np.ndarray], x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
-    """Anti-aliased coverage in [0, 1] of the pixels [y0:y1, x0:x1], float32."""
+    """Return the anti-aliased coverage in [0, 1] of the pixels [y0:y1, x0:x1], float32."""
     s = _SUPERSAMPLE
     mask = Image.new("L", ((x1 - x0) * s, (y1 - y0) * s))
     draw = ImageDraw.Draw(mask)
@@ -122,14 +122,16 @@ def _texture(
     strength: float,
     period: float,
 ) -> np.ndarray:
-    """A [height, width, 3] patch that varies by `strength` around `colour`."""
+    """Return a [height, width, 3] patch that varies by `strength` around `colour`."""
     kind = rng.integers(4)
     if kind == 0:  # plain
         return np.broadcast_to(colour, (height, width, 3))
     other = np.clip(colour + strength * rng.uniform(-1, 1, 3), 0, 1).astype(np.float32)
     if kind == 1:  # smooth noise
         cells = rng.random((4, 4), dtype=np.float32)
-        weight = np.asarray(Image.fromarray(cells).resize((width, height), Image.BILINEAR))
+        weight = np.asarray(
+            Image.fromarray(cells).resize((width, height), Image.Resampling.BILINEAR)
+        )
     else:
         angle = rng.uniform(0, 2 * np.pi)
         x = np.arange(width, dtype=np.float32) * np.float32(np.cos(angle))
@@ -151,7 +153,7 @@ def draw_scene(
 ) -> tuple[Image.Image, dict[str, Any]]:
     """Draw one scene with its true boxes.
 
-    Later objects lie over earlier ones, but leave at least `MIN_VISIBLE` of each visible. Where the
+    Later objects cover earlier ones, but leave at least `MIN_VISIBLE` of each visible. Where the
     drawn number of objects does not fit under that rule, the scene has fewer; it always has at
     least one.
 
@@ -185,7 +187,8 @@ def draw_scene(
 
     owner = np.zeros((height, width), dtype=np.int64)  # index of the object on top, from 1; 0 none
     visible, fewest = np.zeros(1), np.full(1, -np.inf)  # pixels, by owner
-    boxes, labels = [], []
+    boxes: list[np.ndarray] = []
+    labels: list[int] = []
     count = rng.integers(min_objects, max_objects + 1)
     for _ in range(_ATTEMPTS):
         if len(labels) == count:
@@ -227,16 +230,17 @@ def draw_scene(
 
 
 def coco_ground_truth(annotations: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Make one COCO detection dictionary of several scenes' annotations.
+    """Build a COCO detection dictionary from the annotations of several scenes.
 
     Args:
-        annotations: What `draw_scene` returned beside the images.
+        annotations: The dictionaries that `draw_scene` returns beside the images.
 
     Returns:
         A dictionary with "images" (ids count from 0 in the given order, files "<id>.png" with six
         digits), "annotations" (boxes as xywh pixels) and "categories" (ids are the labels).
     """
-    images, objects = [], []
+    images: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
     for image_id, annotation in enumerate(annotations):
         height, width = annotation["size"]
         name = f"{image_id:06d}.png"
@@ -263,12 +267,12 @@ def write_coco_dataset(
     """Write scenes as PNG files with their COCO annotations.
 
     Args:
-        folder: Where to write; made if absent.
-        seeds: One scene for each.
+        folder: Destination; created if absent.
+        seeds: Seeds of the scenes, one each.
         size: (height, width) in pixels.
 
     Returns:
-        The path of "annotations.json", which lies beside the images.
+        The path of "annotations.json", which is beside the images.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

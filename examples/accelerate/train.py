@@ -1,13 +1,14 @@
-"""Fine-tunes a detection checkpoint in a plain Accelerate loop, on COCO-format data.
+"""Fine-tune a detection checkpoint in a plain Accelerate loop, on COCO-format data.
 
 accelerate launch examples/accelerate/train.py --model microsoft/conditional-detr-resnet-50
 --train data/train/annotations.json --val data/val/annotations.json --output runs/accelerate
 
-The data set is the package's own: the paper's augmentation, batches of similar aspect ratio, each
-process its share. `cdetr-fast train` does all of this and more; here is where to cut in.
+The data set is the package's own: the paper's augmentation, batches of similar aspect ratio, a
+share for each process. `cdetr-fast train` does all of this and more; this loop is yours to change.
 """
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +20,7 @@ from cdetr_fast.training.data.loader import grouped
 from cdetr_fast.training.setup import pixel_statistics, read_data, training_loader
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="checkpoint: hub name or folder")
     parser.add_argument("--train", required=True, help="COCO JSON file")
@@ -68,10 +69,10 @@ def main(arguments=None):
         sampler.start_at(epoch, 0)
         for batches in grouped(iter(loader), options.accumulate):
             # Losses are divided by the boxes of the whole step, not of each batch.
-            boxes = sum(len(x["class_labels"]) for batch in batches for x in batch.labels)
-            boxes = torch.tensor(float(boxes), device=accelerator.device)
+            count = sum(len(x["class_labels"]) for batch in batches for x in batch.labels)
+            boxes = torch.tensor(float(count), device=accelerator.device)
             boxes = accelerator.reduce(boxes, "mean").clamp(min=1)
-            total = 0.0
+            total = torch.zeros((), device=accelerator.device)
             for batch in batches:
                 inputs = batch.model_inputs(accelerator.device, mean, std)
                 loss = model(**inputs, num_boxes=boxes).loss

@@ -46,7 +46,7 @@ HELD_OUT = range(200)  # seeds; training seeds start at TRAIN_SEED
 
 
 def build_model(auxiliary_loss: bool) -> ConditionalDetrForObjectDetection:
-    """A ResNet-10 cut at stride 16 below a two-layer encoder and a four-layer decoder."""
+    """Build a ResNet-10 cut at stride 16 below a two-layer encoder and a four-layer decoder."""
     config = ConditionalDetrConfig(
         backbone_config={
             "model_type": "timm_backbone",
@@ -76,17 +76,21 @@ def build_model(auxiliary_loss: bool) -> ConditionalDetrForObjectDetection:
 
 
 class LiveBatchNorm2d(nn.BatchNorm2d):
-    """Trainable batch norm in the place of a frozen one: same state, same activation after it."""
+    """Trainable batch norm that replaces a frozen one: same state, same activation after it."""
 
     def __init__(self, frozen: FrozenBatchNorm2d) -> None:
         super().__init__(frozen.weight.numel(), eps=frozen.eps)
         self.load_state_dict(frozen.state_dict(), strict=False)  # it has no num_batches_tracked
         if isinstance(frozen, FrozenBatchNormAct2d):
-            self.drop, self.act = frozen.drop, frozen.act
+            self.drop: nn.Module = frozen.drop
+            self.act: nn.Module = frozen.act
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
-        return self.act(self.drop(x)) if hasattr(self, "act") else x
+        if "act" not in self._modules:
+            return x
+        activated: Tensor = self.act(self.drop(x))
+        return activated
 
 
 def thaw_batch_norm(module: nn.Module) -> None:
@@ -99,7 +103,7 @@ def thaw_batch_norm(module: nn.Module) -> None:
 
 
 def frozen_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict that the model has with its batch norm frozen."""
+    """Return the state dict that the model has with its batch norm frozen."""
     return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
@@ -113,7 +117,7 @@ def _draw(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class Scenes:
-    """Scenes drawn once, given out in shuffled batches under random symmetries."""
+    """Scenes drawn once, returned in shuffled batches under random symmetries."""
 
     def __init__(self, count: int, seed: int, processes: int) -> None:
         self.images = torch.empty((count, *SIZE, 3), dtype=torch.uint8)
@@ -128,7 +132,7 @@ class Scenes:
     def batch(
         self, step: int, size: int, seed: int, rank: int, world: int
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """The batch of a step: it depends on the arguments only, so a resumed run goes on alike."""
+        """Return the batch of a step: a function of the arguments alone, so resuming repeats it."""
         per_epoch = len(self.labels) // size
         epoch, position = divmod(step, per_epoch)
         order = np.random.default_rng((seed, epoch)).permutation(len(self.labels))
@@ -155,7 +159,7 @@ def _mirrored(boxes_xyxy: Tensor, axis: int) -> Tensor:
 
 
 def normalised(images: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] to float [B, 3, H, W], as the image processor does it."""
+    """Convert uint8 [B, H, W, 3] to float [B, 3, H, W], as the image processor does."""
     pixels = (images.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
     return pixels.permute(0, 3, 1, 2)  # channels-last in memory
 
@@ -164,7 +168,7 @@ def normalised(images: Tensor) -> Tensor:
 
 
 class DenseHead(nn.Module):
-    """Class and box of the object at each position of the encoder output; only used to train."""
+    """Class and box of the object at each position of the encoder output; only for training."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -172,13 +176,15 @@ class DenseHead(nn.Module):
         self.boxes = nn.Linear(width, 4)
         nn.init.constant_(self.classes.bias, -math.log(99))
 
-    def forward(self, memory: Tensor, labels: list[dict[str, Tensor]], grid: tuple[int, int]):
-        """Focal and L1 loss of `memory` [B, h*w, C] against the objects, per object."""
+    def forward(
+        self, memory: Tensor, labels: list[dict[str, Tensor]], grid: tuple[int, ...]
+    ) -> Tensor:
+        """Return the focal and L1 loss of `memory` [B, h*w, C] against the objects, per object."""
         h, w = grid
         y, x = (torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w
         points = torch.cartesian_prod(y, x).flip(1)
         target = torch.zeros(*memory.shape[:2], self.classes.out_features)
-        where, boxes_cxcywh = [], []
+        cell_lists, box_lists = [], []
         for b, label in enumerate(labels):
             offset = (points[:, None] - label["boxes"][None, :, :2]).abs()
             # The middle of the box, at least one cell; where objects overlap, the smallest.
@@ -188,9 +194,9 @@ class DenseHead(nn.Module):
             smallest, index = cost.min(1)
             cells = smallest.isfinite().nonzero()[:, 0]
             target[b, cells, label["class_labels"][index[cells]]] = 1
-            where.append(cells + b * memory.shape[1])
-            boxes_cxcywh.append(label["boxes"][index[cells]])
-        where, boxes_cxcywh = torch.cat(where), torch.cat(boxes_cxcywh)
+            cell_lists.append(cells + b * memory.shape[1])
+            box_lists.append(label["boxes"][index[cells]])
+        where, boxes_cxcywh = torch.cat(cell_lists), torch.cat(box_lists)
 
         logits = self.classes(memory)
         p = logits.sigmoid()
@@ -209,7 +215,7 @@ class DenseHead(nn.Module):
 
 @torch.no_grad()
 def evaluate(model: nn.Module, processor: ConditionalDetrImageProcessor) -> dict[str, Any]:
-    """AP of the frozen model on the held-out scenes, through the image processor, one at a time."""
+    """Measure the frozen model's AP on held-out scenes, one image at a time, as a user would."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -258,25 +264,26 @@ def evaluate(model: nn.Module, processor: ConditionalDetrImageProcessor) -> dict
 
 
 def schedule(step: int, fraction: float) -> tuple[float, float]:
-    """Factor of the learning rate (warm-up, then cosine) and weight of the dense head."""
+    """Return the factor of the learning rate (warm-up, then cosine) and the dense head's weight."""
     warm_up = min(1.0, (step + 1) / 300)
     cosine = 0.5 * (1 + math.cos(math.pi * fraction))
     return warm_up * (0.01 + 0.99 * cosine), max(0.0, 1 - 2 * fraction)
 
 
 def average_over_ranks(parameters: list[nn.Parameter], elapsed: float) -> float:
-    """Average the gradients in place; returns the mean time, so that all ranks stop together."""
-    message = torch.cat([*(p.grad.reshape(-1) for p in parameters), torch.tensor([elapsed])])
+    """Average the gradients in place; return the mean time, so that all ranks stop together."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    message = torch.cat([*(g.reshape(-1) for g in gradients), torch.tensor([elapsed])])
     dist.all_reduce(message)
     message /= dist.get_world_size()
-    parts = message[:-1].split([p.numel() for p in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad.copy_(part.view_as(parameter))
+    parts = message[:-1].split([g.numel() for g in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
     return message[-1].item()
 
 
 def train(args: argparse.Namespace) -> dict[str, Tensor]:
-    """Train until the step or time budget is spent; returns the averaged weights."""
+    """Train until the step or time budget is spent; return the averaged weights."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(args.seed)
     model = build_model(auxiliary_loss=True)
@@ -362,12 +369,12 @@ def train(args: argparse.Namespace) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--minutes", type=float, default=math.inf, help="budget of time")
     parser.add_argument("--steps", type=int, default=1_000_000, help="budget of steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="for each process")
+    parser.add_argument("--threads", type=int, default=1, help="per process")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--scenes", type=int, default=20_000, help="different training scenes")
     parser.add_argument("--lr", type=float, default=3e-4)
@@ -393,7 +400,7 @@ def main() -> None:
     processor = ConditionalDetrImageProcessor(size=size, image_mean=list(MEAN), image_std=list(STD))
     processor.save_pretrained(args.output)
 
-    # What is measured is what lies in the folder.
+    # Measure the saved files, not the model in memory.
     torch.set_num_threads(1)
     model = ConditionalDetrForObjectDetection.from_pretrained(args.output, dtype=torch.float32)
     processor = ConditionalDetrImageProcessor.from_pretrained(args.output)

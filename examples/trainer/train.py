@@ -1,4 +1,4 @@
-"""Fine-tunes a detection checkpoint with transformers' Trainer, on COCO-format data.
+"""Fine-tune a detection checkpoint with transformers' Trainer, on COCO-format data.
 
 python examples/trainer/train.py --model microsoft/conditional-detr-resnet-50 --train data/train
 --val data/val --output_dir runs/trainer; further options are those of TrainingArguments.
@@ -6,7 +6,9 @@ python examples/trainer/train.py --model microsoft/conditional-detr-resnet-50 --
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,43 +18,44 @@ from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImagePr
 from cdetr_fast.training import evaluate
 
 
-class CocoDetection(torch.utils.data.Dataset):
-    """The images beside an `annotations.json`, through the image processor."""
+class CocoDetection(torch.utils.data.Dataset[dict[str, Any]]):
+    """Images beside an `annotations.json`, prepared by the image processor."""
 
-    def __init__(self, folder, processor):
+    def __init__(self, folder: str, processor: ConditionalDetrImageProcessor) -> None:
         self.folder, self.processor = Path(folder), processor
         content = json.loads((self.folder / "annotations.json").read_text("utf-8"))
         categories = sorted(content["categories"], key=lambda c: c["id"])
         self.classes = [c["name"] for c in categories]
         label_of = {c["id"]: label for label, c in enumerate(categories)}  # ids may have gaps
         self.images = content["images"]
-        self.objects = {image["id"]: [] for image in self.images}
+        self.objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in self.images}
         for item in content["annotations"]:
             item["category_id"] = label_of[item["category_id"]]
             self.objects[item["image_id"]].append(item)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
         image = self.images[index]
         picture = Image.open(self.folder / image["file_name"]).convert("RGB")
         target = {"image_id": image["id"], "annotations": self.objects[image["id"]]}
         encoded = self.processor(images=picture, annotations=target, return_tensors="pt")
         return {"pixel_values": encoded["pixel_values"][0], "labels": encoded["labels"][0]}
 
-    def collate(self, examples):
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.processor.pad([x["pixel_values"] for x in examples], return_tensors="pt")
+        assert not isinstance(batch, tuple)
         return {**batch, "labels": [x["labels"] for x in examples]}
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="checkpoint: hub name or folder")
     parser.add_argument("--train", required=True, help="folder of images and annotations.json")
     parser.add_argument("--val", required=True, help="the same for evaluation")
     own, rest = parser.parse_known_args(arguments)
-    (settings,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(rest)
+    (settings,) = HfArgumentParser([TrainingArguments]).parse_args_into_dataclasses(rest)
     settings.remove_unused_columns = False  # the collator makes the columns
     settings.eval_do_concat_batches = False  # batches differ in padding and in objects
 

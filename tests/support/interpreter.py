@@ -9,7 +9,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def run_in_the_interpreter(root: Path, *arguments: str, **environment: str) -> None:
-    """Runs tests (files, options of pytest) with TRITON_INTERPRET=1; fails with their output."""
+    """Run tests (files, options of pytest) with TRITON_INTERPRET=1; fail with their output."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=root,

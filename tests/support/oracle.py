@@ -1,5 +1,7 @@
 """Pairs of models, transformers' and ours, with the same random weights, and inputs for them."""
 
+from typing import Any
+
 import torch
 import transformers
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ CLASSES = {
     "segmentation": "ConditionalDetrForSegmentation",
 }
 
-TINY = {
+TINY: dict[str, Any] = {
     "backbone": "resnet18",
     "d_model": 64,
     "encoder_layers": 2,
@@ -27,7 +29,7 @@ TINY = {
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Draws all weights anew, norms and their statistics too, which hide defects else."""
+    """Randomise all weights, norms and their statistics included: initial ones hide defects."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(tensor: Tensor, low: float, high: float) -> None:
@@ -56,9 +58,11 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
 
 
 def _calibrate(model: nn.Module) -> None:
-    """Sets batch-norm statistics to those of the images, as training does; states stay moderate."""
+    """Set batch-norm statistics to those of the images, as training does; states stay moderate."""
 
-    def set_statistics(module: nn.Module, arguments: tuple[Tensor]) -> None:
+    def set_statistics(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        assert isinstance(module.running_mean, Tensor)
+        assert isinstance(module.running_var, Tensor)
         module.running_mean.copy_(arguments[0].mean((0, 2, 3)))
         module.running_var.copy_(arguments[0].var((0, 2, 3), correction=0) + 0.01)
 
@@ -70,17 +74,17 @@ def _calibrate(model: nn.Module) -> None:
 
 
 def make_pair(
-    task: str = "detection", compat: str = "transformers", **config
+    task: str = "detection", compat: str = "transformers", **config: Any
 ) -> tuple[nn.Module, nn.Module]:
-    """Returns transformers' model and ours with equal weights, in training mode."""
+    """Return transformers' model and ours with equal weights, in training mode."""
     theirs = make_theirs(task, **config)
     ours = make_ours(task, compat, **config)
     ours.load_state_dict(theirs.state_dict())
     return theirs.train(), ours.train()
 
 
-def make_theirs(task: str = "detection", implementation: str = "eager", **config) -> nn.Module:
-    """Returns transformers' model with random weights; only "eager" returns attentions there."""
+def make_theirs(task: str = "detection", implementation: str = "eager", **config: Any) -> nn.Module:
+    """Return transformers' model with random weights; only "eager" returns attentions there."""
     settings = transformers.ConditionalDetrConfig(**(TINY | config))
     settings._attn_implementation = implementation
     theirs = getattr(transformers, CLASSES[task])(settings)
@@ -88,14 +92,14 @@ def make_theirs(task: str = "detection", implementation: str = "eager", **config
     return theirs.train()
 
 
-def make_ours(task: str = "detection", compat: str = "paper", **config) -> nn.Module:
-    """Returns our model with its own initial weights."""
+def make_ours(task: str = "detection", compat: str = "paper", **config: Any) -> nn.Module:
+    """Return our model with its own initial weights."""
     settings = cdetr_fast.ConditionalDetrConfig(compat=compat, **(TINY | config))
     return getattr(cdetr_fast, CLASSES[task])(settings)
 
 
 def padded_images(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Two images of odd sizes, 97 x 131 and 70 x 100, padded: pixel_values and pixel_mask."""
+    """Return two images of odd sizes, 97 x 131 and 70 x 100, padded: pixel_values, pixel_mask."""
     generator = torch.Generator().manual_seed(1)
     pixel_values = torch.randn(2, 3, 97, 131, generator=generator).to(dtype)
     pixel_mask = torch.ones(2, 97, 131, dtype=torch.int64)
@@ -107,7 +111,7 @@ def padded_images(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 def random_labels(
     counts: tuple[int, ...] = (3, 0), classes: int = 7, masks: bool = False, seed: int = 3
 ) -> list[dict[str, Tensor]]:
-    """Labels with `counts[i]` objects in image i."""
+    """Return labels with `counts[i]` objects in image i."""
     generator = torch.Generator().manual_seed(seed)
     labels = []
     for count in counts:
@@ -121,11 +125,11 @@ def random_labels(
     return labels
 
 
-def leaves(output) -> dict[str, Tensor]:
-    """All tensors of an output by a readable path."""
-    found = {}
+def leaves(output: Any) -> dict[str, Tensor]:
+    """Return all tensors of an output by a readable path."""
+    found: dict[str, Tensor] = {}
 
-    def visit(path: str, value) -> None:
+    def visit(path: str, value: Any) -> None:
         if isinstance(value, Tensor):
             found[path] = value
         elif isinstance(value, dict):

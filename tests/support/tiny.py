@@ -1,14 +1,19 @@
-"""The smallest model that has all parts, for tests of what is around the model."""
+"""A small model that has all parts, for tests of the code around the model."""
+
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from cdetr_fast import ConditionalDetrConfig
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 NAMES = {0: "cat", 1: "dog", 2: "remote"}
 
 
-def tiny_config(**changes) -> ConditionalDetrConfig:
-    """Returns a configuration, and seeds the weights of the model that is made next."""
+def tiny_config(**changes: Any) -> ConditionalDetrConfig:
+    """Return a configuration, and seed the weights of the model that is built next."""
     torch.manual_seed(0)
     return ConditionalDetrConfig(
         backbone="resnet18",
@@ -26,8 +31,8 @@ def tiny_config(**changes) -> ConditionalDetrConfig:
     )
 
 
-def randomized(model):
-    """Weights with which scores spread, classes differ between queries, and masks have holes."""
+def randomized(model: ModelT) -> ModelT:
+    """Set weights with which scores spread, classes differ between queries, masks have holes."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

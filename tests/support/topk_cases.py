@@ -1,4 +1,4 @@
-"""Logits that are hard to select among, and the order that is right."""
+"""Logits that are hard to select among, and their correct order."""
 
 import math
 
@@ -11,7 +11,7 @@ VALUES = [0.0, -0.0, 1.0, -1.0, 2.5, np.inf, -np.inf, np.nan, 3.4028235e38, -3.4
 
 
 def expected_order(logits: Tensor) -> list[int]:
-    """Flat indices of `[Q, K]` logits: descending, ties by index, NaN last."""
+    """Return the flat indices of `[Q, K]` logits: descending, ties by index, NaN last."""
     flat = logits.double().numpy().ravel()
     numbers, nans = np.flatnonzero(~np.isnan(flat)), np.flatnonzero(np.isnan(flat))
     return np.concatenate((numbers[np.argsort(-flat[numbers], kind="stable")], nans)).tolist()
@@ -36,7 +36,7 @@ KINDS = (
 
 
 def adversarial(kind: str, shape: tuple[int, int, int]) -> Tensor:
-    """Returns logits that are hard to select among, digit by digit or by the maxima of chunks."""
+    """Return logits that are hard to select among, digit by digit or by the maxima of chunks."""
     generator = torch.Generator().manual_seed(0)
     index = torch.arange(math.prod(shape))
     low = torch.full(index.shape, -4.6)
