@@ -79,7 +79,7 @@ class LiveBatchNorm2d(nn.BatchNorm2d):
     """Trainable batch norm that replaces a frozen one: same state, same activation after it."""
 
     def __init__(self, frozen: FrozenBatchNorm2d) -> None:
-        super().__init__(frozen.weight.numel(), eps=frozen.eps)
+        super().__init__(len(frozen.state_dict()["weight"]), eps=frozen.eps)
         self.load_state_dict(frozen.state_dict(), strict=False)  # it has no num_batches_tracked
         if isinstance(frozen, FrozenBatchNormAct2d):
             self.drop: nn.Module = frozen.drop
@@ -226,9 +226,11 @@ def evaluate(model: nn.Module, processor: ConditionalDetrImageProcessor) -> dict
         start = time.perf_counter()
         inputs = processor(image, return_tensors="pt")
         outputs = model(**inputs)
-        result = processor.post_process_object_detection(
+        results = processor.post_process_object_detection(
             outputs, threshold=0.0, target_sizes=[annotation["size"]]
-        )[0]
+        )
+        assert isinstance(results, list)
+        result = results[0]
         seconds.append(time.perf_counter() - start)
         columns = (result[key].tolist() for key in ("scores", "labels", "boxes"))
         for score, label, (x0, y0, x1, y1) in zip(*columns, strict=True):

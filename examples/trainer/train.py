@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", required=True, help="folder of images and annotations.json")
     parser.add_argument("--val", required=True, help="the same for evaluation")
     own, rest = parser.parse_known_args(arguments)
-    (settings,) = HfArgumentParser([TrainingArguments]).parse_args_into_dataclasses(rest)
+    # The types of transformers name neither this class a dataclass nor foreign image processors.
+    option_parser = HfArgumentParser(TrainingArguments)  # type: ignore[arg-type]
+    (settings,) = option_parser.parse_args_into_dataclasses(rest)
     settings.remove_unused_columns = False  # the collator makes the columns
     settings.eval_do_concat_batches = False  # batches differ in padding and in objects
 
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data_collator=train.collate,
         train_dataset=train,
         eval_dataset=val,
-        processing_class=processor,
+        processing_class=processor,  # type: ignore[arg-type]
     )
     trainer.train()
     print(trainer.evaluate())
