@@ -76,11 +76,11 @@ ENCODER = "transformer.encoder.layers.0."
         ({"a.b": torch.ones(2)}, "config: expected one"),
         (
             {"transformer.x": torch.ones(2)},
-            r"names .* of the authors, .*\(the encoder has no layer",
+            r"names of the authors, .*\(the encoder has no layer",
         ),
-        ({f"{ENCODER}self_attn.in_proj_weight": torch.tensor(1.0)}, "names .* of the authors"),
-        ({f"{ENCODER}self_attn.in_proj_weight": torch.ones(4, 4)}, "names .* of the authors"),
-        ({f"{ENCODER}linear1.weight": torch.tensor(1.0)}, "names .* of the authors"),
+        ({f"{ENCODER}self_attn.in_proj_weight": torch.tensor(1.0)}, "names of the authors"),
+        ({f"{ENCODER}self_attn.in_proj_weight": torch.ones(4, 4)}, "names of the authors"),
+        ({f"{ENCODER}linear1.weight": torch.tensor(1.0)}, "names of the authors"),
     ],
 )
 def test_files_without_a_model(content, message, tmp_path):
