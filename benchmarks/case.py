@@ -76,10 +76,10 @@ class Case:
         counts: Counts operators and waits of a provider.
         memory: Measures the peak memory of a provider in MiB.
         derive: Computes further columns from a row with times.
+        speed_up: Whether times are compared with that of the reference.
         optional: Providers that may fail, since not every machine or release can run them.
-        warmup: Rounds of calls that are not timed.
+        warmup: Rounds that are not timed, besides the calls that the gate has looked at.
         cold: Times with cold caches, without those of the host, see `time_in_turns`.
-        repeats: Timed rounds; what the command line says if None.
         seconds: No round begins after this long.
     """
 
@@ -96,10 +96,10 @@ class Case:
     counts: Callable[[str], dict[str, Any]] | None = None
     memory: Callable[[str], float | None] | None = None
     derive: Callable[[Row], dict[str, Any]] | None = None
+    speed_up: bool = True
     optional: Collection[str] = ()
-    warmup: int = 1
+    warmup: int = 0
     cold: bool = False
-    repeats: int | None = None
     seconds: float = math.inf
 
     def measure(self, repeats: int) -> list[Row]:
@@ -107,14 +107,7 @@ class Case:
         rows = {name: self._named(name) for name in self.providers}
         if not self.gate_after:
             self._check(rows)
-        times = time_in_turns(
-            {name: call for name, call in self.providers.items() if _runs(rows[name])},
-            self.repeats or repeats,
-            warmup=self.warmup,
-            device=self.device,
-            cold=self.cold,
-            seconds=self.seconds,
-        )
+        times = self.time([name for name, row in rows.items() if _runs(row)], repeats)
         if self.gate_after:
             self._check(rows)
         reference = times.get(self.reference or next(iter(self.providers)))
@@ -123,7 +116,7 @@ class Case:
                 continue
             accuracy = row.pop("accuracy")
             row |= times[name]
-            if reference:
+            if reference and self.speed_up:
                 row["speed-up"] = reference["ms"] / row["ms"]
             row |= self.derive(row) if self.derive else {}
             if self.memory:
@@ -131,6 +124,17 @@ class Case:
             row |= self.counts(name) if self.counts else {}
             row["accuracy"] = accuracy
         return list(rows.values())
+
+    def time(self, providers: list[str], repeats: int) -> dict[str, dict[str, float]]:
+        """Time providers in turns; see `time_in_turns`."""
+        return time_in_turns(
+            {name: self.providers[name] for name in providers},
+            repeats,
+            warmup=self.warmup,
+            device=self.device,
+            cold=self.cold,
+            seconds=self.seconds,
+        )
 
     def failures(self, rows: list[Row]) -> list[Row]:
         """Return the rows without a time whose providers should have one."""

@@ -75,8 +75,8 @@ def stages(lines: Path, rehearse: bool) -> dict[str, Stage]:
     sanitizer = (_sanitizer(), "--error-exitcode", "9", "--print-limit", "20")
     common = ["benchmarks.ops", "--device", "cuda", "--into", str(lines)]
     theirs = ("transformers", "timm", "torchvision", "scipy")
-    model = ["benchmarks.model", "--device", "cuda", "--repeats", "20"]
-    training = ["benchmarks.training", "--device", "cuda", "--repeats", "10"]
+    model = ["benchmarks", "model", "--device", "cuda", "--repeats", "20"]
+    training = ["benchmarks", "training", "--device", "cuda", "--repeats", "10"]
     return {
         # For the GPU that is here alone, which is quicker.
         "extension": Stage(["cdetr_kernels.build"], 120, env=_this_architecture()),
@@ -146,8 +146,8 @@ def _rehearsed(lines: Path) -> dict[str, Stage]:
              "--only", "sine", "--threads", "1", "--providers", "^(?!.*compiled)"],
             120, env=interpreted, limited=True,
         ),
-        "model": Stage(["benchmarks.model", *small], 120, needs=theirs),
-        "training step": Stage(["benchmarks.training", *small], 120, needs=theirs),
+        "model": Stage(["benchmarks", "model", *small], 120, needs=theirs),
+        "training step": Stage(["benchmarks", "training", *small], 120, needs=theirs),
     }  # fmt: skip
 
 

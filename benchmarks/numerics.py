@@ -57,11 +57,11 @@ def kernel_rows(device: torch.device) -> list[dict[str, Any]]:
 
 def model_rows() -> list[dict[str, Any]]:
     """Return the largest differences of whole models: ours, transformers', and both from fp64."""
-    from benchmarks.model import make_models
+    from benchmarks.inputs import model_pair
 
     rows = []
     for backbone in ("resnet18", "resnet50"):
-        theirs, ours = make_models(backbone, "sdpa", dilation=False)
+        theirs, ours = model_pair(backbone=backbone, num_labels=91)
         generator = torch.Generator().manual_seed(0)
         pixel_values = torch.randn(2, 3, 256, 320, generator=generator)
         pixel_mask = torch.ones(2, 256, 320, dtype=torch.int64)

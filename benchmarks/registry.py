@@ -37,7 +37,19 @@ class Entry:
 THEIRS = ("transformers", "timm")
 ANYWHERE = ("cpu", "cuda")
 
-BENCHMARKS = (Entry("loss", "matching and loss, forward and backward", THEIRS, ANYWHERE),)
+BENCHMARKS = (
+    Entry("model", "whole model at inference", THEIRS, ANYWHERE),
+    Entry("stages", "parts of the optimised model, beside their rooflines", THEIRS, ANYWHERE),
+    Entry("decoder", "decoder alone, forward or with backward", THEIRS),
+    Entry("mask_head", "mask head at inference: time and peak memory", THEIRS),
+    Entry("precision", "lower precision of optimize(): speed, AP, errors", devices=ANYWHERE),
+    Entry("patching", "transformers' model before and after patch_transformers()", THEIRS),
+    Entry("preprocessing", "photographs to model inputs", THEIRS),
+    Entry("folder", "folder of JPEG files to boxes", THEIRS),
+    Entry("training", "training step, and its matching and loss", THEIRS, ANYWHERE),
+    Entry("loss", "matching and loss, forward and backward", THEIRS, ANYWHERE),
+    Entry("loading", "training images out of JPEG files", (*THEIRS, "accelerate")),
+)
 TOOLS = (
     Entry("ops", "microbenchmarks of the operators", tool="benchmarks.ops"),
     Entry("numerics", "errors of kernels and models, for docs", THEIRS, tool="benchmarks.numerics"),

@@ -68,7 +68,7 @@ def optimize(
         int8_calibration: Batches of `pixel_values` `[B, C, H, W]`, some tens of images of the
             sizes, and in batches, as the calls will be. With them the backbone's convolutions run
             in int8, on CPUs with VNNI; their ranges are found on these images, and again when the
-            weights change. What that costs, `python -m benchmarks.precision` measures.
+            weights change. What that costs, `python -m benchmarks precision` measures.
         inplace: Change `model` itself, and return it.
 
     Raises:

@@ -2,29 +2,18 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from benchmarks import (
-    decoder,
-    folder,
-    mask_head,
     measure,
-    model,
     numerics,
     ops,
     overhead,
-    patching,
     post_processing,
-    precision,
-    preprocessing,
-    stages,
-    tables,
     topk,
-    training,
 )
 
 
@@ -38,24 +27,9 @@ def results(tmp_path, monkeypatch):
     ("script", "arguments"),
     [
         (
-            model,
-            "--backbone resnet18 --size 64 96 --padded --batch 2 --threads 1 --repeats 1 --steps",
-        ),
-        (training, "--size 64 96 --batch 2 --layers 2 --targets 3 --threads 1 --repeats 1"),
-        (decoder, "--map 3 4 --batch 2 --padded --threads 1 --repeats 1 --backward"),
-        (mask_head, "--size 128 160 --queries 10 --threads 1 --repeats 1"),
-        (
-            patching,
-            "--backbone resnet18 --size 64 96 --training-size 64 96 --threads 1 --repeats 1",
-        ),
-        (folder, "--images 2 --edges 64 96 --backbone resnet18 --threads 1 --repeats 1"),
-        (preprocessing, "--batch 1 2 --threads 1 --repeats 1 --steps"),
-        (
             post_processing,
             "--size 60 80 --input 80 100 --queries 20 --classes 9 --kept 4 --threads 1 --repeats 1",
         ),
-        (stages, "--backbone resnet18 --size 64 96 --threads 1 --repeats 1"),
-        (precision, "--count 3 --threads 1 --precisions bf16"),
         (topk, "--batch 1 3 --head 30x9 --k 20 --threads 1 --repeats 1"),
     ],
 )
@@ -86,12 +60,6 @@ def test_detections_that_differ_are_not_reported(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark", *arguments.split()])
     assert topk.main() == 1
     assert "30x9, k=20, batch 1" in capsys.readouterr().err
-
-
-def test_the_readme_shows_the_results(root):
-    command = [sys.executable, "-m", tables.__name__, "--check"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def test_microbenchmarks_go_on_where_they_were_cut_off(tmp_path, results, capsys):
@@ -140,66 +108,6 @@ def test_no_speed_over_a_failed_check():
     assert "ms" not in row
 
 
-def microbenchmark(provider, ms):
-    return {"op": "conditional_attention", "shape": "cross B=8 Q=300 S=1050", "dtype": "bfloat16",
-            "mode": "forward", "provider": provider, "ms": ms, "of the roofline": 0.5}  # fmt: skip
-
-
-def test_figures_from_a_gpu_appear_once_there_are_results(tmp_path):
-    assert tables.gpu_figures(tmp_path) == []
-    rows = [microbenchmark("cdetr_fast triton", 2.0), microbenchmark("sdpa math", 9.0),
-            microbenchmark("sdpa cudnn", 3.0)]  # fmt: skip
-    model = [{"model": "transformers sdpa", "ms": 10.0}, {"model": "cdetr_fast", "ms": 4.0}]
-    content = {
-        "environment": {"date": "2030-01-01", "device": "Some GPU", "torch": "2.11"},
-        "rows": {"microbenchmarks": rows, "model": model},
-    }
-    (tmp_path / "some-gpu-torch2.11-2030-01-01.json").write_text(json.dumps(content))
-    (tmp_path / "rehearsal-torch2.11-2030-01-02.json").write_text("not read")
-    lines = tables.gpu_figures(tmp_path)
-    measured = [line for line in lines if line.startswith("| ") and "not measured" not in line]
-    assert measured[1:] == [
-        "| conditional_attention, B=8, S=1050, bf16, forward | 3 ms (sdpa cudnn) | 2 ms | 1.50 |",
-        "| model | 10 ms (transformers sdpa) | 4 ms | 2.50 |",
-    ]
-    assert "Some GPU" in lines[-1]
-
-
-def test_plots(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    from benchmarks import plots
-
-    rows = [microbenchmark("cdetr_fast triton", 2.0), microbenchmark("sdpa math", 9.0)]
-    content = {"environment": {"device": "Some GPU", "torch": "2.11", "date": "2030-01-01"}}
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(content | {"rows": rows}))
-    assert plots.main([str(path), "--folder", str(tmp_path)]) == 0
-    picture = tmp_path / "conditional_attention-bfloat16-forward.png"
-    assert capsys.readouterr().out.strip() == str(picture)
-    assert picture.stat().st_size > 10_000
-    path.write_text(json.dumps(content | {"rows": []}))
-    assert plots.main([str(path), "--folder", str(tmp_path)]) == 1
-
-
-def test_plots_of_models(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    from benchmarks import plots
-
-    names = ["transformers sdpa", "cdetr_fast", "+ norms folded", "optimize(cdetr_fast)"]
-    rows = [
-        {"model": name, "ms": ms, "min_ms": ms, "p95_ms": ms, "speed-up": 9 / ms}
-        for name, ms in zip(names, (9.0, 6.0, 7.0, 4.0), strict=True)
-    ]
-    environment = {"processor": "x", "threads": 2, "torch": "2.11", "date": "2030-01-01"}
-    path = tmp_path / "run.json"
-    for count in (1, 2):  # without steps there is no waterfall
-        shown = rows if count == 2 else [row for row in rows if row["model"][0] != "+"]
-        path.write_text(json.dumps({"environment": environment, "rows": shown}))
-        assert plots.main([str(path), "--folder", str(tmp_path)]) == 0
-        assert len(capsys.readouterr().out.split()) == count
-    assert (tmp_path / "run_waterfall.png").stat().st_size > 10_000
-
-
 def test_numerics_page(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n")
@@ -207,71 +115,3 @@ def test_numerics_page(tmp_path):
     assert page.read_text() == (
         "a\n<!-- x -->\n| name | error |\n|---|---|\n| n | 1.2e-05 |\n<!-- /x -->\nb\n"
     )
-
-
-def test_loading_compares(results):
-    pytest.importorskip("accelerate")
-    from benchmarks import loading
-
-    arguments = ["--images", "4", "--workers", "0", "--repeats", "1", "--output", "trial"]
-    assert loading.main(arguments) == 0
-    rows = json.loads((results / "trial.json").read_text())["rows"]
-    assert [row["way"] for row in rows] == [
-        *("transformers, 800", "cdetr_fast, 800"),
-        "cdetr_fast, augmented",
-    ]
-    assert all(row["images/s"] == pytest.approx(4e3 / row["ms"]) for row in rows)
-
-
-def test_convergence_compares_and_draws(tmp_path, results, capsys):
-    pytest.importorskip("accelerate")
-    from benchmarks import convergence, convergence_plot
-
-    arguments = ["--scenes", "8", "--val-scenes", "3", "--epochs", "1", "--evaluate-every", "1",
-                 "--head-epochs", "1", "--repeats", "1", "--folder", str(tmp_path / "runs"),
-                 "--output", "trial"]  # fmt: skip
-    assert convergence.main(arguments) == 0
-    content = json.loads((results / "trial.json").read_text())
-    arms = {row["arm"]: row for row in content["rows"]}
-    assert len(arms) == 7
-    assert arms["paper"]["curve"] == arms["conditional"]["curve"]
-    # Without the focal prior the first class loss is far larger.
-    assert arms["transformers"]["first class loss"] > 3 * arms["paper"]["first class loss"]
-    assert arms["new head, zero bias"]["first class loss"] > 3
-    assert convergence.main([*arguments, "--report", "--comparisons", "attention"]) == 0
-    assert len(json.loads((results / "trial.json").read_text())["rows"]) == 3
-    capsys.readouterr()
-    assert convergence_plot.main([str(results / "trial.json")]) == 0
-    assert "not within 1 epochs" in capsys.readouterr().out
-    assert (results / "trial.png").stat().st_size > 5_000
-
-    wide = [*arguments, "--folder", str(tmp_path / "wide"), "--classes", "91", "--queries", "40"]
-    assert convergence.main([*wide, "--comparisons", "head"]) == 0
-    rows = json.loads((results / "trial.json").read_text())["rows"]
-    zero_bias = {row["arm"]: row for row in rows}["new head, zero bias"]
-    assert zero_bias["first class loss"] > 5 * arms["new head, zero bias"]["first class loss"]
-
-
-def test_plain_attention_is_that_of_transformers():
-    """In eval mode, where transformers has DETR as its authors do."""
-    import transformers
-
-    from benchmarks.plain_detr import PlainDetr, PlainDetrFocal, plain_twin
-    from cdetr_fast import ConditionalDetrConfig, ConditionalDetrForObjectDetection
-
-    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32,
-             "decoder_ffn_dim": 32, "num_queries": 6, "num_labels": 5}  # fmt: skip
-    config = ConditionalDetrConfig(backbone="test_resnet", auxiliary_loss=True, **sizes)
-    ours = ConditionalDetrForObjectDetection(config)
-    images = torch.randn(2, 3, 64, 96)
-    mask = torch.ones(2, 64, 96, dtype=torch.bool)
-    mask[1, :, 64:] = False
-    for kind, outputs in ((PlainDetr, 6), (PlainDetrFocal, 5)):
-        model = plain_twin(ours, kind, seed=0).eval()
-        with torch.no_grad():
-            theirs = transformers.DetrForObjectDetection.forward(model, images, mask)
-            got = model(images, mask)
-        scores = theirs.logits.softmax(-1)[..., :-1] if outputs == 6 else theirs.logits.sigmoid()
-        assert theirs.logits.shape == (2, 6, outputs)
-        torch.testing.assert_close(got.logits.sigmoid(), scores)
-        torch.testing.assert_close(got.pred_boxes, theirs.pred_boxes)

@@ -174,4 +174,4 @@ def test_benchmark_command_passes_arguments_on(monkeypatch, capfd):
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
-    assert "python -m benchmarks.model: error: argument --size" in capfd.readouterr().err
+    assert "python -m benchmarks model: error: argument --size" in capfd.readouterr().err

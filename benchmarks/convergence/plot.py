@@ -1,20 +1,21 @@
-"""Draws the curves of `benchmarks.convergence`, and writes its table into docs/training.md.
+"""Curves of `benchmarks.convergence`, and its table in docs/training.md.
 
-python -m benchmarks.convergence_plot benchmarks/results/cpu_convergence_scenes.json --docs
-python -m benchmarks.convergence_plot benchmarks/results/cpu_convergence_bccd.json --docs
+python -m benchmarks.convergence.plot benchmarks/results/cpu_convergence_scenes.json --docs
+python -m benchmarks.convergence.plot benchmarks/results/cpu_convergence_bccd.json --docs
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.numerics import write
+from benchmarks import results
+from benchmarks.report.pages import ROOT, filled, markdown
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
+MARKS = "<!-- {} -->", "<!-- /{} -->"
 TITLES = {
     "attention": "cross-attention",
     "start": "initial weights and class prior",
@@ -24,7 +25,7 @@ COLOURS = ("#08519c", "#d95f0e", "#969696")
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws AP over epochs, a panel for each comparison."""
+    """Draw AP over epochs, a panel for each comparison."""
     comparisons = list(dict.fromkeys(row["comparison"] for row in rows))
     figure = Figure(figsize=(4.6 * len(comparisons), 3.6), dpi=110, layout="constrained")
     panels = figure.subplots(1, len(comparisons), squeeze=False)[0]
@@ -44,24 +45,20 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Returns epochs and minutes to each AP, in Markdown."""
+    """Return epochs and minutes to each AP, in Markdown."""
     levels = [key.removeprefix("epochs to ") for key in rows[0] if key.startswith("epochs to ")]
-    lines = [
-        "| | a step | first class loss | "
-        + " | ".join(f"AP {level}" for level in levels)
-        + " | AP at the end |",
-        "|---|---|---|" + "---|" * (len(levels) + 1),
-    ]
-    for row in rows:
+
+    def line(row: dict[str, Any]) -> list[str]:
         cells = [f"{TITLES[row['comparison']]}: {row['arm']}", f"{row['ms']:.0f} ms"]
         cells.append(f"{row['first class loss']:.2f}")
         for level in levels:
             epoch, minutes = row[f"epochs to {level}"], row[f"minutes to {level}"]
             never = f"not within {row['epochs']} epochs"
             cells.append(never if epoch is None else f"epoch {epoch}, {minutes:.1f} min")
-        cells.append(f"{row['AP']:.3f} (epoch {row['epochs']})")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        return [*cells, f"{row['AP']:.3f} (epoch {row['epochs']})"]
+
+    header = ["", "a step", "first class loss", *(f"AP {level}" for level in levels)]
+    return markdown([*header, "AP at the end"], map(line, rows))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,21 +67,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, help="PNG file; beside the results if not given")
     parser.add_argument("--docs", action="store_true", help="write into docs/training.md")
     options = parser.parse_args(arguments)
-    content = json.loads(options.results.read_text(encoding="utf-8"))
+    file = results.load(options.results)
     picture = options.picture or options.results.with_suffix(".png")
     if options.docs:
         mark = options.results.stem.removeprefix("cpu_").removesuffix("_scenes")
         picture = DOCS / f"{mark}.png"
-        environment = content["environment"]
+        environment = file.environment
         note = (
             f"`{environment['command']}` ({options.results.name}): {environment['processor']}, "
             f"{environment['threads']} thread, torch {environment['torch']}, transformers "
             f"{environment['transformers']}."
         )
-        write(DOCS / "training.md", {mark: f"{table(content['rows'])}\n\n{note}"})
+        page = DOCS / "training.md"
+        text = page.read_text(encoding="utf-8")
+        text = filled(text, {mark: f"{table(file.rows)}\n\n{note}"}, MARKS)
+        page.write_text(text, encoding="utf-8")
     else:
-        print(table(content["rows"]))
-    draw(content["rows"], picture)
+        print(table(file.rows))
+    draw(file.rows, picture)
     print(picture)
     return 0
 

@@ -7,21 +7,21 @@ Three comparisons (`--comparisons`), each arm with the same images, augmentation
 seed and backbone weights, through `cdetr_fast.training`:
 
 - attention: conditional cross-attention; plain cross-attention (DETR) under the same loss; and
-  plain cross-attention under DETR's own loss (`benchmarks/plain_detr.py`).
+  plain cross-attention under DETR's own loss (`plain_detr.py`).
 - start: the paper's initial weights, focal prior and class weight against those of transformers.
 - head: a checkpoint gets a new class head, at the focal prior or with transformers' zero bias.
 
-Runs lie in `--folder`; a run that is there is not repeated, one that was stopped goes on. With
-`--output` results go to `benchmarks/results`; `python -m benchmarks.convergence_plot` draws them.
-The time to an AP is counted steps by the time of a step, which is measured for all arms in turns.
+Runs are kept in `--folder`: a finished one is not repeated, an interrupted one is resumed. With
+`--output` results go to `benchmarks/results`; `python -m benchmarks.convergence.plot` draws them.
+The time to an AP is the number of steps times that of a step, which is measured for all arms in
+turns.
 """
-
-from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,8 +31,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks.measure import interleaved, print_table, save
-from benchmarks.plain_detr import PlainDetr, PlainDetrFocal, plain_twin
+from benchmarks import results
+from benchmarks.convergence.plain_detr import PlainDetr, PlainDetrFocal, plain_counterpart
+from benchmarks.timing import time_in_turns
 from cdetr_fast import ConditionalDetrForObjectDetection
 from cdetr_fast.demo import DEMO
 from cdetr_fast.demo.scenes import TRAIN_SEED, write_coco_dataset
@@ -43,7 +44,7 @@ from cdetr_fast.training.initial_weights import build_model
 from cdetr_fast.training.run.log import read_rows
 from cdetr_fast.training.run.signals import StopSignals
 
-SCENES = Path(__file__).parent / "convergence_scenes.yaml"
+SCENES = Path(__file__).parent / "scenes.yaml"
 
 Builder = Callable[[TrainingConfig, Sequence[str]], nn.Module]
 
@@ -57,19 +58,19 @@ def _conditional(config: TrainingConfig, classes: Sequence[str]) -> nn.Module:
 
 
 def _transformers(config: TrainingConfig, classes: Sequence[str]) -> nn.Module:
-    """Our model with the numbers of transformers', which tests compare it with; also its start."""
+    """Our model with the numbers and the initial weights of transformers'."""
     return build_model(_with(config, compat="transformers"), classes)
 
 
 def _plain(kind: type[PlainDetr]) -> Builder:
     def build(config: TrainingConfig, classes: Sequence[str]) -> nn.Module:
-        return plain_twin(build_model(config, classes), kind, config.seed)
+        return plain_counterpart(build_model(config, classes), kind, config.seed)
 
     return build
 
 
 def _zero_bias(config: TrainingConfig, classes: Sequence[str]) -> nn.Module:
-    """The checkpoint under transformers' numbers, with the class head that it makes anew."""
+    """The checkpoint under transformers' numbers, with the class head as transformers resets it."""
     model = _transformers(config, classes)
     nn.init.normal_(model.class_labels_classifier.weight, std=model.config.init_std)
     nn.init.zeros_(model.class_labels_classifier.bias)
@@ -89,7 +90,7 @@ SAME_RUN = {"paper": "conditional"}  # an arm of two comparisons is trained once
 
 
 def settings_of(options: argparse.Namespace) -> TrainingConfig:
-    """Returns what all arms share; draws the scenes if no data is given."""
+    """Return the settings that all arms share; draw the scenes if no data is given."""
     if options.train:
         values = read_yaml(options.config) if options.config else {}
         values |= {"train_annotations": options.train, "val_annotations": options.val}
@@ -140,7 +141,7 @@ def _add_classes(path: Path, classes: int) -> None:
 
 
 def config_of(comparison: str, name: str, shared: TrainingConfig, options: Any) -> TrainingConfig:
-    """Returns the settings of an arm; only "head" starts from a checkpoint, with fewer epochs."""
+    """Return the settings of an arm; only "head" starts from a checkpoint, with fewer epochs."""
     folder = re.sub(r"\W+", "-", SAME_RUN.get(name, name)).strip("-")
     changes: dict[str, Any] = {"output": str(options.folder / folder)}
     if comparison == "head":
@@ -150,7 +151,7 @@ def config_of(comparison: str, name: str, shared: TrainingConfig, options: Any) 
 
 
 def train_arm(config: TrainingConfig, build: Builder) -> None:
-    """Trains an arm, or what is left of it."""
+    """Train an arm, or resume it."""
     with StopSignals() as signals:
         engine = Engine(config, signals, build)
         try:
@@ -160,13 +161,13 @@ def train_arm(config: TrainingConfig, build: Builder) -> None:
 
 
 def evaluations(config: TrainingConfig) -> list[dict[str, Any]]:
-    """Returns the rows of an arm's evaluations so far."""
+    """Return the rows of an arm's evaluations so far."""
     rows = read_rows(Path(config.output) / "metrics.jsonl")
     return [row for row in rows if row["kind"] == "eval"]
 
 
 def measure_steps(arms: dict[str, tuple[TrainingConfig, Builder]], repeats: int) -> dict[str, Any]:
-    """Times forward and backward of all arms in turns on one batch, at their start.
+    """Time forward and backward of all arms in turns on one batch, at their start.
 
     Returns:
         For each arm its times, and the class loss of the last layer in the first step.
@@ -190,17 +191,19 @@ def measure_steps(arms: dict[str, tuple[TrainingConfig, Builder]], repeats: int)
             return outputs.loss_dict["loss_ce"].item()
 
         calls[name], losses[name] = step, step()
-    times = interleaved(calls, repeats, warmup=1)
+    times = time_in_turns(calls, repeats)
     return {name: times[name] | {"first class loss": losses[name]} for name in calls}
 
 
 def reached(curve: list[dict[str, Any]], name: str, level: float) -> int | None:
-    """Returns the first evaluated epoch with at least that AP."""
+    """Return the first evaluated epoch with at least that AP."""
     return next((row["epoch"] for row in curve if (row[name] or 0) >= level), None)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.convergence", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--comparisons", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--train", help="COCO JSON file; scenes are drawn without it")
     parser.add_argument("--val", help="COCO JSON file of the validation set")
@@ -220,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9, help="steps that are timed")
     parser.add_argument("--folder", type=Path, default=Path("output/convergence"))
-    parser.add_argument("--report", action="store_true", help="of what is there; train nothing")
+    parser.add_argument("--report", action="store_true", help="report runs, train nothing")
     parser.add_argument("--output", help="name of the file in benchmarks/results to write")
     options = parser.parse_args(arguments)
     if bool(options.train) != bool(options.val):
@@ -228,6 +231,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.train and (options.classes or options.queries):
         parser.error("--classes and --queries: expected drawn scenes, not --train")
 
+    given = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "benchmarks.convergence", *given])
     torch.set_num_threads(options.threads)
     options.folder.mkdir(parents=True, exist_ok=True)
     shared = settings_of(options)
@@ -249,16 +254,16 @@ def main(arguments: list[str] | None = None) -> int:
             if not (curve := evaluations(config)):
                 continue
             rows.append(row_of(comparison, name, curve, times[name], options))
-            if options.output:  # also while it goes on
-                save(options.output, rows)
-    print_table([{k: v for k, v in row.items() if k != "curve"} for row in rows])
+            if options.output:  # also while later arms train
+                results.save(options.output, rows, command)
+    results.print_table([{k: v for k, v in row.items() if k != "curve"} for row in rows])
     return 0
 
 
 def row_of(
     comparison: str, name: str, curve: list[dict[str, Any]], timing: dict[str, Any], options: Any
 ) -> dict[str, Any]:
-    """What is kept of an arm."""
+    """Return the row of an arm: times, epochs to each AP, and its curve."""
     last = curve[-1]
     per_epoch = last["step"] / last["epoch"]
     row: dict[str, Any] = {
@@ -280,7 +285,3 @@ def row_of(
     kept = ("epoch", "step", "AP", "AP50", "seconds")
     row["curve"] = [{key: one[key] for key in kept} for one in curve]
     return row
-
-
-if __name__ == "__main__":
-    sys.exit(main())

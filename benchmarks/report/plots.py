@@ -1,14 +1,13 @@
-"""Draws what the benchmarks measured.
+"""Pictures of results.
 
-    python -m benchmarks.plots benchmarks/results/RESULT.json --folder output/plots
+    python -m benchmarks.report.plots benchmarks/results/RESULT.json --folder output/plots
 
-RESULT.json is of `benchmarks.ops --output` or `benchmarks.gpu_check` (a picture for each operator,
-dtype and mode) or of `benchmarks.model --output` (bars of all models; of a run with `--steps` also
-what each technique saves). Needs matplotlib (the extra `train`).
+RESULT.json is of `ops` or `gpu_check` (a picture for each operator, dtype and mode) or of `model`
+(bars of all models; of a run with `--steps` also what each technique saves). Needs matplotlib (the
+extra `train`).
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -16,25 +15,19 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
-from benchmarks.model import REFERENCE
+from benchmarks import results
 from benchmarks.ops import best_ms
+from benchmarks.results import Row
 
+REFERENCE = "transformers sdpa"
 OURS = ("#08519c", "#3182bd", "#6baed6")
 OTHERS = ("#d95f0e", "#fe9929", "#fec44f", "#969696", "#636363", "#252525", "#bdbdbd")
 
 
-def read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Returns the rows of the microbenchmarks that have a time, and the environment."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    rows = content["rows"]
-    if isinstance(rows, dict):
-        rows = rows.get("microbenchmarks", [])
-    return [row for row in rows if "ms" in row], content["environment"]
-
-
 def colours(providers: list[str]) -> dict[str, str]:
-    """Blues for ours, the same colour for a provider in all pictures."""
+    """Return blues for ours, and the same colour for a provider in all pictures."""
     ours = [name for name in providers if name.startswith("cdetr_fast")]
     others = [name for name in providers if name not in ours]
     return {
@@ -44,8 +37,8 @@ def colours(providers: list[str]) -> dict[str, str]:
     }
 
 
-def draw(rows: list[dict[str, Any]], palette: dict[str, str], title: str, note: str):
-    """One picture: groups of bars by shape, a bar for each provider, in milliseconds."""
+def draw(rows: list[Row], palette: dict[str, str], title: str, note: str) -> Figure:
+    """Draw groups of bars by shape, a bar for each provider, in milliseconds."""
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     providers = [name for name in palette if any(row["provider"] == name for row in rows)]
     height = 0.24 * sum(1 for _ in rows) + 0.45 * len(shapes) + 1.6
@@ -85,16 +78,16 @@ def draw(rows: list[dict[str, Any]], palette: dict[str, str], title: str, note: 
     return figure
 
 
-def draw_models(rows: list[dict[str, Any]], note: str):
-    """A bar for each model, from the fastest call to the 95th percentile around the median."""
+def draw_models(rows: list[Row], note: str) -> Figure:
+    """Draw a bar for each model, from the fastest call to the 95th percentile around the median."""
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.3), layout="constrained")
     for y, row in enumerate(rows):
-        ours = not row["model"].startswith("transformers")
+        ours = not row["provider"].startswith("transformers")
         axes.barh(y, row["ms"], 0.7, color=OURS[1] if ours else OTHERS[1])
         axes.plot([row["min_ms"], row["p95_ms"]], [y, y], color="black", linewidth=1)
         label = f"  {row['ms']:.0f} ms, {row['speed-up']:.2f}x"
         axes.text(max(row["ms"], row["p95_ms"]), y, label, va="center", fontsize=8)
-    axes.set_yticks(range(len(rows)), [row["model"] for row in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [row["provider"] for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max(row["p95_ms"] for row in rows))
     axes.set_xlabel("median time of a call, ms; lines: fastest call to 95th percentile", fontsize=8)
@@ -102,9 +95,9 @@ def draw_models(rows: list[dict[str, Any]], note: str):
     return figure
 
 
-def draw_waterfall(rows: list[dict[str, Any]], note: str):
-    """What each technique takes off the time of the one before; None without such rows."""
-    by_name = {row["model"]: row["ms"] for row in rows}
+def draw_waterfall(rows: list[Row], note: str) -> Figure | None:
+    """Draw what each technique saves over the one before; None without such rows."""
+    by_name = {row["provider"]: row["ms"] for row in rows}
     steps = [name for name in by_name if name.startswith("+ ")]
     if not steps:
         return None
@@ -133,7 +126,7 @@ def draw_waterfall(rows: list[dict[str, Any]], note: str):
     return figure
 
 
-def _finish(figure, axes, note: str) -> None:
+def _finish(figure: Figure, axes: Any, note: str) -> None:
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
@@ -141,44 +134,51 @@ def _finish(figure, axes, note: str) -> None:
     figure.suptitle(note, x=0.99, ha="right", fontsize=7, color="gray")
 
 
-def model_pictures(path: Path, note: str) -> dict[str, Any]:
-    """The pictures of a file of `benchmarks.model` by name; none of another file."""
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    if not isinstance(rows, list) or not rows or "model" not in rows[0]:
-        return {}
+def model_pictures(name: str, rows: list[Row], note: str) -> dict[str, Figure]:
+    """Return the pictures of rows of `model`."""
     pictures = {"models": draw_models(rows, note), "waterfall": draw_waterfall(rows, note)}
-    return {f"{path.stem}_{name}": figure for name, figure in pictures.items() if figure}
+    return {f"{name}_{kind}": figure for kind, figure in pictures.items() if figure}
+
+
+def operator_pictures(rows: list[Row], note: str) -> dict[str, Figure]:
+    """Return a picture for each operator, dtype and mode of microbenchmarks."""
+    palette = colours(sorted({row["provider"] for row in rows}))
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["dtype"], row["mode"]), []).append(row)
+    return {
+        re.sub(r"\W+", "-", " ".join(key)): draw(group, palette, ", ".join(key), note)
+        for key, group in groups.items()
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Draw the results of a file; return 1 if it has none."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--folder", type=Path, default=Path("output/plots"))
     options = parser.parse_args(arguments)
     mpl.use("Agg")
-    rows, environment = read(options.results)
+    file = results.load(options.results)
+    environment, rows = file.environment, file.rows
+    if isinstance(rows, dict):  # of gpu_check
+        rows = rows.get("microbenchmarks", [])
+    rows = [row for row in rows if "ms" in row]
     device = environment.get("device") or (
         f"{environment['processor']}, {environment['threads']} threads"
     )
     note = f"{device}, torch {environment['torch']}, {environment['date']}"
-    pictures = model_pictures(options.results, note)
-    if not pictures and not rows:
+    if not rows:
         print(f"{options.results}: no times of microbenchmarks or models", file=sys.stderr)
         return 1
+    is_of_models = rows[0].get("benchmark") == "model"
+    pictures = (
+        model_pictures(file.name, rows, note) if is_of_models else operator_pictures(rows, note)
+    )
     options.folder.mkdir(parents=True, exist_ok=True)
     for name, figure in pictures.items():
         path = options.folder / f"{name}.png"
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
-        print(path)
-    if pictures:
-        return 0
-    palette = colours(sorted({row["provider"] for row in rows}))
-    for key in dict.fromkeys((row["op"], row["dtype"], row["mode"]) for row in rows):
-        group = [row for row in rows if (row["op"], row["dtype"], row["mode"]) == key]
-        figure = draw(group, palette, ", ".join(key), note)
-        path = options.folder / (re.sub(r"\W+", "-", " ".join(key)) + ".png")
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=110 if is_of_models else 150)
         plt.close(figure)
         print(path)
     return 0

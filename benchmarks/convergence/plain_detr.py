@@ -1,9 +1,9 @@
 """DETR with plain cross-attention, as a model that `cdetr_fast.training` trains.
 
-transformers' `DetrForObjectDetection` as its authors have it. Three things are put right, for they
+transformers' `DetrForObjectDetection` as its authors have it. Three things are put right, as they
 would decide the comparison: the decoder's normed states are only read out (with `auxiliary_loss`
 transformers feeds them to the next layer and norms them again), initial weights are the authors'
-(transformers draws all from N(0, 0.02)), and the backbone is the very one of our model (in
+(transformers draws all from N(0, 0.02)), and the backbone is that of our model (in
 transformers frozen norms lose the activations that timm fuses with them).
 """
 
@@ -28,14 +28,14 @@ SHARED = (
     *("attention_dropout", "activation_dropout", "activation_function", "bbox_cost", "giou_cost"),
     *("bbox_loss_coefficient", "giou_loss_coefficient", "id2label", "label2id", "num_channels"),
 )
-"""Fields that both configurations have, and that are given the same values."""
+"""Fields of both configurations, which get the same values."""
 
 
 class PlainDetr(DetrForObjectDetection):
     """DETR with its own loss: softmax over the classes and "no object", which weighs 0.1."""
 
     def __init__(self, config: DetrConfig) -> None:
-        config.auxiliary_loss = False  # inside of the decoder; the states are collected below
+        config.auxiliary_loss = False  # of the decoder; the states are collected below
         super().__init__(config)
         backbone = config.backbone_config.to_dict() | {"use_pretrained_backbone": False}
         self.paper = cdetr_fast.ConditionalDetrConfig(
@@ -51,14 +51,14 @@ class PlainDetr(DetrForObjectDetection):
 
     @torch.no_grad()
     def reset_to_authors(self) -> None:
-        """Draws weights as the authors' models/transformer.py and models/detr.py do."""
+        """Draw weights as the authors' models/transformer.py and models/detr.py do."""
         for part in (self.model.encoder, self.model.decoder):
             for module in part.modules():
                 if isinstance(module, nn.Linear):
                     module.reset_parameters()
                     nn.init.xavier_uniform_(module.weight)
             for module in part.modules():
-                # q, k, v lie in one [3C, C] matrix there, whose bound is smaller.
+                # q, k, v are one [3C, C] matrix there, whose bound is smaller.
                 if hasattr(module, "q_proj"):
                     for projection in (module.q_proj, module.k_proj, module.v_proj):
                         bound = math.sqrt(6 / (4 * projection.in_features))
@@ -77,7 +77,7 @@ class PlainDetr(DetrForObjectDetection):
         labels: list[dict[str, Tensor]] | None = None,
         num_boxes: Tensor | None = None,
     ) -> DetrObjectDetectionOutput:
-        """Returns outputs with the names and meanings of ours; see `scores`."""
+        """Return outputs with the names and meanings of ours; see `scores`."""
         self.states.clear()
         images = pixel_values.contiguous(memory_format=torch.channels_last)
         self.model(images, pixel_mask)
@@ -96,12 +96,12 @@ class PlainDetr(DetrForObjectDetection):
         )
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Returns what our evaluation takes the sigmoid of: softmax scores without "no object"."""
+        """Return what our evaluation takes the sigmoid of: softmax scores without "no object"."""
         log_p = logits.log_softmax(-1)[..., :-1].clamp(max=-1e-7)
         return log_p - torch.log(-torch.expm1(log_p))
 
     def criterion(self, logits: Tensor, boxes: Tensor, labels: list, num_boxes: Any) -> tuple:
-        """DETR's loss of all layers; it counts the boxes itself."""
+        """Return DETR's loss of all layers, which counts the boxes itself."""
         self.config.auxiliary_loss = True
         result = ForObjectDetectionLoss(
             logits[-1], labels, logits.device, boxes[-1], self.config, logits, boxes
@@ -114,24 +114,24 @@ class PlainDetrFocal(PlainDetr):
     """The same with the loss and matching of Conditional DETR: only attention and boxes differ."""
 
     def reset_to_authors(self) -> None:
-        """Also gives the class head, which has no "no object", the prior of the focal loss."""
+        """Also give the class head, without "no object", the prior of the focal loss."""
         self.class_labels_classifier = nn.Linear(self.config.d_model, self.config.num_labels)
         super().reset_to_authors()
         nn.init.constant_(self.class_labels_classifier.bias, -math.log(99))
 
     def scores(self, logits: Tensor) -> Tensor:
-        """They are such scores."""
+        """Return the logits, whose sigmoid is the score."""
         return logits
 
     def criterion(self, logits: Tensor, boxes: Tensor, labels: list, num_boxes: Any) -> tuple:
-        """Conditional DETR's loss of all layers."""
+        """Return Conditional DETR's loss of all layers."""
         return detection_loss(
             logits[-1], labels, logits.device, boxes[-1], self.paper, logits, boxes, num_boxes
         )
 
 
-def plain_twin(ours: nn.Module, kind: type[PlainDetr], seed: int) -> PlainDetr:
-    """Returns a DETR of the sizes of our model, with its backbone's weights.
+def plain_counterpart(ours: nn.Module, kind: type[PlainDetr], seed: int) -> PlainDetr:
+    """Return a DETR of the sizes of our model, with its backbone's weights.
 
     Args:
         ours: A detection model.

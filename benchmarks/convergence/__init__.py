@@ -1,0 +1,1 @@
+"""Convergence study: how fast training converges, `python -m benchmarks.convergence`."""

@@ -1,0 +1,1 @@
+"""Reports of the results: tables of README.md and docs, and pictures."""
