@@ -163,7 +163,7 @@ class GraphedStep(Step):
 
     def checked(self) -> tuple[Tensor, Tensor]:
         found = super().checked()
-        if self.graphs.failures:
+        if self.graphs.table.failures:
             raise RuntimeError(str(self.graphs.describe()))
         return found
 
