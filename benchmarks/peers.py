@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cdetr_kernels import dispatch
@@ -88,7 +89,8 @@ def _matching_cost(case: Case) -> Function:
         with mock.patch.object(module, "linear_sum_assignment", solver):
             for layer in zip(logits, boxes_cxcywh, strict=True):
                 matcher(dict(zip(("logits", "pred_boxes"), layer, strict=True)), labels)
-        return torch.stack(found)
+        width = target_labels.shape[1]
+        return torch.stack([F.pad(cost, (0, width - cost.shape[1])) for cost in found])
 
     return costs
 
