@@ -178,6 +178,7 @@ def cross_attention_module(
 ) -> Case:
     """The decoder's cross-attention module with its projections, against transformers'."""
     from cdetr_fast.models.attention import ConditionalDetrDecoderCrossAttention
+    from cdetr_fast.models.position import MapPosition
 
     random = RandomTensors(device, dtype)
     heads, size = 8, 32
@@ -208,7 +209,7 @@ def cross_attention_module(
     ) -> Tensor:
         module = modules[hidden_states.dtype]
         with mock.patch.object(dispatch, "PREFERRED", backend):
-            stored = module.project_memory(memory, position)
+            stored = module.project_memory(memory, MapPosition(position))
             return module(hidden_states, query_sine, None, stored, key_mask)[0]
 
     def theirs(implementation: str) -> Function:

@@ -19,7 +19,7 @@ from transformers.models.conditional_detr.modeling_conditional_detr import Condi
 import cdetr_fast
 from benchmarks.case import Case, Within, largest_difference
 from cdetr_fast.models.decoder import ConditionalDetrDecoder as Decoder
-from cdetr_fast.models.position import ConditionalDetrSinePositionEmbedding
+from cdetr_fast.models.position import ConditionalDetrSinePositionEmbedding, MapPosition
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -54,14 +54,14 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             object_queries_position_embeddings=queries.expand(batch, -1, -1),
         ).last_hidden_state
 
-    def ours_of(map_size: tuple[int, int] | None) -> Tensor:
-        return ours(queries, memory, position, mask, map_size=map_size).last_hidden_state
+    def ours_of(position: MapPosition) -> Tensor:
+        return ours(queries, memory, position, mask).last_hidden_state
 
     decode: dict[str, Callable[[], Tensor]] = {
         "transformers sdpa": lambda: theirs_of(sdpa),
         "transformers eager": lambda: theirs_of(eager),
-        "cdetr_fast, general": lambda: ours_of(None),
-        "cdetr_fast": lambda: ours_of((height, width)),
+        "cdetr_fast, general": lambda: ours_of(MapPosition(position)),
+        "cdetr_fast": lambda: ours_of(MapPosition.separated(position, height, width)),
     }
 
     def call(name: str) -> Callable[[], Any]:

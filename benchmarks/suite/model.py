@@ -31,7 +31,7 @@ from benchmarks.inputs import (
     random_images,
 )
 from benchmarks.memory import peak_mib, peak_mib_of_process
-from cdetr_fast.inference.backbone import InferenceBackbone
+from cdetr_fast.inference.backbone import FusedBackbone
 from cdetr_fast.inference.convolution import FusedConv2d
 from cdetr_fast.inference.linear import FusedLinear
 from cdetr_fast.models.counting import OperatorCounter
@@ -178,18 +178,18 @@ def _folded(model: nn.Module) -> nn.Module:
 
 def _with_backbone(model: nn.Module, fused: bool) -> nn.Module:
     """Give the drop-in the backbone of `optimize()`."""
-    backbone = InferenceBackbone(model.model.backbone.model)
+    backbone = FusedBackbone(model.model.backbone.model)
     for module in backbone.modules():
         if isinstance(module, FusedConv2d) and not fused:
-            module.way = "plain"
+            module.implementation = "torch"
     model.model.backbone.model = backbone
     return model
 
 
 def _without_onednn(model: nn.Module) -> nn.Module:
-    for module in model.runner.engine.modules():
+    for module in model.runner.prepared.modules():
         if isinstance(module, FusedLinear):
-            module.way = "plain"
+            module.implementation = "torch"
     return model
 
 

@@ -40,15 +40,15 @@ from benchmarks.timing import (
     summarised,
 )
 from cdetr_fast.inference.convolution import FusedConv2d
-from cdetr_fast.inference.engine import Engine
 from cdetr_fast.inference.linear import FusedLinear
+from cdetr_fast.inference.prepare import PreparedModel
 
 BLOCK = re.compile(r"(?:layer|stages|blocks)_?(\d+)")
 NAMES = {
     "backbone": "backbone: the rest",
     "encoder": "encoder: attention",
     "decoder": "decoder: attention and the rest",
-    "heads": "heads: the rest",
+    "box head": "box head: the rest",
 }
 SUMMED = ("ms", "share", "GFLOP", "MB", "roofline, ms")
 
@@ -114,19 +114,25 @@ def work_of(module: nn.Module, inputs: tuple, output: Tensor) -> Work:
 
 
 class Clock:
-    """Measures the parts of an engine while it is called.
+    """Measures the parts of a prepared detection model while it is called.
 
     Args:
-        engine: Gets hooks on its parts.
+        prepared: Gets hooks on its parts.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.device = engine.device
+    def __init__(self, prepared: PreparedModel) -> None:
+        self.device = prepared.device
         self.seconds: dict[str, float] = collections.defaultdict(float)
         self.works: dict[str, Work] = collections.defaultdict(Work)
         self._starts: list[float] = []
-        for part in ("backbone", "encoder", "decoder", "heads"):
-            container = getattr(engine, part)
+        base, detector = prepared.base, prepared.detector
+        containers = {
+            "backbone": base.backbone,
+            "encoder": base.encoder,
+            "decoder": base.decoder,
+            "box head": detector.bbox_predictor,
+        }
+        for part, container in containers.items():
             self._watch(container, part, None)
             for name, module in container.named_modules():
                 if isinstance(module, FusedConv2d):
@@ -136,7 +142,8 @@ class Clock:
                     self._watch(module, f"{part}: linear layers", part)
                 elif isinstance(module, (nn.LayerNorm, nn.MaxPool2d)):
                     self._watch(module, f"{part}: {type(module).__name__}", part)
-        self._watch(engine.input_projection, "input projection", None)
+        self._watch(base.input_projection, "input projection", None)
+        self._watch(detector.class_labels_classifier, "class head", None)
 
     def reset(self) -> None:
         self.seconds.clear()
@@ -183,7 +190,8 @@ def attention_works(config: Any, batch: int, size: tuple[int, int], itemsize: in
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the best rate of a large product, in FLOP/s: torch's, or a packed linear layer's."""
-    layer = FusedLinear(nn.Linear(1024, 1024, device=device, dtype=dtype))
+    weights = nn.Linear(1024, 1024, device=device, dtype=dtype)
+    layer = FusedLinear(weights.weight, weights.bias)
     x = torch.randn(1, 1024, 1024, device=device).to(dtype)
     with torch.inference_mode():
         ms = call_times(lambda: layer(x), device, repeats=20, seconds=2.0)["min_ms"]
@@ -209,18 +217,18 @@ class Stages(Case):
         (whole,) = rows.values()
         if self.failures([whole]):
             return [whole]
-        engine = self.model.runner.engine
-        clock = Clock(engine)
+        prepared = self.model.runner.prepared
+        clock = Clock(prepared)
         times: dict[str, list[float]] = collections.defaultdict(list)
         with torch.inference_mode():
             for call in range(2 + repeats):
                 clock.reset()
-                engine(self.pixel_values, None)  # the model would see the hooks, and run itself
+                prepared(self.pixel_values, None)  # the model would see the hooks, and run itself
                 if call >= 2:
                     for stage, seconds in clock.seconds.items():
                         times[stage].append(1e3 * seconds)
             works = dict(clock.works)
-            size = engine.backbone(self.pixel_values)[-1].shape[-2:]
+            size = prepared.base.backbone.model(self.pixel_values)[-1].shape[-2:]
         itemsize = self.pixel_values.element_size()
         works |= attention_works(self.model.config, len(self.pixel_values), tuple(size), itemsize)
         return self._rows(

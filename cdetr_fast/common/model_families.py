@@ -15,7 +15,7 @@ def register_family(library: str, module: str) -> None:
 
     Args:
         library: Top-level package of the models' classes.
-        module: Module with a function `recognise(model)`, as `cdetr_fast.inference.models` has one.
+        module: Module with a function `recognise(model)`, like `cdetr_fast.inference.optimized`.
     """
     _MODULES[library] = module
 

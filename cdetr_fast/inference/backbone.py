@@ -1,4 +1,11 @@
-"""The backbone rewritten for inference: norms folded, convolutions with their epilogues."""
+"""The backbone with norms folded, and convolutions fused with what follows them.
+
+Replaces: the timm model that returns feature maps. Its forward is traced, and convolutions take
+what follows them along (`FusedConv2d`). Everything that is not a plain layer stays in the traced
+graph and runs its own forward; a backbone that cannot be traced runs as it is.
+
+Gains: ResNet-50 at 800x1066 on two cores 0.44 of the time of contiguous memory with frozen norms.
+"""
 
 import operator
 import threading
@@ -18,7 +25,7 @@ _ADDITIONS = {operator.add, operator.iadd, torch.add}
 
 
 class _Tracer(fx.Tracer):
-    """Looks into everything but convolutions, frozen norms and what timm marks as opaque.
+    """Traces into everything but convolutions, frozen norms and what timm marks as opaque.
 
     While fx traces, it has patched `nn.Module` for the whole process: modules that other threads
     call meanwhile are let through, and only one thread traces at a time.
@@ -49,14 +56,14 @@ class _Tracer(fx.Tracer):
         return isinstance(module, leaves) or super().is_leaf_module(module, name)
 
 
-class InferenceBackbone(nn.Module):
+class FusedBackbone(nn.Module):
     """A backbone that computes the same maps in fewer passes over them.
 
     Args:
         backbone: timm model that returns feature maps, its batch norms frozen; it is left as it is,
             and weights that are not folded are shared with it.
-        all_maps: Whether all maps are wanted; otherwise the finer ones may come as None, and their
-            memory is free as soon as the backbone itself has read them.
+        all_maps: Return all maps; otherwise only the coarsest one, and the memory of the others is
+            free as soon as the backbone itself has read them.
 
     Attributes:
         notes: What could not be fused, and why.
@@ -66,7 +73,8 @@ class InferenceBackbone(nn.Module):
     def __init__(self, backbone: nn.Module, all_maps: bool = True) -> None:
         super().__init__()
         self.notes: list[str] = []
-        self.nhwc = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+        self.output_fmt = getattr(backbone, "output_fmt", "NCHW")
+        self.all_maps = all_maps
         try:
             graph = _Tracer().trace(backbone)
             self.body = fx.GraphModule(backbone, graph)
@@ -79,26 +87,24 @@ class InferenceBackbone(nn.Module):
             self.body = backbone
         self.fused = sum(isinstance(module, FusedConv2d) for module in self.body.modules())
 
-    def forward(self, pixel_values: Tensor) -> list[Tensor | None]:
-        """Images `[B, C, H, W]` -> feature maps, fine to coarse."""
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """Return feature maps of images `[B, C, H, W]`, fine to coarse, in `output_fmt`."""
         maps = self.body(pixel_values.contiguous(memory_format=torch.channels_last))
-        if not self.nhwc:
-            return list(maps)
-        return [None if x is None else x.permute(0, 3, 1, 2) for x in maps]
+        return list(maps) if self.all_maps else [maps[-1]]
 
     def _compare(self, backbone: nn.Module) -> None:
-        """Checks the rewritten backbone, then its fused operators, against the original."""
+        """Check the rewritten backbone, then its fused operators, against the original."""
         image = _probe(self.body)
         expected = backbone(image)
         convolutions = [m for m in self.body.modules() if isinstance(m, FusedConv2d)]
         _check_maps(self.body(image), expected)
-        reasons = {reason for conv in convolutions if (reason := conv.choose_way())}
+        reasons = {reason for conv in convolutions if (reason := conv.choose_implementation())}
         self.notes += sorted(f"backbone: {reason}" for reason in reasons)
         _check_maps(self.body(image), expected)
 
 
 def _probe(module: nn.Module) -> Tensor:
-    """A small image for a backbone."""
+    """Return a small image for a backbone."""
     weight = next(m for m in module.modules() if isinstance(m, (nn.Conv2d, FusedConv2d))).weight
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, weight.shape[1], 64, 96, generator=generator)
@@ -108,14 +114,13 @@ def _probe(module: nn.Module) -> Tensor:
 def _return_last(graph: fx.Graph) -> None:
     output = next(node for node in graph.nodes if node.op == "output")
     (maps,) = output.args
-    output.args = ([None] * (len(maps) - 1) + [maps[-1]],)
+    output.args = ([maps[-1]],)
     graph.eliminate_dead_code()
 
 
-def _check_maps(got: list[Tensor | None], expected: list[Tensor]) -> None:
-    for a, b in zip(got, expected, strict=True):
-        if a is None:
-            continue
+def _check_maps(got: list[Tensor], expected: list[Tensor]) -> None:
+    """Compare maps, or the coarsest one alone."""
+    for a, b in zip(reversed(got), reversed(expected), strict=False):
         a, b = a.double(), b.double()
         # rounding grows with the depth; a wrong graph is off by as much as the values themselves
         limit = max(1e-3, 30 * torch.finfo(expected[0].dtype).eps) * b.abs().max()
@@ -124,7 +129,7 @@ def _check_maps(got: list[Tensor | None], expected: list[Tensor]) -> None:
 
 
 def _fuse(traced: fx.GraphModule) -> None:
-    """Rewrites a traced backbone in place; modules of the original are not changed."""
+    """Rewrite a traced backbone in place; modules of the original are not changed."""
     graph, modules = traced.graph, dict(traced.named_modules())
 
     def module_of(node: fx.Node) -> nn.Module | None:
@@ -179,7 +184,7 @@ def _fuse(traced: fx.GraphModule) -> None:
 
 
 def _fuse_addition(node: fx.Node, module_of, shapes: dict[str, tuple]) -> None:
-    """Makes `conv(x) + residual` one call, if nothing else reads the convolution."""
+    """Make `conv(x) + residual` one call, if nothing else reads the convolution."""
     is_addition = node.op == "call_function" and node.target in _ADDITIONS and not node.kwargs
     if not is_addition or not all(isinstance(argument, fx.Node) for argument in node.args):
         return
@@ -201,7 +206,7 @@ def _fuse_addition(node: fx.Node, module_of, shapes: dict[str, tuple]) -> None:
 
 
 def _fuse_activation(node: fx.Node, module_of) -> None:
-    """Makes `act(conv(x))` one call, if nothing else reads the convolution."""
+    """Make `act(conv(x))` one call, if nothing else reads the convolution."""
     activation = _activation(node, module_of)
     if activation is None or not isinstance(node.args[0], fx.Node):
         return
@@ -217,7 +222,7 @@ def _fuse_activation(node: fx.Node, module_of) -> None:
 
 
 def _may_overwrite(node: fx.Node, module_of) -> bool:
-    """Whether a convolution may write its result over its residual.
+    """Return whether a convolution may write its result over its residual.
 
     That saves a pass over memory, and fresh pages for the largest maps. The residual has to be a
     tensor of its own, which only convolutions read, all of them before.
@@ -240,7 +245,7 @@ def _may_overwrite(node: fx.Node, module_of) -> bool:
 
 
 def _assign_slots(graph: fx.Graph, module_of) -> None:
-    """Gives slots of one workspace to the convolutions whose maps die within the graph.
+    """Assign slots of one workspace to the convolutions whose maps die within the graph.
 
     Two maps share a slot if the first one is no longer read when the second one is written. A map
     has none if anything but convolutions and pooling reads it, as that may be a view.
@@ -262,7 +267,7 @@ def _assign_slots(graph: fx.Graph, module_of) -> None:
 
 
 def _last_read(node: fx.Node, order: dict[fx.Node, int], module_of) -> int | None:
-    """Where a map, and what is written over it, is read last; None if that cannot be told."""
+    """Return where a map, and what is written over it, is read last; None if that is unknown."""
     last = order[node]
     for user in node.users:
         if not isinstance(module := module_of(user), (FusedConv2d, nn.MaxPool2d)):
@@ -294,7 +299,7 @@ def _replace(node: fx.Node, by: fx.Node) -> None:
 
 
 def _shapes(traced: fx.GraphModule) -> dict[str, tuple[int, ...] | None]:
-    """Shape of every intermediate tensor for a small image."""
+    """Return the shape of every intermediate tensor for a small image."""
     shapes = {}
 
     class Recorder(fx.Interpreter):

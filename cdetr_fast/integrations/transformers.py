@@ -1,9 +1,10 @@
-"""Optimized classes of transformers' models: their interface and outputs, this package's engine.
+"""Optimized classes of transformers' models: their interface and outputs, run by this package.
 
 The weights go into this package's model by name (both use the names of transformers 5) with
 `compat="transformers"`, so the numbers are those of transformers, defects included.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -13,7 +14,8 @@ from transformers.models.conditional_detr import modeling_conditional_detr as mo
 
 from cdetr_fast.checkpoints.key_maps import to_v5
 from cdetr_fast.config.model import ConditionalDetrConfig
-from cdetr_fast.inference.models import OptimizedModel, forward_of, recogniser
+from cdetr_fast.inference.optimized import OptimizedModel, forward_of, recogniser
+from cdetr_fast.inference.plain import first_difference
 from cdetr_fast.models import modeling as ours
 
 
@@ -42,8 +44,15 @@ def convert(model: nn.Module) -> nn.Module:
     """Return this package's model with the weights of a model of transformers, shared with it.
 
     Raises:
-        ValueError: This package does not have the model's backbone, or the weights do not fit.
+        ValueError: This package does not have the model's backbone, or a module of the model is not
+            what its configuration builds.
     """
+    theirs = copy.deepcopy(cast(Any, model).config)
+    theirs.backbone_config.use_pretrained_backbone = False
+    if (difference := first_difference(model, type(model), theirs)) is not None:
+        raise ValueError(
+            f"cannot optimize: {difference}; replace it by the module that the configuration names"
+        )
     settings = cast(Any, model).config.to_dict()
     config: Any = ConditionalDetrConfig.from_dict(settings | {"compat": "transformers"})
     config.backbone_config.use_pretrained_backbone = False

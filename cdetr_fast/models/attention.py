@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from cdetr_fast.models.position import MapPosition
 from cdetr_fast.models.projections import (
-    has_nothing_attached,
+    is_plain,
     is_plain_linear,
     joint_linear,
     joint_linear_of_sums,
 )
+from cdetr_fast.models.residual import UpdateBlock
 from cdetr_kernels import conditional_attention, conditional_attention_separable
 
 
@@ -23,16 +24,32 @@ class SeparableKeys(NamedTuple):
     """Spatial keys that are a row's plus a column's: no tensor of the size of the map.
 
     Attributes:
-        rows: `[B|1, h, C]`.
-        columns: `[B|1, w, C]`.
+        rows: `[B|1, h, N, D]`.
+        columns: `[B|1, w, N, D]`.
     """
 
     rows: Tensor
     columns: Tensor
 
 
-class _Attention(nn.Module):
+class MemoryKeys(NamedTuple):
+    """What one decoder layer reads of the encoder's memory.
+
+    Attributes:
+        content: `[B, S, N, D]`.
+        spatial: `[B|1, S, N, D]`, or those of rows and columns.
+        value: `[B, S, N, D]`.
+    """
+
+    content: Tensor
+    spatial: Tensor | SeparableKeys
+    value: Tensor
+
+
+class Attention(UpdateBlock):
     """What the three have in common: heads, dropout, and the call of the operator."""
+
+    output_layer = "o_proj"
 
     def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -41,30 +58,38 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, hidden_size)
         self.o_proj = nn.Linear(hidden_size, hidden_size)
 
-    def _attend(
+    def heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Split the channels of tensors into heads, `[..., C] -> [..., N, D]`."""
+        return tuple(x.unflatten(-1, (self.num_heads, -1)) for x in tensors)
+
+    def attend(
         self,
+        hidden_states: Tensor,
         q_content: Tensor,
         q_spatial: Tensor | None,
-        k_content: Tensor,
-        k_spatial: Tensor | SeparableKeys | None,
-        value: Tensor,
+        keys: MemoryKeys | tuple[Tensor, None, Tensor],
         key_mask: Tensor | None,
         return_attention: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        attend, spatial_keys = conditional_attention, (k_spatial,)
-        if isinstance(k_spatial, SeparableKeys):
-            attend, spatial_keys = conditional_attention_separable, k_spatial
-        heads = [
-            None if x is None else x.unflatten(-1, (self.num_heads, -1))
-            for x in (q_content, q_spatial, k_content, *spatial_keys, value)
-        ]
+        """Attend from queries `[B, Q, N, D]` of the state to keys, and project the result."""
+        k_content, k_spatial, value = keys
         dropout_p = self.attention_dropout if self.training else 0.0
-        result = attend(*heads, key_mask, dropout_p=dropout_p, return_attention=return_attention)
-        output, attention = result if return_attention else (result, None)
-        return self.o_proj(output.flatten(2)), attention
+        if isinstance(k_spatial, SeparableKeys):
+            assert q_spatial is not None
+            result = conditional_attention_separable(
+                q_content, q_spatial, k_content, *k_spatial, value, key_mask,
+                dropout_p=dropout_p, return_attention=return_attention,
+            )  # fmt: skip
+        else:
+            result = conditional_attention(
+                q_content, q_spatial, k_content, k_spatial, value, key_mask,
+                dropout_p=dropout_p, return_attention=return_attention,
+            )  # fmt: skip
+        output, attention = result if isinstance(result, tuple) else (result, None)
+        return self.project_output(output.flatten(2), hidden_states), attention
 
 
-class ConditionalDetrSelfAttention(_Attention):
+class ConditionalDetrSelfAttention(Attention):
     """Encoder self-attention; the position code is added to queries and keys, not to values."""
 
     def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
@@ -72,27 +97,32 @@ class ConditionalDetrSelfAttention(_Attention):
         self.q_proj = nn.Linear(hidden_size, hidden_size)
         self.k_proj = nn.Linear(hidden_size, hidden_size)
 
+    def project(self, hidden_states: Tensor, position: MapPosition) -> tuple[Tensor, ...]:
+        """Return queries, keys and values, `[B, S, N, D]` each."""
+        query, key = joint_linear(hidden_states + position.code, self.q_proj, self.k_proj)
+        return self.heads(query, key, self.v_proj(hidden_states))
+
     def forward(
         self,
         hidden_states: Tensor,
-        position: Tensor,
+        position: MapPosition,
         key_mask: Tensor | None,
         return_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attends from each map position to all unpadded ones.
+        """Attend from each map position to all unpadded ones.
 
         Args:
             hidden_states: `[B, S, C]`.
-            position: Position code `[B|1, S, C]`.
+            position: Position code of the map.
             key_mask: bool `[B, S]`, True = attend, or None.
             return_attention: Also return the map `[B, N, S, S]`.
         """
-        query, key = joint_linear(hidden_states + position, self.q_proj, self.k_proj)
-        value = self.v_proj(hidden_states)
-        return self._attend(query, None, key, None, value, key_mask, return_attention)
+        query, key, value = self.project(hidden_states, position)
+        keys = (key, None, value)
+        return self.attend(hidden_states, query, None, keys, key_mask, return_attention)
 
 
-class ConditionalDetrDecoderSelfAttention(_Attention):
+class ConditionalDetrDecoderSelfAttention(Attention):
     """Decoder self-attention, with projections of its own for the object-query embedding."""
 
     def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
@@ -102,6 +132,14 @@ class ConditionalDetrDecoderSelfAttention(_Attention):
         self.k_content_proj = nn.Linear(hidden_size, hidden_size)
         self.k_pos_proj = nn.Linear(hidden_size, hidden_size)
 
+    def project(self, hidden_states: Tensor, query_position: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values, `[B, Q, N, D]` each."""
+        query, key, value = joint_linear(
+            hidden_states, self.q_content_proj, self.k_content_proj, self.v_proj
+        )
+        query_shift, key_shift = joint_linear(query_position, self.q_pos_proj, self.k_pos_proj)
+        return self.heads(query + query_shift, key + key_shift, value)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -109,7 +147,7 @@ class ConditionalDetrDecoderSelfAttention(_Attention):
         key_mask: Tensor | None,
         return_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attends from each object query to all others.
+        """Attend from each object query to all others.
 
         Args:
             hidden_states: `[B, Q, C]`.
@@ -117,57 +155,43 @@ class ConditionalDetrDecoderSelfAttention(_Attention):
             key_mask: bool `[B, Q]`, True = attend, or None.
             return_attention: Also return the map `[B, N, Q, Q]`.
         """
-        query, key, value = joint_linear(
-            hidden_states, self.q_content_proj, self.k_content_proj, self.v_proj
-        )
-        query_shift, key_shift = joint_linear(query_position, self.q_pos_proj, self.k_pos_proj)
-        return self._attend(
-            query + query_shift, None, key + key_shift, None, value, key_mask, return_attention
-        )
+        query, key, value = self.project(hidden_states, query_position)
+        keys = (key, None, value)
+        return self.attend(hidden_states, query, None, keys, key_mask, return_attention)
 
     def output_of_zeros(self) -> Tensor | None:
-        """Returns what every query gets of a state of zeros, `[1, 1, C]`, if that is known.
+        """Return what every query gets of a state of zeros, `[1, 1, C]`, if that is known.
 
         All values are the bias of their projection then, whatever is attended to. It is not known
         under dropout, or where something is attached that a call would run. With gradients it is
-        not taken either: parameters that play no part need their zero gradients, for DDP.
+        not used either: parameters that play no part need their zero gradients, for DDP.
         """
         if self.training or torch.is_grad_enabled():
             return None
-        if not has_nothing_attached(self, ConditionalDetrDecoderSelfAttention):
+        if not is_plain(self, ConditionalDetrDecoderSelfAttention):
             return None
         if not all(is_plain_linear(projection) for projection in self.children()):
             return None
         return self.o_proj(self.v_proj.bias[None, None])
 
 
-class MemoryKeys(NamedTuple):
-    """What one decoder layer reads of the encoder's memory.
-
-    Attributes:
-        content: `[B, S, C]`.
-        spatial: `[B|1, S, C]`, or those of rows and columns.
-        value: `[B, S, C]`.
-    """
-
-    content: Tensor
-    spatial: Tensor | SeparableKeys
-    value: Tensor
-
-
 def project_position(
-    position: Tensor | MapPosition, *projections: nn.Module
+    position: MapPosition, *projections: nn.Module
 ) -> tuple[Tensor | SeparableKeys, ...]:
-    """Projects the position code with several layers, rows and columns apart where it can be."""
-    if isinstance(position, Tensor):
-        return joint_linear(position, *projections)
+    """Project the position code by several layers, rows and columns apart where possible.
+
+    Returns:
+        For each layer keys with channels `[..., C]` that are not split into heads yet.
+    """
+    if position.rows is None or position.columns is None:
+        return joint_linear(position.code, *projections)
     parts = joint_linear_of_sums(position.rows, position.columns, *projections)
     if parts is None:
         return joint_linear(position.code, *projections)
     return tuple(SeparableKeys(*part) for part in parts)
 
 
-class ConditionalDetrDecoderCrossAttention(_Attention):
+class ConditionalDetrDecoderCrossAttention(Attention):
     """Conditional cross-attention: content and spatial scores add up, no concatenation.
 
     Args:
@@ -186,10 +210,33 @@ class ConditionalDetrDecoderCrossAttention(_Attention):
         self.k_pos_proj = nn.Linear(hidden_size, hidden_size)
         self.q_pos_sine_proj = nn.Linear(hidden_size, hidden_size)
 
-    def project_memory(self, memory: Tensor, position: Tensor | MapPosition) -> MemoryKeys:
-        """Projects the memory `[B, S, C]` and its position code `[B|1, S, C]` for this layer."""
+    def project_memory(self, memory: Tensor, position: MapPosition) -> MemoryKeys:
+        """Project the memory `[B, S, C]` and its position code for this layer."""
         content, value = joint_linear(memory, self.k_content_proj, self.v_proj)
-        return MemoryKeys(content, *project_position(position, self.k_pos_proj), value)
+        (spatial,) = project_position(position, self.k_pos_proj)
+        return self.keys(content, spatial, value)
+
+    def keys(self, content: Tensor, spatial: Tensor | SeparableKeys, value: Tensor) -> MemoryKeys:
+        """Split projections of the memory and its position code into heads."""
+        if isinstance(spatial, SeparableKeys):
+            split: Tensor | SeparableKeys = SeparableKeys(*self.heads(*spatial))
+        else:
+            (split,) = self.heads(spatial)
+        content, value = self.heads(content, value)
+        return MemoryKeys(content, split, value)
+
+    def project_queries(
+        self, hidden_states: Tensor, query_sine: Tensor, query_position: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return content and spatial queries, `[B|1, Q, N, D]` each; arguments as in `forward`."""
+        content = self.q_content_proj(hidden_states)
+        spatial = self.q_pos_sine_proj(query_sine)
+        if self.q_pos_proj is not None:
+            content = content + self.q_pos_proj(query_position)
+            # q_c . (k_c + k_s) + q_s . k_s = q_c . k_c + (q_c + q_s) . k_s: the position keys are
+            # added on the side of the queries, of which there are fewer.
+            spatial = content + spatial
+        return self.heads(content, spatial)
 
     def forward(
         self,
@@ -200,7 +247,7 @@ class ConditionalDetrDecoderCrossAttention(_Attention):
         key_mask: Tensor | None,
         return_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attends from each object query to the unpadded map positions.
+        """Attend from each object query to the unpadded map positions.
 
         Args:
             hidden_states: `[B|1, Q, C]`.
@@ -210,20 +257,13 @@ class ConditionalDetrDecoderCrossAttention(_Attention):
             key_mask: bool `[B, S]`, True = attend, or None.
             return_attention: Also return the map `[B, N, Q, S]`.
         """
-        batch = keys.content.shape[0]
-        q_content = self.q_content_proj(hidden_states)
-        q_spatial = self.q_pos_sine_proj(query_sine)
-        if self.q_pos_proj is not None:
-            q_content = q_content + self.q_pos_proj(query_position)
-            # q_c . (k_c + k_s) + q_s . k_s = q_c . k_c + (q_c + q_s) . k_s: the position keys are
-            # added on the side of the queries, of which there are fewer.
-            q_spatial = q_content + q_spatial
-        return self._attend(
-            q_content.expand(batch, -1, -1),
-            q_spatial.expand(batch, -1, -1),
-            keys.content,
-            keys.spatial,
-            keys.value,
-            key_mask,
-            return_attention,
+        content, spatial = (
+            expand_batch(x, keys.content.shape[0])
+            for x in self.project_queries(hidden_states, query_sine, query_position)
         )
+        return self.attend(hidden_states, content, spatial, keys, key_mask, return_attention)
+
+
+def expand_batch(x: Tensor, batch: int) -> Tensor:
+    """Repeat a tensor `[1, ...]` for each image, without a copy; others are left as they are."""
+    return x if x.shape[0] == batch else x.expand(batch, *x.shape[1:])

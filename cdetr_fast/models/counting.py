@@ -96,7 +96,7 @@ class OperatorCounter(TorchDispatchMode):
 def as_on_a_gpu() -> Iterator[None]:
     """Keep our models from reading masks (for padding and rectangles), as they do on a CPU only."""
     with (
-        mock.patch.object(modeling, "_is_trivial", return_value=False),
+        mock.patch.object(modeling, "is_unpadded", return_value=False),
         mock.patch.object(ConditionalDetrSinePositionEmbedding, "is_separable", return_value=False),
     ):
         yield

@@ -1,7 +1,8 @@
 """The conditional decoder."""
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -10,6 +11,7 @@ from cdetr_fast.models.attention import (
     ConditionalDetrDecoderCrossAttention,
     ConditionalDetrDecoderSelfAttention,
     MemoryKeys,
+    expand_batch,
     project_position,
 )
 from cdetr_fast.models.encoder import ConditionalDetrMLP, skip_layer
@@ -17,6 +19,7 @@ from cdetr_fast.models.heads import ConditionalDetrMLPPredictionHead
 from cdetr_fast.models.outputs import DecoderOutput
 from cdetr_fast.models.position import MapPosition
 from cdetr_fast.models.projections import joint_linear
+from cdetr_fast.models.residual import add_and_norm, dropout
 from cdetr_kernels import sine_query
 
 
@@ -38,27 +41,51 @@ class ConditionalDetrDecoderLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.d_model)
         self.dropout = config.dropout
 
+    def attend_to_queries(
+        self,
+        hidden_states: Tensor,
+        query_position: Tensor,
+        query_mask: Tensor | None,
+        return_attention: bool,
+        starts_at_zero: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Apply self-attention, residual and norm; arguments as in `forward`."""
+        update, attention = None, None
+        if starts_at_zero and query_mask is None and not return_attention:
+            update = self.self_attn.output_of_zeros()
+        if update is not None:
+            hidden_states = hidden_states[:, :1]  # all queries have the same state
+        else:
+            update, attention = self.self_attn(
+                hidden_states, query_position, query_mask, return_attention
+            )
+        update = dropout(update, self.dropout, self.training)
+        return (
+            add_and_norm(self.self_attn_layer_norm, hidden_states, self.self_attn, update),
+            attention,
+        )
+
     def forward(
         self,
         hidden_states: Tensor,
         query_position: Tensor,
         query_sine: Tensor,
         memory: Tensor,
-        memory_position: Tensor | MapPosition,
+        memory_position: MapPosition,
         memory_mask: Tensor | None,
         keys: MemoryKeys | None = None,
         query_mask: Tensor | None = None,
         return_attention: bool = False,
         starts_at_zero: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Runs the layer.
+        """Run the layer.
 
         Args:
             hidden_states: `[B|1, Q, C]`; a batch of 1 stands for equal states in all images.
             query_position: Object-query embedding `[1, Q, C]`.
             query_sine: Scaled sine code of the reference points `[B|1, Q, C]`.
             memory: `[B, S, C]`.
-            memory_position: Position code `[B|1, S, C]`.
+            memory_position: Position code of the map.
             memory_mask: bool `[B, S]`, True = unpadded, or None.
             keys: The memory as this layer projects it, if that has been done before.
             query_mask: bool `[B, Q]`, True = attend to this query, or None.
@@ -68,27 +95,20 @@ class ConditionalDetrDecoderLayer(nn.Module):
         Returns:
             The new state `[B, Q, C]`, the self- and the cross-attention map (or None).
         """
-        update, self_attention = None, None
-        if starts_at_zero and query_mask is None and not return_attention:
-            update = self.self_attn.output_of_zeros()
-        if update is not None:
-            hidden_states = hidden_states[:, :1]  # all queries have the same state
-        else:
-            update, self_attention = self.self_attn(
-                hidden_states, query_position, query_mask, return_attention
-            )
-        update = F.dropout(update, self.dropout, self.training)
-        hidden_states = self.self_attn_layer_norm(hidden_states + update)
-
+        hidden_states, self_attention = self.attend_to_queries(
+            hidden_states, query_position, query_mask, return_attention, starts_at_zero
+        )
         if keys is None:
             keys = self.encoder_attn.project_memory(memory, memory_position)
         update, cross_attention = self.encoder_attn(
             hidden_states, query_sine, query_position, keys, memory_mask, return_attention
         )
-        update = F.dropout(update, self.dropout, self.training)
-        hidden_states = self.encoder_attn_layer_norm(hidden_states + update)
-
-        hidden_states = self.final_layer_norm(hidden_states + self.mlp(hidden_states))
+        update = dropout(update, self.dropout, self.training)
+        hidden_states = add_and_norm(
+            self.encoder_attn_layer_norm, hidden_states, self.encoder_attn, update
+        )
+        update = self.mlp(hidden_states)
+        hidden_states = add_and_norm(self.final_layer_norm, hidden_states, self.mlp, update)
         return hidden_states, self_attention, cross_attention
 
 
@@ -121,56 +141,45 @@ class ConditionalDetrDecoder(nn.Module):
         self,
         query_position: Tensor,
         memory: Tensor,
-        memory_position: Tensor,
+        memory_position: MapPosition,
         memory_mask: Tensor | None,
         queries: Tensor | None = None,
         query_mask: Tensor | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
-        map_size: tuple[int, int] | None = None,
     ) -> DecoderOutput:
-        """Decodes the object queries.
+        """Decode the object queries.
 
         Args:
             query_position: Object-query embedding `[1, Q, C]`.
             memory: `[B, S, C]`.
-            memory_position: Position code of the memory `[B|1, S, C]`.
+            memory_position: Position code of the map.
             memory_mask: bool `[B, S]`, True = unpadded, or None.
             queries: Initial state `[B, Q, C]`; zeros if None.
             query_mask: bool `[B, Q]`, True = attend to this query, or None.
             output_attentions: Return the attention maps.
             output_hidden_states: Return the initial state and the output of every layer.
-            map_size: Height and width of the map if its position code, wherever the mask is True,
-                is a row's code plus a column's; None if that is not known.
         """
-        if map_size is not None:
-            memory_position = MapPosition.from_code(memory_position, *map_size)
-        # Read at each call, as transformers does: users switch the auxiliary loss on a loaded
-        #     model.
+        # Read in each call, as transformers does: users switch it on a loaded model.
         auxiliary_loss = self.config.auxiliary_loss
         feeds_normed_state = auxiliary_loss and self.config.compat == "transformers"
         batch = memory.shape[0]
         starts_at_zero = queries is None
         if queries is None:
-            # The initial state is the same for all images, and so is everything up to the first
-            # cross-attention; only dropout tells the images apart.
+            # Only dropout and a mask tell the images apart.
             per_image = (self.training and self.dropout > 0.0) or query_mask is not None
-            queries = torch.zeros_like(query_position, dtype=memory.dtype)
-            queries = queries.expand(batch if per_image else 1, -1, -1)
+            queries = self.initial_state(query_position, batch if per_image else 1, memory.dtype)
         hidden_states = queries
-        reference_points = self.ref_point_head(query_position).sigmoid()  # [1, Q, 2]
+        reference_points = self.reference_points(query_position)  # [1, Q, 2]
 
-        all_states, self_attentions, cross_attentions, normed_states = [queries], [], [], []
-        projected = self._project_memory(memory, memory_position)
+        all_states, normed_states = [queries], []
+        self_attentions: list[Tensor] = []
+        cross_attentions: list[Tensor] = []
+        projected = self.project_memory(memory, memory_position)
         for index, (layer, keys) in enumerate(zip(self.layers, projected, strict=True)):
             if skip_layer(self.training, self.config.decoder_layerdrop):
                 continue
-            query_sine = sine_query(
-                reference_points,
-                self.config.d_model,
-                query_scale=self.query_scale(hidden_states) if index > 0 else None,
-                dtype=hidden_states.dtype,
-            )
+            query_sine = self.query_sine(reference_points, hidden_states, index)
             arguments = (
                 hidden_states,
                 query_position,
@@ -200,7 +209,7 @@ class ConditionalDetrDecoder(nn.Module):
             last_hidden_state = normed_states[-1]
         else:
             last_hidden_state = self.layernorm(hidden_states)
-        last_hidden_state = last_hidden_state.expand(batch, -1, -1)
+        last_hidden_state = expand_batch(last_hidden_state, batch)
         all_states[-1] = last_hidden_state
         return DecoderOutput(
             last_hidden_state=last_hidden_state,
@@ -208,13 +217,34 @@ class ConditionalDetrDecoder(nn.Module):
             attentions=_expanded(self_attentions, batch) if output_attentions else None,
             cross_attentions=tuple(cross_attentions) if output_attentions else None,
             intermediate_hidden_states=torch.stack(normed_states) if normed_states else None,
-            reference_points=reference_points.transpose(0, 1).expand(-1, batch, -1),
+            reference_points=expand_batch(reference_points, batch).transpose(0, 1),
         )
 
-    def _project_memory(
-        self, memory: Tensor, position: Tensor | MapPosition
-    ) -> list[MemoryKeys | None]:
-        """Projects the memory for all layers at once: one matrix product, and one for its position.
+    def initial_state(self, query_position: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+        """Return zeros, `[batch, Q, C]`."""
+        return expand_batch(torch.zeros_like(query_position, dtype=dtype), batch)
+
+    def reference_points(self, query_position: Tensor) -> Tensor:
+        """Return x and y of each query's reference point in [0, 1], `[1, Q, 2]`, in fp32."""
+        return self.ref_point_head(query_position).sigmoid()
+
+    def query_sine(self, reference_points: Tensor, hidden_states: Tensor, layer: int) -> Tensor:
+        """Return the sine code of the reference points, which later layers scale, `[B|1, Q, C]`.
+
+        Args:
+            reference_points: `[1, Q, 2]`.
+            hidden_states: `[B|1, Q, C]`.
+            layer: Index of the layer that will read it.
+        """
+        return sine_query(
+            reference_points,
+            self.config.d_model,
+            query_scale=self.query_scale(hidden_states) if layer > 0 else None,
+            dtype=hidden_states.dtype,
+        )
+
+    def project_memory(self, memory: Tensor, position: MapPosition) -> Sequence[MemoryKeys | None]:
+        """Project the memory for all layers at once: one matrix product, and one for its position.
 
         Layers that are wrapped (FSDP, an adapter) or recomputed (gradient checkpointing) project it
         on their own: None stands for that.
@@ -229,11 +259,15 @@ class ConditionalDetrDecoder(nn.Module):
             *(attention.v_proj for attention in attentions),
         )
         spatial = project_position(position, *(attention.k_pos_proj for attention in attentions))
-        layers = len(attentions)
+        count = len(attentions)
         return [
-            MemoryKeys(content, spatial_keys, value)
-            for content, spatial_keys, value in zip(
-                content_and_value[:layers], spatial, content_and_value[layers:], strict=True
+            attention.keys(*projections)
+            for attention, *projections in zip(
+                attentions,
+                content_and_value[:count],
+                spatial,
+                content_and_value[count:],
+                strict=True,
             )
         ]
 

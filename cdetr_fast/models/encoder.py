@@ -1,7 +1,6 @@
 """The transformer encoder over the flattened feature map."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -9,10 +8,14 @@ from cdetr_fast.config.model import ConditionalDetrConfig
 from cdetr_fast.models.activations import ACTIVATIONS
 from cdetr_fast.models.attention import ConditionalDetrSelfAttention
 from cdetr_fast.models.outputs import EncoderOutput
+from cdetr_fast.models.position import MapPosition
+from cdetr_fast.models.residual import UpdateBlock, add_and_norm, dropout
 
 
-class ConditionalDetrMLP(nn.Module):
+class ConditionalDetrMLP(UpdateBlock):
     """Feed-forward block of an encoder or decoder layer, `[..., C] -> [..., C]`."""
+
+    output_layer = "fc2"
 
     def __init__(self, config: ConditionalDetrConfig, intermediate_size: int) -> None:
         super().__init__()
@@ -23,8 +26,8 @@ class ConditionalDetrMLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(self.activation_fn(self.fc1(x)), self.activation_dropout, self.training)
-        return F.dropout(self.fc2(x), self.dropout, self.training)
+        hidden = dropout(self.activation_fn(self.fc1(x)), self.activation_dropout, self.training)
+        return dropout(self.project_output(hidden, x), self.dropout, self.training)
 
 
 class ConditionalDetrEncoderLayer(nn.Module):
@@ -43,17 +46,20 @@ class ConditionalDetrEncoderLayer(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        position: Tensor,
+        position: MapPosition,
         key_mask: Tensor | None,
         return_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Runs the layer; shapes as in `ConditionalDetrSelfAttention.forward`."""
+        """Run the layer; shapes as in `ConditionalDetrSelfAttention.forward`."""
         update, attention = self.self_attn(hidden_states, position, key_mask, return_attention)
-        update = F.dropout(update, self.dropout, self.training)
-        hidden_states = self.self_attn_layer_norm(hidden_states + update)
-        hidden_states = self.final_layer_norm(hidden_states + self.mlp(hidden_states))
+        update = dropout(update, self.dropout, self.training)
+        hidden_states = add_and_norm(
+            self.self_attn_layer_norm, hidden_states, self.self_attn, update
+        )
+        update = self.mlp(hidden_states)
+        hidden_states = add_and_norm(self.final_layer_norm, hidden_states, self.mlp, update)
         if self.training and hidden_states.dtype == torch.float16:
-            # fp16 overflows where bf16 and fp32 do not; clamping without a look keeps the GPU busy.
+            # fp16 overflows where bf16 and fp32 do not; clamping always does not wait for a GPU.
             limit = torch.finfo(torch.float16).max - 1000
             hidden_states = hidden_states.clamp(-limit, limit)
         return hidden_states, attention
@@ -74,22 +80,23 @@ class ConditionalDetrEncoder(nn.Module):
     def forward(
         self,
         features: Tensor,
-        position: Tensor,
+        position: MapPosition,
         mask: Tensor | None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
     ) -> EncoderOutput:
-        """Encodes the flattened map.
+        """Encode the flattened map.
 
         Args:
             features: `[B, S, C]`.
-            position: Position code `[B|1, S, C]`.
+            position: Position code of the map.
             mask: bool `[B, S]`, True = unpadded, or None.
             output_attentions: Return the attention maps.
             output_hidden_states: Return the input and output of every layer.
         """
-        hidden_states = F.dropout(features, self.dropout, self.training)
-        all_states, attentions = [hidden_states], []
+        hidden_states = dropout(features, self.dropout, self.training)
+        all_states = [hidden_states]
+        attentions: list[Tensor | None] = []
         for layer in self.layers:
             if skip_layer(self.training, self.layerdrop):
                 continue
@@ -109,5 +116,5 @@ class ConditionalDetrEncoder(nn.Module):
 
 
 def skip_layer(training: bool, layerdrop: float) -> bool:
-    """Draws whether layer drop leaves this layer out of a step (host generator, no sync)."""
+    """Draw whether layer drop leaves this layer out of a step (host generator, no sync)."""
     return training and layerdrop > 0.0 and bool(torch.rand(()) < layerdrop)

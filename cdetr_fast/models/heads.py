@@ -48,17 +48,25 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
+def box_origins(reference_points: Tensor) -> Tensor:
+    """Return what a box is an offset from, before the sigmoid, `[..., 2] -> [..., 4]`.
+
+    Args:
+        reference_points: x and y in [0, 1], fp32.
+    """
+    # Padding with zeros, not slice assignment: nothing is changed in place behind autograd.
+    return F.pad(inverse_sigmoid(reference_points), (0, 2))
+
+
 def predict_boxes(
-    bbox_predictor: nn.Module,
-    hidden_states: Tensor,
-    reference_points: Tensor | None,
+    bbox_predictor: nn.Module, hidden_states: Tensor, origins: Tensor | None
 ) -> Tensor:
-    """Predicts relative boxes, the centre as an offset from the reference point.
+    """Predict relative boxes, the centre as an offset from the reference point.
 
     Args:
         bbox_predictor: Head with four outputs.
         hidden_states: `[..., B, Q, C]`.
-        reference_points: x and y `[B, Q, 2]` in [0, 1], fp32; None leaves them out.
+        origins: `box_origins` of the reference points, `[B|1, Q, 4]`; None leaves them out.
 
     Returns:
         Centre and size `[..., B, Q, 4]` in [0, 1], fp32.
@@ -67,7 +75,4 @@ def predict_boxes(
     """
     offset = bbox_predictor(hidden_states)
     offset = offset.to(torch.promote_types(offset.dtype, torch.float32))
-    if reference_points is not None:
-        # Padding with zeros, not slice assignment: nothing is changed in place behind autograd.
-        offset = offset + F.pad(inverse_sigmoid(reference_points), (0, 2))
-    return offset.sigmoid()
+    return (offset if origins is None else offset + origins).sigmoid()

@@ -12,7 +12,7 @@ from cdetr_fast.loss.criterion import Labels, detection_loss, segmentation_loss
 from cdetr_fast.models.backbone import ConditionalDetrConvEncoder
 from cdetr_fast.models.decoder import ConditionalDetrDecoder
 from cdetr_fast.models.encoder import ConditionalDetrEncoder
-from cdetr_fast.models.heads import ConditionalDetrMLPPredictionHead, predict_boxes
+from cdetr_fast.models.heads import ConditionalDetrMLPPredictionHead, box_origins, predict_boxes
 from cdetr_fast.models.initialization import (
     initialize_detection_heads,
     initialize_mask_head,
@@ -31,28 +31,26 @@ from cdetr_fast.models.outputs import (
 from cdetr_fast.models.position import (
     ConditionalDetrLearnedPositionEmbedding,
     ConditionalDetrSinePositionEmbedding,
+    MapPosition,
 )
 from cdetr_fast.models.predict import DetectingModel, SegmentingModel
 from cdetr_fast.models.pretrained import ConditionalDetrPreTrainedModel
 
 
 class ImageFeatures(NamedTuple):
-    """What the backbone makes of a batch of images.
+    """Features of a batch of images, as the encoder reads them.
 
     Attributes:
         maps: Feature maps from fine to coarse, `[B, C_i, h_i, w_i]`.
         projected: The coarsest map with d_model channels, `[B, C, h, w]`.
         mask: bool `[B, h*w]`, True = unpadded; None if nothing is padded.
-        position: Position code `[B|1, h*w, C]`.
-        separable: Whether the code of each unpadded position is known to be a row's plus a
-            column's.
+        position: Position code of the coarsest map.
     """
 
     maps: list[Tensor]
     projected: Tensor
     mask: Tensor | None
-    position: Tensor
-    separable: bool = False
+    position: MapPosition
 
 
 class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
@@ -98,7 +96,7 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> ConditionalDetrModelOutput | tuple:
-        """Runs the model.
+        """Run the model.
 
         Args:
             pixel_values: Normalised images `[B, num_channels, H, W]`.
@@ -109,7 +107,7 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
                 and attentions; the encoder is not run.
             inputs_embeds: Refused: the size of the map is not known without the backbone.
                 transformers ignores it. Use `encoder_outputs`.
-            decoder_inputs_embeds: Initial decoder state `[B, Q, C]` in place of zeros. transformers
+            decoder_inputs_embeds: Initial decoder state `[B, Q, C]` instead of zeros. transformers
                 ignores it in this class.
             output_attentions: Return attention maps (default: `config.output_attentions`).
             output_hidden_states: Return the layers' states (default:
@@ -137,16 +135,24 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
         return self._output(output, return_dict)
 
     def embed_images(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> ImageFeatures:
-        """Runs the backbone and codes the positions of its coarsest map; arguments as `forward`."""
-        self._check_images(pixel_values, pixel_mask)
-        if pixel_mask is not None and _is_trivial(pixel_mask):
+        """Run the backbone and code the positions of its coarsest map; arguments as `forward`."""
+        self.check_images(pixel_values, pixel_mask)
+        if pixel_mask is not None and is_unpadded(pixel_mask):
             pixel_mask = None
         maps, mask = self.backbone(pixel_values, pixel_mask)
-        position = self.position_embedding(maps[-1], mask, pixel_values.dtype)
+        position = self.map_position(maps[-1], mask, pixel_values.dtype)
         projected = self.input_projection(maps[-1])
-        separable = self.position_embedding.is_separable(mask)
         mask = None if mask is None else mask.flatten(1)
-        return ImageFeatures(maps, projected, mask, position, separable)
+        return ImageFeatures(maps, projected, mask, position)
+
+    def map_position(
+        self, feature_map: Tensor, mask: Tensor | None, dtype: torch.dtype
+    ) -> MapPosition:
+        """Code the positions of the map `[B, C, h, w]` with its mask `[B, h, w]`."""
+        code = self.position_embedding(feature_map, mask, dtype)
+        if not self.position_embedding.is_separable(mask):
+            return MapPosition(code)
+        return MapPosition.separated(code, *feature_map.shape[-2:])
 
     def transform(
         self,
@@ -157,7 +163,7 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> ConditionalDetrModelOutput:
-        """Runs encoder and decoder on the features of `embed_images`; arguments as `forward`."""
+        """Run encoder and decoder on the features of `embed_images`; arguments as `forward`."""
         config = self.config
         attentions = config.output_attentions if output_attentions is None else output_attentions
         states = (
@@ -189,7 +195,6 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
             decoder_attention_mask,
             attentions,
             states,
-            tuple(features.projected.shape[-2:]) if features.separable else None,
         )
         return ConditionalDetrModelOutput(
             last_hidden_state=decoded.last_hidden_state,
@@ -203,7 +208,8 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
             reference_points=decoded.reference_points,
         )
 
-    def _check_images(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> None:
+    def check_images(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> None:
+        """Refuse images and masks that do not fit the model or each other."""
         if not isinstance(pixel_values, Tensor):
             got = type(pixel_values).__name__
             raise TypeError(f"pixel_values: expected a tensor [B, C, H, W], got {got}")
@@ -229,7 +235,7 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
 
 
 def _as_encoder_output(given: Any) -> EncoderOutput:
-    """Reads transformers' or our output by name, and a tuple by position."""
+    """Read transformers' or our output by name, and a tuple by position."""
     if isinstance(given, Mapping):
         names = ("last_hidden_state", "hidden_states", "attentions")
         return EncoderOutput(*(given.get(name) for name in names))
@@ -239,11 +245,11 @@ def _as_encoder_output(given: Any) -> EncoderOutput:
     return EncoderOutput(*given[:3])
 
 
-def _is_trivial(pixel_mask: Tensor) -> bool:
-    """Whether nothing is padded, where that can be seen without a device synchronisation."""
+def is_unpadded(pixel_mask: Tensor) -> bool:
+    """Return whether nothing is padded, where that can be seen without waiting for a device."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or pixel_mask.device.type != "cpu":
         return False
-    return bool(pixel_mask.all())
+    return bool(pixel_mask.numpy().all())  # no tensor operation, so nothing is dispatched
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -286,7 +292,7 @@ class ConditionalDetrForObjectDetection(DetectingModel):
         return_dict: bool | None = None,
         num_boxes: Tensor | None = None,
     ) -> ConditionalDetrObjectDetectionOutput | tuple:
-        """Detects objects; with labels, also computes the loss.
+        """Detect objects; with labels, also compute the loss.
 
         Args:
             pixel_values: As in `ConditionalDetrModel.forward`; so are the arguments not listed
@@ -296,8 +302,8 @@ class ConditionalDetrForObjectDetection(DetectingModel):
             encoder_outputs: Memory `[B, S, C]` first, or None.
             inputs_embeds: Refused.
             decoder_inputs_embeds: `[B, Q, C]` or None.
-            labels: One dictionary an image, with `class_labels` int64 `[T]` and `boxes` `[T, 4]` as
-                centre and size relative to the image.
+            labels: One dictionary per image, with `class_labels` int64 `[T]`, and `boxes` `[T, 4]`
+                as centre and size relative to the image.
             output_attentions: Return attention maps.
             output_hidden_states: Return the layers' states.
             return_dict: Return a `ConditionalDetrObjectDetectionOutput`, else a tuple.
@@ -330,7 +336,7 @@ class ConditionalDetrForObjectDetection(DetectingModel):
         return self._output(output, return_dict)
 
     def predict_layers(self, outputs: ConditionalDetrModelOutput) -> tuple[Tensor, ...]:
-        """Applies the heads to all that has a loss.
+        """Apply the heads to everything that has a loss.
 
         Args:
             outputs: Of `self.model`.
@@ -349,7 +355,7 @@ class ConditionalDetrForObjectDetection(DetectingModel):
     def score(
         self, predictions: tuple[Tensor, ...], labels: Labels, num_boxes: Tensor | None = None
     ) -> dict[str, Any]:
-        """Computes the loss of what `predict_layers` returned; the others as in `forward`.
+        """Compute the loss of what `predict_layers` returned; other arguments as in `forward`.
 
         Returns:
             The fields of the output from `loss` to `auxiliary_outputs`.
@@ -381,7 +387,7 @@ class ConditionalDetrForObjectDetection(DetectingModel):
     def predict_from(
         self, hidden_states: Tensor, reference_points: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Applies the heads.
+        """Apply the heads.
 
         Args:
             hidden_states: Layer-normed decoder states `[..., B, Q, C]`.
@@ -390,15 +396,18 @@ class ConditionalDetrForObjectDetection(DetectingModel):
         Returns:
             Class logits `[..., B, Q, K]`, and boxes `[..., B, Q, 4]` in fp32.
         """
-        if reference_points is not None:
-            reference_points = reference_points.transpose(0, 1)
         logits = self.class_labels_classifier(hidden_states)
-        return logits, predict_boxes(self.bbox_predictor, hidden_states, reference_points)
+        origins = None if reference_points is None else self.box_origins(reference_points)
+        return logits, predict_boxes(self.bbox_predictor, hidden_states, origins)
+
+    def box_origins(self, reference_points: Tensor) -> Tensor:
+        """Return what boxes are an offset from, `[Q, B, 2] -> [B|1, Q, 4]`."""
+        return box_origins(reference_points.transpose(0, 1))
 
     def predict_auxiliary(
         self, outputs: ConditionalDetrModelOutput, use_reference_points: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Applies the heads to every decoder layer; (None, None) without auxiliary loss."""
+        """Apply the heads to every decoder layer; (None, None) without auxiliary loss."""
         if not self.config.auxiliary_loss:
             return None, None
         states = outputs.intermediate_hidden_states
@@ -454,7 +463,7 @@ class ConditionalDetrForSegmentation(SegmentingModel):
         return_dict: bool | None = None,
         num_boxes: Tensor | None = None,
     ) -> ConditionalDetrSegmentationOutput | tuple:
-        """Detects and segments; arguments as in `ConditionalDetrForObjectDetection.forward`.
+        """Detect and segment; arguments as in `ConditionalDetrForObjectDetection.forward`.
 
         Args:
             pixel_values: `[B, num_channels, H, W]`.
@@ -512,15 +521,15 @@ class ConditionalDetrForSegmentation(SegmentingModel):
         )
         return self._output(output, return_dict)
 
-    def forward_above(
+    def forward_kept(
         self, pixel_values: Tensor, pixel_mask: Tensor | None, threshold: float
     ) -> ConditionalDetrSegmentationOutput:
-        """Segments with the queries whose score is above a threshold alone.
+        """Segment with only the queries whose score is above a threshold.
 
         Args:
             pixel_values: `[B, num_channels, H, W]`.
             pixel_mask: `[B, H, W]` or None.
-            threshold: Of the score that segmentation post-processing keeps queries by.
+            threshold: Of the score by which segmentation post-processing keeps queries.
 
         Returns:
             `logits`, `pred_boxes` and `pred_masks` of the q queries of the image that has most,
@@ -533,7 +542,7 @@ class ConditionalDetrForSegmentation(SegmentingModel):
         logits, pred_boxes = detector.predict_from(
             outputs.last_hidden_state, outputs.reference_points if use_reference_points else None
         )
-        queries = queries_above(logits, threshold, self.config.compat)
+        queries = kept_query_indices(logits, threshold, self.config.compat)
         logits, pred_boxes, states = (
             tensor.take_along_dim(queries, dim=1)
             for tensor in (logits, pred_boxes, outputs.last_hidden_state)
@@ -549,7 +558,7 @@ class ConditionalDetrForSegmentation(SegmentingModel):
     def _masks_of(
         self, states: Tensor, outputs: ConditionalDetrModelOutput, features: ImageFeatures
     ) -> Tensor:
-        """Mask logits `[B, q, H/4, W/4]` of decoder states `[B, q, C]`."""
+        """Return mask logits `[B, q, H/4, W/4]` of decoder states `[B, q, C]`."""
         attention_maps = self.bbox_attention(
             states, outputs.encoder_last_hidden_state, features.mask
         )
@@ -560,15 +569,15 @@ class ConditionalDetrForSegmentation(SegmentingModel):
         )
 
 
-def queries_above(logits: Tensor, threshold: float, compat: str) -> Tensor:
-    """Indices `[B, q, 1]` of the queries above a threshold, in their order; see `forward_above`."""
+def kept_query_indices(logits: Tensor, threshold: float, compat: str) -> Tensor:
+    """Return the indices `[B, q, 1]` of the queries above a threshold; see `forward_kept`."""
     _, _, keep = kept_queries(upcast(logits), threshold, compat)
     count = int(keep.sum(dim=1).amax())
     return (~keep).int().argsort(dim=1, stable=True)[:, :count, None]
 
 
 def _states(outputs: ConditionalDetrModelOutput) -> dict[str, Any]:
-    """The fields that the heads hand on from the model's output."""
+    """Return the fields that the heads pass on from the model's output."""
     return {
         name: getattr(outputs, name)
         for name in (

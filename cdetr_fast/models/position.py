@@ -1,6 +1,7 @@
 """Position codes of the map: sine, or learned per row and column."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -8,22 +9,24 @@ from torch import Tensor, nn
 from cdetr_kernels import sine_position_2d
 
 
-class MapPosition(NamedTuple):
-    """The position code of a map that is a row's code plus a column's, wherever it is read.
+@dataclass(frozen=True, eq=False)
+class MapPosition:
+    """Position code of a feature map.
 
     Attributes:
         code: `[B|1, h*w, C]`.
-        rows: `[B|1, h, C]`.
-        columns: `[B|1, w, C]`.
+        rows: `[B|1, h, C]` where the code of every unpadded position is known to be a row's plus a
+            column's; else None.
+        columns: `[B|1, w, C]` likewise.
     """
 
     code: Tensor
-    rows: Tensor
-    columns: Tensor
+    rows: Tensor | None = None
+    columns: Tensor | None = None
 
     @classmethod
-    def from_code(cls, code: Tensor, height: int, width: int) -> "MapPosition":
-        """Splits a separable code: p(y, x) = p(y, 0) + (p(0, x) - p(0, 0))."""
+    def separated(cls, code: Tensor, height: int, width: int) -> Self:
+        """Split a separable code: p(y, x) = p(y, 0) + (p(0, x) - p(0, 0))."""
         grid = code.unflatten(1, (height, width))
         first_row = grid[:, 0]
         return cls(code, grid[:, :, 0], first_row - first_row[:, :1])
@@ -41,10 +44,10 @@ class ConditionalDetrSinePositionEmbedding(nn.Module):
         self.channels = channels
 
     def is_separable(self, mask: Tensor | None) -> bool:
-        """Whether unpadded positions are a row's code plus a column's, if that is known at once.
+        """Return whether unpadded positions are known to be a row's code plus a column's.
 
-        They are where the unpadded part of each image is a rectangle. A mask on a GPU is not looked
-        at, which would wait for it.
+        They are where the unpadded part of each image is a rectangle at its top left. A mask on a
+        GPU is not read, which would wait for the device.
 
         Args:
             mask: bool `[B, h, w]`, True = unpadded; None if nothing is padded.
@@ -53,10 +56,11 @@ class ConditionalDetrSinePositionEmbedding(nn.Module):
             return True
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or mask.device.type != "cpu":
             return False
-        return torch.equal(mask, mask[:, :, :1] & mask[:, :1])
+        values = mask.numpy()  # no tensor operation, so nothing is dispatched
+        return bool((values == (values[:, :, :1] & values[:, :1])).all())
 
     def forward(self, feature_map: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Codes the positions of a map.
+        """Code the positions of a map.
 
         Args:
             feature_map: `[B, C, h, w]`, for its size and device.
@@ -65,7 +69,7 @@ class ConditionalDetrSinePositionEmbedding(nn.Module):
 
         Returns:
             `[B, h*w, channels]`; the batch size is 1 without a mask, as the code is the same for
-            all.
+            all images.
         """
         if mask is None:
             height, width = feature_map.shape[-2:]
@@ -86,11 +90,11 @@ class ConditionalDetrLearnedPositionEmbedding(nn.Module):
         self.column_embeddings = nn.Embedding(50, channels // 2)
 
     def is_separable(self, mask: Tensor | None) -> bool:
-        """True: a column's code lies next to a row's, and the mask plays no part."""
+        """Return True: a column's code is next to a row's, and the mask plays no part."""
         return True
 
     def forward(self, feature_map: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Codes the positions of a map; as for the sine code, but the mask plays no part.
+        """Code the positions of a map; as for the sine code, but the mask plays no part.
 
         Raises:
             ValueError: The map is larger than 50 x 50.
@@ -100,7 +104,7 @@ class ConditionalDetrLearnedPositionEmbedding(nn.Module):
         if height > limit or width > limit:
             raise ValueError(
                 f"pixel_values: expected a map of at most {limit} x {limit} (learned positions), "
-                f"got {height} x {width}"
+                f"got {height} x {width}; use smaller images"
             )
         columns = self.column_embeddings.weight[:width]
         rows = self.row_embeddings.weight[:height]

@@ -225,7 +225,7 @@ class SegmentingModel(PredictingModel):
     """`predict` of a segmentation model."""
 
     _mixes_sizes = False  # a padded image's mask would cover the padding
-    forward_above: Callable[..., Any]
+    forward_kept: Callable[..., Any]
 
     def predict(
         self,
@@ -301,9 +301,7 @@ class SegmentingModel(PredictingModel):
 
     def _segment(self, batch: Batch, **settings: Any) -> list[SegmentationResult]:
         with torch.inference_mode():
-            outputs = self.forward_above(
-                batch.pixel_values, batch.pixel_mask, settings["threshold"]
-            )
+            outputs = self.forward_kept(batch.pixel_values, batch.pixel_mask, settings["threshold"])
         return segmentation_results(
             outputs, batch.sizes_hw, self.config.id2label, compat=self.config.compat, **settings
         )

@@ -238,7 +238,7 @@ def test_many_images_are_detected_by_the_optimised_model(
         scores = torch.tensor([result["score"] for result in got])
         torch.testing.assert_close(scores, expected.scores, rtol=0, atol=1e-4)
     assert len(made) == 1
-    assert made[0].runner.last_plain is None
+    assert made[0].runner.fallback_reason is None
 
 
 def test_detect_with_a_segmentation_model(run, pictures, tmp_path):

@@ -126,14 +126,14 @@ def test_follows_weights():
 
 def test_a_call_that_cannot_be_captured_runs_without(monkeypatch):
     fast = optimize(random_model())
-    forward = fast.runner.engine.forward
+    forward = fast.runner.prepared.forward
 
     def synchronising(pixel_values, pixel_mask):
         pixel_values.sum().item()
         return forward(pixel_values, pixel_mask)
 
-    expected = fast.runner.engine(*images())
-    monkeypatch.setattr(fast.runner.engine, "forward", synchronising)
+    expected = fast.runner.prepared(*images())
+    monkeypatch.setattr(fast.runner.prepared, "forward", synchronising)
     for _ in range(2):
         assert error(fast(*images()), expected) <= 1e-5
     assert "no graph         2 x 97 x 131" in fast.explain()

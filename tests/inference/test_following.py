@@ -87,7 +87,7 @@ def test_follows_the_original(write, dtype):
 
 def test_a_fused_step_is_seen_without_a_look_at_values(monkeypatch):
     """As on a GPU, where looking would wait."""
-    monkeypatch.setattr("cdetr_fast.inference.watch._sample", lambda tensor: None)
+    monkeypatch.setattr("cdetr_fast.inference.following._sample", lambda tensor: None)
     model, images = random_model(), padded_images()
     fast = optimize(model)
     trained(model, fused=True)

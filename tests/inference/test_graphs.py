@@ -190,7 +190,7 @@ def test_constants_made_in_a_capture_are_not_kept(cuda):
 
     def other_sizes():  # until the constants of the first calls are given up
         for height in range(32, 32 + 9 * 32, 32):
-            fast.runner.engine(torch.zeros(1, 3, height, 32), None)
+            fast.runner.prepared(torch.zeros(1, 3, height, 32), None)
 
     fast.runner.prepare(fast)
     cuda.before_capture = other_sizes
@@ -199,7 +199,7 @@ def test_constants_made_in_a_capture_are_not_kept(cuda):
     cuda.before_capture = lambda: None
     fast(torch.randn(1, 3, 64, 64))  # spoils the memory of the first graph
     expected = model(pixel_values)
-    assert error(fast.runner.engine(pixel_values, None), expected) <= 1e-4
+    assert error(fast.runner.prepared(pixel_values, None), expected) <= 1e-4
     assert error(fast(pixel_values), expected) <= 1e-4
 
 
@@ -235,7 +235,7 @@ def test_memory_that_does_not_do_is_named(monkeypatch):
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5 TiB")
 
-    monkeypatch.setattr(fast.runner.engine, "forward", exhausted)
+    monkeypatch.setattr(fast.runner.prepared, "forward", exhausted)
     message = r"\[1, 3, 64, 64\], padded to multiples of 32, does not fit .* set max_batch"
     with pytest.raises(torch.OutOfMemoryError, match=message):
         fast(torch.randn(1, 3, 50, 64))

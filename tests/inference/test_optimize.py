@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cdetr_fast
 from cdetr_fast import optimize
-from cdetr_fast.inference.backbone import InferenceBackbone
+from cdetr_fast.inference.backbone import FusedBackbone
 from cdetr_fast.inference.convolution import FusedConv2d, has_onednn
 from cdetr_fast.models.backbone import freeze_batch_norm
 
@@ -77,12 +77,12 @@ VARIANTS = {
 def test_outputs_agree(variant, compat, images):
     model = random_model(compat=compat, **VARIANTS[variant])
     fast = optimize(model)
-    assert not fast.runner.engine.backbone.notes
+    assert not fast.runner.prepared.base.backbone.model.notes
     pixel_values, pixel_mask = images
     assert_same(fast(pixel_values, pixel_mask), model(pixel_values, pixel_mask))
     for _ in range(2):  # the second call has the map's constants at hand
         assert_same(fast(pixel_values[:1]), model(pixel_values[:1]))
-    assert fast.runner.last_plain is None
+    assert fast.runner.fallback_reason is None
 
 
 @pytest.mark.parametrize("task", ["base", "segmentation"])
@@ -96,7 +96,7 @@ def test_other_tasks_agree(task, auxiliary_loss, compat, images):
 
 
 @pytest.mark.parametrize("compat", ["paper", "transformers"])
-def test_predicted_segments_are_those_of_the_engine(compat, images, monkeypatch):
+def test_predicted_segments_are_those_of_the_prepared_copy(compat, images):
     model = random_model("segmentation", compat)
     fast = optimize(model)
     scores = model(*images).logits
@@ -106,23 +106,22 @@ def test_predicted_segments_are_those_of_the_engine(compat, images, monkeypatch)
     scores = scores.flatten().sort().values
     gap = scores.diff().argmax()  # rounding takes no query over the middle of the widest gap
     for threshold in (scores[gap : gap + 2].mean().item(), 1.0):
-        expected = model.forward_above(*images, threshold)
-        got = fast.forward_above(*images, threshold)
+        expected = model.forward_kept(*images, threshold)
+        got = fast.forward_kept(*images, threshold)
         if threshold < 1:
             assert_same(got, expected)
-        assert fast.runner.last_plain is None
+        assert fast.runner.fallback_reason is None
     assert got.pred_masks.shape == expected.pred_masks.shape
     assert got.pred_masks.shape[1] == 0
     picture = torch.randint(0, 256, (3, 60, 90), dtype=torch.uint8)
-    with monkeypatch.context() as patch:
-        patch.setattr(fast.conditional_detr.model.backbone, "forward", None)
-        got = fast.predict(picture, 0.1)
+    got = fast.predict(picture, 0.1)
+    assert fast.runner.fallback_reason is None
     expected = model.predict(picture, 0.1)
     assert got.segment_ids == expected.segment_ids
     assert (got.segmentation != expected.segmentation).float().mean() < 0.01
     in_parts = optimize(model, max_batch=1)
-    in_parts.forward_above(*images, 0.5)
-    assert "different numbers of queries" in in_parts.runner.last_plain
+    in_parts.forward_kept(*images, 0.5)
+    assert "different numbers of queries" in in_parts.runner.fallback_reason
 
 
 def test_masks_that_are_no_rectangle(model, images):
@@ -187,7 +186,7 @@ def test_unusual_activations_and_dropped_paths_of_a_backbone():
     randomised = [backbone.norm.running_mean, backbone.norm.bias]
     for tensor in randomised:
         tensor.normal_()
-    fast = InferenceBackbone(backbone)
+    fast = FusedBackbone(backbone)
     assert not fast.notes
     image = torch.randn(2, 3, 16, 24)
     before = image.clone()
@@ -210,7 +209,7 @@ def test_a_backbone_that_cannot_be_traced_runs_as_it_is():
             return [y if y.sum() > 0 else -y]
 
     backbone = Data().eval()
-    fast = InferenceBackbone(backbone)
+    fast = FusedBackbone(backbone)
     assert "TraceError" in fast.notes[0]
     image = torch.randn(1, 3, 16, 16)
     torch.testing.assert_close(fast(image), backbone(image))
@@ -323,7 +322,7 @@ def test_follows_loaded_weights(model, images, assign, part):
 def test_packed_convolutions(model, images):
     """A size that comes again is packed for, and not mixed up with others or with old weights."""
     fast = optimize(model)
-    convolutions = [m for m in fast.runner.engine.modules() if isinstance(m, FusedConv2d)]
+    convolutions = [m for m in fast.runner.prepared.modules() if isinstance(m, FusedConv2d)]
     sizes = [images[0][:1], images[0][:1, :, :64, :80]]
     first = [fast(x).logits for x in sizes]
     assert all(conv._packed is None for conv in convolutions)
@@ -372,7 +371,7 @@ def test_training_is_refused(model):
     assert not any(module.training for module in fast.modules())
     fast.model.encoder.train()  # then dropout counts, and the own forward runs
     fast(padded_images()[0])
-    assert "training" in fast.runner.last_plain
+    assert "training" in fast.runner.fallback_reason
 
 
 def test_compiled_graphs_see_loaded_weights(model, images):
@@ -472,7 +471,7 @@ def test_models_are_checked(model):
     model.bbox_predictor.layers[0] = torch.nn.utils.parametrizations.weight_norm(
         model.bbox_predictor.layers[0]
     ).eval()
-    with pytest.raises(ValueError, match=r"bbox_predictor.layers.0 is a ParametrizedLinear"):
+    with pytest.raises(ValueError, match=r"bbox_predictor.layers.0 is a torch ParametrizedLinear"):
         optimize(model)
 
 
@@ -482,7 +481,7 @@ def test_failure_in_the_middle_leaves_the_model(model, images, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("cdetr_fast.inference.engine.InferenceDecoder", fails)
+    monkeypatch.setattr("cdetr_fast.inference.prepare.join_decoder", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         optimize(model, dtype=torch.float64, inplace=True)
     assert type(model) is cdetr_fast.ConditionalDetrForObjectDetection
@@ -608,7 +607,7 @@ def test_other_threads_are_left_alone_while_engines_are_prepared(model, images):
                     return
                 for _ in range(5):
                     fast.refresh() if index == 2 else noted.extend(
-                        optimize(model).runner.engine.backbone.notes
+                        optimize(model).runner.prepared.base.backbone.model.notes
                     )
             except Exception as failure:
                 failures.append(failure)
@@ -626,5 +625,5 @@ def test_few_map_sizes_are_kept(model):
     fast = optimize(model)
     for i in range(12):
         fast(torch.randn(1, 3, 32 * (i + 1), 32))
-    assert len(fast.runner.engine._constants) == 8
+    assert len(fast.runner.prepared.constants()) == 8
     assert "12x1" in fast.explain()

@@ -59,7 +59,7 @@ def test_same_outputs_and_interface(variant):
     fast = optimize(model)
     assert_same(fast(*images), model(*images))
     assert_same(fast(images[0]), model(images[0]))
-    assert fast.runner.last_plain is None
+    assert fast.runner.fallback_reason is None
     assert type(fast).__name__ == type(model).__name__
     assert isinstance(fast, type(model))
     assert inspect.signature(fast.forward) == inspect.signature(model.forward)
@@ -67,10 +67,10 @@ def test_same_outputs_and_interface(variant):
     shared = {name: tensor.data_ptr() for name, tensor in fast.state_dict(keep_vars=True).items()}
     assert shared == {name: tensor.data_ptr() for name, tensor in state.items()}
     got, expected = (x(*images, output_hidden_states=True) for x in (fast, model))
-    assert fast.runner.last_plain == "output_hidden_states is given"
+    assert fast.runner.fallback_reason == "output_hidden_states is given"
     torch.testing.assert_close(got.to_tuple(), expected.to_tuple(), rtol=0, atol=1e-4)
     assert_same(fast(*images), model(*images))  # transformers' recorders hinder nobody
-    assert fast.runner.last_plain is None
+    assert fast.runner.fallback_reason is None
     assert isinstance(fast(*images, return_dict=False), tuple)
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from cdetr_fast.models.backbone import FrozenBatchNorm2d
 from cdetr_fast.models.modeling import ImageFeatures
+from cdetr_fast.models.position import MapPosition
 
 SMALL = {
     "backbone": "test_resnet",
@@ -98,12 +99,12 @@ def test_a_padded_sample_alone_and_in_a_batch(task):
 def test_features_of_the_padding_are_not_read():
     model = random_model().model.eval()
     features = model.embed_images(*padded([random_images(1, 64, 96)[0]], 128, 160))
-    position = features.position
+    code = features.position.code
     expected = model.transform(features)
     mask = features.mask.view(1, 1, 4, 5)
     assert mask.sum() == 6
     projected = features.projected.masked_fill(~mask, 1e4)
-    changed = ImageFeatures(features.maps, projected, features.mask, position)
+    changed = ImageFeatures(features.maps, projected, features.mask, MapPosition(code))
     got = model.transform(changed).last_hidden_state
     torch.testing.assert_close(got, expected.last_hidden_state, rtol=0, atol=1e-5)
 
@@ -111,7 +112,7 @@ def test_features_of_the_padding_are_not_read():
         [],
         features.projected[..., :2, :3],
         None,
-        position.view(1, 4, 5, -1)[:, :2, :3].flatten(1, 2),
+        MapPosition(code.view(1, 4, 5, -1)[:, :2, :3].flatten(1, 2)),
     )
     got = model.transform(cropped).last_hidden_state
     torch.testing.assert_close(got, expected.last_hidden_state, rtol=0, atol=1e-5)
@@ -353,10 +354,11 @@ def test_separable_positions_are_taken_where_they_hold(position, shape):
     if shape == "hole":
         pixel_mask[1, 20:60, 20:60] = 0
     features = model.model.embed_images(pixel_values, pixel_mask)
-    assert features.separable == (position == "learned" or shape != "hole")
+    is_separable = features.position.rows is not None
+    assert is_separable == (position == "learned" or shape != "hole")
     results = []
-    for separable in (features.separable, False):
-        output = model.model.transform(features._replace(separable=separable)).last_hidden_state
+    for code in (features.position, MapPosition(features.position.code)):
+        output = model.model.transform(features._replace(position=code)).last_hidden_state
         # The projection of the positions only sees them through the decoder's keys.
         projections = [layer.encoder_attn.k_pos_proj.weight for layer in model.model.decoder.layers]
         gradients = torch.autograd.grad(output.square().sum(), projections, retain_graph=True)

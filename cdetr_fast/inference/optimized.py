@@ -1,4 +1,4 @@
-"""Optimised forms of this package's models: same names, same weights, another forward."""
+"""Optimised forms of this package's models: same names and weights, run by a prepared copy."""
 
 import functools
 import inspect
@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from cdetr_fast.inference.runner import Kind, Runner
+from cdetr_fast.inference.runner import Family, Runner
 from cdetr_fast.models import modeling
 from cdetr_fast.models.outputs import (
     ConditionalDetrModelOutput,
@@ -19,9 +19,9 @@ from cdetr_fast.models.outputs import (
 
 
 class OptimizedModel:
-    """What `optimize` adds to a model's class.
+    """Mixin that `optimize` puts in front of a model's class.
 
-    Calls with images and a mask run the prepared engine; all others (labels, attention maps, hidden
+    Calls with images and a mask run the prepared copy; all others (labels, attention maps, hidden
     states, an encoder output ...) run the model's own forward with the same weights.
     """
 
@@ -29,7 +29,7 @@ class OptimizedModel:
     _output_class: type
 
     def train(self, mode: bool = True) -> Self:
-        """Refuses training mode: what was prepared is for inference.
+        """Refuse training mode: the prepared copy is for inference.
 
         Raises:
             RuntimeError: `mode` is True.
@@ -42,13 +42,13 @@ class OptimizedModel:
         return super().train(False)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Loads weights, and prepares the engine anew at once."""
+        """Load weights, and prepare the copy again at once."""
         result = super().load_state_dict(*args, **kwargs)
         self.runner.prepare(self)
         return result
 
     def refresh(self) -> None:
-        """Prepares the engine anew, after writes to weights that no call can see; see `optimize`.
+        """Prepare the copy again, after writes to weights that no call can see; see `optimize`.
 
         Raises:
             RuntimeError: The model that this one was made from has tensors of other shapes now.
@@ -57,22 +57,22 @@ class OptimizedModel:
 
     @torch.no_grad()
     def warmup(self, shapes: Iterable[tuple[int, int, int]], masks: bool | None = None) -> None:
-        """Prepares for shapes, so that their first call is as fast as the next ones.
+        """Prepare for shapes, so that their first call is as fast as the next ones.
 
         Args:
             shapes: Batch size, height and width of the images `(B, H, W)`; as the calls will be.
             masks: With padding masks or without; None is both.
 
         Raises:
-            TypeError: `shapes` is no list of shapes.
+            TypeError: `shapes` is not a list of shapes.
             ValueError: A shape is not three positive integers.
         """
         shapes = _checked(shapes)
         weight = next(p for p in self.parameters() if p.is_floating_point())
-        self.runner.prepare(self)
-        for shape in shapes:
-            batch, height, width = shape
-            channels = self.runner.engine.num_channels
+        if (reason := self.runner.prepare(self)) is not None:
+            raise RuntimeError(f"warmup: the model's own forward would run, as {reason}")
+        for batch, height, width in shapes:
+            channels = self.runner.prepared.num_channels
             pixel_values = torch.zeros(
                 batch, channels, height, width, device=weight.device, dtype=weight.dtype
             )
@@ -86,19 +86,18 @@ class OptimizedModel:
                 self.runner.run(pixel_values, pixel_mask)
 
     def explain(self) -> str:
-        """Says what was done to the model, what runs a call, and what was left, with reasons."""
+        """Say what was done to the model, what runs a call, and what was left, with reasons."""
         return self.runner.explain(self)
 
     def _run(self, arguments: dict[str, Any]) -> Any:
-        """Runs the engine; None where the model's own forward has to run."""
+        """Run the prepared copy; None where the model's own forward has to run."""
         runner = self.runner
-        reason = runner.reason_for_plain(self, arguments) or runner.prepare(self)
-        runner.last_plain = reason
+        reason = runner.unsupported_call(self, arguments) or runner.prepare(self)
+        runner.fallback_reason = reason
         if reason is not None:
             return None
-        pixel_values, pixel_mask = arguments["pixel_values"], arguments.get("pixel_mask")
-        runner.engine.check(pixel_values, pixel_mask)
-        output = self._output_class(**runner.run(pixel_values, pixel_mask))
+        found = runner.run(arguments["pixel_values"], arguments.get("pixel_mask"))
+        output = self._output_class(**found)
         wants_dict = arguments.get("return_dict")
         if wants_dict is None:
             wants_dict = self.config.return_dict
@@ -117,7 +116,7 @@ def _checked(shapes: Any) -> list[tuple[int, int, int]]:
 
 
 def forward_of(base: type[nn.Module]) -> Callable:
-    """An optimised forward with the signature and documentation of a model's own."""
+    """Return an optimised forward with the signature and documentation of a model's own."""
     names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
 
     @functools.wraps(base.forward)
@@ -149,51 +148,50 @@ class ConditionalDetrForSegmentation(OptimizedModel, modeling.ConditionalDetrFor
     _output_class: type[ModelOutput] = ConditionalDetrSegmentationOutput
     forward = forward_of(modeling.ConditionalDetrForSegmentation)
 
-    def forward_above(
+    def forward_kept(
         self, pixel_values: Tensor, pixel_mask: Tensor | None, threshold: float
     ) -> ConditionalDetrSegmentationOutput:
-        """As the model's own, by the engine; it is what `predict` calls."""
+        """Segment as the model does, by the prepared copy; `predict` calls it."""
         runner = self.runner
         arguments = {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
         reason = (
-            runner.reason_for_plain(self, arguments)
-            or runner.reason_for_plain_above(len(pixel_values))
+            runner.unsupported_call(self, arguments)
+            or runner.unsupported_kept_call(len(pixel_values))
             or runner.prepare(self)
         )
-        runner.last_plain = reason
+        runner.fallback_reason = reason
         if reason is not None:
-            return super().forward_above(pixel_values, pixel_mask, threshold)
-        runner.engine.check(pixel_values, pixel_mask)
-        return self._output_class(**runner.run_above(pixel_values, pixel_mask, threshold))
+            return super().forward_kept(pixel_values, pixel_mask, threshold)
+        return runner.run_kept(pixel_values, pixel_mask, threshold)
 
 
-def _itself(model: nn.Module) -> nn.Module:
+def _share(model: nn.Module) -> nn.Module:
     return model
 
 
-def _never(hook: Callable) -> bool:
+def _never(hook: Any) -> bool:
     return False
 
 
 def recogniser(
     optimized: Iterable[type[nn.Module]],
-    twin_of: Callable[[nn.Module], nn.Module],
-    is_harmless: Callable[[Callable], bool],
-) -> Callable[[nn.Module], Kind | None]:
-    """Makes a function that says of what kind a model is.
+    convert: Callable[[nn.Module], nn.Module],
+    is_harmless: Callable[[Any], bool],
+) -> Callable[[Any], Family | None]:
+    """Return a function that returns the family of a model; None if it has none.
 
     Args:
-        optimized: Classes whose last base is the class they optimise; exactly those are recognised,
-            as another subclass may do otherwise.
-        twin_of: As of `Kind`.
-        is_harmless: As of `Kind`.
+        optimized: Classes whose last base is the class that they optimise. Models of exactly those
+            bases are recognised, as a derived class may compute something else.
+        convert: As in `Family`.
+        is_harmless: As in `Family`.
     """
-    kinds = {cls.__bases__[-1]: Kind(cls, twin_of, is_harmless) for cls in optimized}
-    return lambda model: kinds.get(type(model))
+    families = {cls.__bases__[-1]: Family(cls, convert, is_harmless) for cls in optimized}
+    return lambda model: families.get(type(model))
 
 
 recognise = recogniser(
     (ConditionalDetrModel, ConditionalDetrForObjectDetection, ConditionalDetrForSegmentation),
-    _itself,
+    _share,
     _never,
 )
