@@ -46,7 +46,8 @@ class JointSelfAttention(ConditionalDetrSelfAttention):
 
     def _position_bias(self, position: MapPosition) -> Tensor:
         """Return the bias of queries, keys and values at each position, `[1, S, 3C]`."""
-        query_key = self.query_key(position.code)
+        layer = self.query_key
+        query_key = layer.bias + F.linear(position.code, layer.weight)
         value = self.value.bias.expand(*query_key.shape[:2], -1)
         return torch.cat([query_key, value], dim=-1)
 
