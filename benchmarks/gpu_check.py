@@ -8,7 +8,7 @@ microbenchmarks, and the model and its training step against transformers. Needs
 numpy and pytest; what else a stage needs and does not find is named, and the stage skipped.
 
 The results go to `benchmarks/results/<gpu>-torch<version>-<date>.json` as they come. A second call
-goes on with the same file: stages that passed are not repeated, and microbenchmarks that ran out of
+continues with the same file: passed stages are not repeated, and microbenchmarks that ran out of
 time are continued. Exit status: 0 if all is well, 1 if a stage failed, 2 if there is no GPU.
 """
 

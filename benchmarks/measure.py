@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, peak memory, the machine, JSON rows."""
+"""Shared by the benchmarks: interleaved timing, peak memory, the machine, JSON rows."""
 
 import datetime
 import json

@@ -8,7 +8,7 @@ from types import ModuleType
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What `python -m benchmarks NAME` runs.
+    """One name of `python -m benchmarks NAME`.
 
     Args:
         name: Name on the command line.

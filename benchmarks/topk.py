@@ -31,7 +31,7 @@ def make_outputs(batch: int, queries: int, classes: int) -> SimpleNamespace:
 
 
 def plain(outputs: SimpleNamespace, sizes: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What transformers computes, without its conversions and lists."""
+    """Compute what transformers does, without its conversions and lists."""
     scores, index = outputs.logits.sigmoid().flatten(1).topk(k, dim=1)
     classes = outputs.logits.shape[2]
     boxes = outputs.pred_boxes.gather(1, (index // classes)[..., None].expand(-1, -1, 4))

@@ -66,7 +66,7 @@ class Key:
 
     @property
     def pass_(self) -> str:
-        """What the kernel computes, of either operator."""
+        """Outputs of the kernel, for either operator."""
         return self.kernel.removeprefix("separable_")
 
 
@@ -225,7 +225,7 @@ def entry(architecture: str, key: Key, tile: Tile, used: dict[str, Any]) -> str:
 
 
 def rewritten(text: str, lines: list[str]) -> str:
-    """Puts entries into the text of the table in place of those with the same key, or last."""
+    """Put entries into the text of the table, replacing those with the same key."""
     rows = text.splitlines()
     for line in lines:
         start = line.split(": Tile")[0] + ": Tile"

@@ -1,4 +1,4 @@
-"""How fast training converges: epochs and time until an AP is reached, each arm from one start.
+"""Speed of convergence: epochs and time until an AP is reached, each arm from one start.
 
     python -m benchmarks.convergence                                # drawn scenes, on a CPU
     python -m benchmarks.convergence --train train.json --val val.json --config settings.yaml

@@ -99,7 +99,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 @dataclasses.dataclass
 class Record:
-    """What a model gave so far.
+    """Results of a model so far.
 
     Attributes:
         scores: Of each image, `[Q, K]` in [0, 1].

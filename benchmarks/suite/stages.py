@@ -94,7 +94,7 @@ def print_operators(model: Any, pixel_values: Tensor) -> None:
 
 
 class Work(NamedTuple):
-    """What an operator does at least: products (counted twice, as additions too) and bytes."""
+    """Least work of an operator: products (counted twice, as additions too) and bytes."""
 
     flops: float = 0.0
     bytes: float = 0.0

@@ -1,4 +1,4 @@
-"""How a prepared model follows the weights it was prepared from.
+"""Following the weights that a prepared model was made from.
 
 A model made by `optimize` shares the memory of all weights with its original, and its prepared copy
 holds some of them folded and joined. A `Watch` notices writes to them; an `Original` also copies

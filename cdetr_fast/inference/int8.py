@@ -26,7 +26,7 @@ _FUSED = {None, RELU, Activation("hardtanh", (0.0, 6.0))}
 
 
 class Codes(NamedTuple):
-    """How 8 bits stand for a map's numbers: `scale * (code - zero)`.
+    """The code of a map's numbers in 8 bits: `scale * (code - zero)`.
 
     Attributes:
         scale: The step from one code to the next.

@@ -1,4 +1,4 @@
-"""How an optimised model runs: its prepared copy kept up to date, graphs, buckets and parts."""
+"""An optimised model at run time: prepared copy kept up to date, graphs, buckets and parts."""
 
 import threading
 from collections.abc import Callable
@@ -24,7 +24,7 @@ _PREPARED_ARGUMENTS = ("pixel_values", "pixel_mask", "return_dict")
 
 @dataclass(frozen=True)
 class Options:
-    """How `optimize` was asked to run; see there."""
+    """Options of `optimize`; see there."""
 
     compile: str | None = None
     cuda_graphs: bool = False

@@ -33,7 +33,7 @@ class SeparableKeys(NamedTuple):
 
 
 class MemoryKeys(NamedTuple):
-    """What one decoder layer reads of the encoder's memory.
+    """The part of the encoder's memory that one decoder layer reads.
 
     Attributes:
         content: `[B, S, N, D]`.
@@ -47,7 +47,7 @@ class MemoryKeys(NamedTuple):
 
 
 class Attention(UpdateBlock):
-    """What the three have in common: heads, dropout, and the call of the operator."""
+    """Base of the three: heads, dropout, and the call of the operator."""
 
     output_layer = "o_proj"
 

@@ -232,5 +232,5 @@ def _masks_of(
 
 
 def _finish(block: nn.Module, x: Tensor) -> Tensor:
-    """What comes after the convolution of a block."""
+    """Apply the part of a block that follows its convolution."""
     return block.activation(block.norm(x))

@@ -73,7 +73,7 @@ class ModelOutput(OrderedDict):
 
 
 def _rebuild(cls: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:
-    # Not `cls(**values)`: there may be keys that are no fields.
+    # Not `cls(**values)`: there may be keys that are not fields.
     return cls(values)
 
 
@@ -84,7 +84,7 @@ class EncoderOutput(ModelOutput):
     Attributes:
         last_hidden_state: Memory `[B, S, C]`.
         hidden_states: Input of the first and output of each layer, `[B, S, C]` each.
-        attentions: Attention maps `[B, N, S, S]`, one a layer.
+        attentions: Attention maps `[B, N, S, S]`, one per layer.
     """
 
     last_hidden_state: Tensor | None = None
@@ -99,8 +99,8 @@ class DecoderOutput(ModelOutput):
     Attributes:
         last_hidden_state: `[B, Q, C]`, layer-normed.
         hidden_states: Input of the first and output of each layer, the last one layer-normed.
-        attentions: Self-attention maps `[B, N, Q, Q]`, one a layer.
-        cross_attentions: Cross-attention maps `[B, N, Q, S]`, one a layer.
+        attentions: Self-attention maps `[B, N, Q, Q]`, one per layer.
+        cross_attentions: Cross-attention maps `[B, N, Q, S]`, one per layer.
         intermediate_hidden_states: Layer-normed output of each layer `[L, B, Q, C]`, with
             `config.auxiliary_loss`.
         reference_points: `[Q, B, 2]`, x and y relative to the image, fp32.

@@ -1,4 +1,4 @@
-"""What the models have in common: loading, saving, activation checkpointing, the criterion."""
+"""Base of the models: loading, saving, activation checkpointing, the criterion."""
 
 import os
 from collections.abc import Callable

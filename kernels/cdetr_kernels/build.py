@@ -3,7 +3,7 @@
 Each part is one shared library on torch's stable ABI, made by one call of a compiler: it serves
 every torch from `OLDEST_TORCH` on and any Python. Nothing is downloaded, and no GPU is asked.
 
-CDETR_FAST_NATIVE      auto (default): what there is a compiler for; 0: nothing; 1: the C++ part at
+CDETR_FAST_NATIVE      auto (default): parts with a compiler; 0: nothing; 1: the C++ part at
                        least, or an error
 TORCH_CUDA_ARCH_LIST   architectures of the CUDA part, as in torch: "8.0;9.0+PTX"
 CXX, CUDA_HOME         the compilers, if not the usual ones
@@ -79,7 +79,7 @@ def build(folder: Path = _FOLDER, say: Callable[[str], object] = print) -> list[
 def build_part(part: str, folder: Path) -> Path:
     """Builds one part, "cpu" or "cuda", into a folder and returns the library.
 
-    Beside the CUDA library lies what ptxas said of each kernel: registers, shared memory, spills.
+    Beside the CUDA library is ptxas's report on each kernel: registers, shared memory, spills.
 
     Raises:
         BuildError: A compiler, torch or the sources are missing, or the compiler fails.

@@ -1,4 +1,4 @@
-"""The check of a GPU, as far as it goes without one: stages, time limits, going on, results."""
+"""The check of a GPU, as far as it runs without one: stages, time limits, resuming, results."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ WRONG = ["timeit", "-n", "1", "-r", "1", "raise SystemExit(7)"]
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs given stages in place of the real ones; returns the content of the results."""
+    """Run given stages instead of the real ones; return the content of the results."""
 
     def run(time_limit=100.0, **stages):
         monkeypatch.setattr(gpu_check, "stages", lambda lines, rehearse: stages)

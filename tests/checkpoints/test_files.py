@@ -1,4 +1,4 @@
-"""Files that are no weights: an OSError names them, whatever torch makes of their bytes."""
+"""Files that are not weights: an OSError names them, whatever torch makes of their bytes."""
 
 import io
 import pickle

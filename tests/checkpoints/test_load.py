@@ -326,7 +326,7 @@ def _arguments(**others) -> argparse.Namespace:
 
 @pytest.mark.usefixtures("quiet")
 def test_authors_command_line_counts(tmp_path):
-    """What the weights do not tell: dilation (DC5) and heads."""
+    """Fields that weights do not determine: dilation (DC5) and heads."""
     path = tmp_path / "dc5.pth"
     args = _arguments(dilation=True, nheads=4, dropout=0.0)
     _save_authors(_ours(), path, args=args)

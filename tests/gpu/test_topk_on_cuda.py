@@ -1,4 +1,4 @@
-"""What only a GPU shows of the CUDA part of `detection_topk`; its results: tests/kernels/test_topk.
+"""The CUDA part of `detection_topk`, as only a GPU shows it; results: tests/kernels/test_topk.
 
 Needs the extension: `python -m cdetr_kernels.build`.
 """

@@ -81,7 +81,7 @@ def test_replays_do_not_wait_for_the_device():
 
 
 def test_what_cannot_be_captured_runs_without(caplog):
-    """After a capture that failed, random numbers, memory and other shapes go on."""
+    """After a capture that failed, random numbers, memory and other shapes still work."""
     model, graphed, graphs = models(dropout=0.3)
     for _ in range(2):
         graphed(**batch(0, SHAPES[1], device="cuda")).loss.backward()

@@ -1,4 +1,4 @@
-"""`train` on a GPU: every precision learns, graphs too, and a run that was broken off goes on."""
+"""`train` on a GPU: every precision learns, graphs too, and an interrupted run resumes."""
 
 import dataclasses
 import json

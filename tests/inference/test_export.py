@@ -106,7 +106,7 @@ class Adapter(torch.nn.Module):
 
 
 def test_an_adapter_is_not_dropped(tmp_path):
-    """What the caller's own forward computes is in the file, or there is no file."""
+    """The file computes the caller's own forward, or there is no file."""
     model, path = random_model(), tmp_path / "model.pt2"
     layer = model.model.decoder.layers[0].mlp
     layer.fc2 = Adapter(layer.fc2)

@@ -164,7 +164,7 @@ def test_half_precision(model, images):
 
 
 def test_unusual_activations_and_dropped_paths_of_a_backbone():
-    """What cannot be fused stays, and what reads a map twice does not find it overwritten."""
+    """Unfusable parts stay, and a map that is read twice is not overwritten."""
 
     class Odd(nn.Module):
         def __init__(self):

@@ -304,7 +304,7 @@ def test_fingerprints_tell_code_from_comments(tmp_path):
         return scope["f"]
 
     first = define("def f(x, y=1):\n    return x * y\n")
-    same = define('def f(x: int, y: int = 1) -> int:\n    """Says so."""\n    return x * y  # !\n')
+    same = define('def f(x: int, y: int = 1) -> int:\n    """Multiply."""\n    return x * y  # !\n')
     other = define("def f(x, y=2):\n    return x * y\n")
     assert versions.fingerprint(first) == versions.fingerprint(same)
     assert versions.fingerprint(first) != versions.fingerprint(other)

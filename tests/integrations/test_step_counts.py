@@ -1,4 +1,4 @@
-"""What a step asks of torch and of the host, counted on a CPU: ours against transformers'.
+"""Dispatches, waits and copies of a step, counted on a CPU: ours against transformers'.
 
 What is counted, and what cannot be seen: `cdetr_fast/models/counting.py`.
 """

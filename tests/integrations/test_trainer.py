@@ -123,7 +123,7 @@ def assert_trained(model, before):
 
 
 def mean_average_precision(processor, model):
-    """What the example computes after reading positions 1 and 2 of the predictions."""
+    """Return what the example reads at positions 1 and 2 of the predictions."""
 
     def compute(evaluation):
         queries, boxes = 0, 0

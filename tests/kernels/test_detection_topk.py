@@ -135,7 +135,7 @@ def test_many_images(path):
 
 
 def test_bf16_logits_tie():
-    """What the tie rule is for: among the best 100 of a usual head many are equal in bf16."""
+    """The reason for the tie rule: among the best 100 of a usual head many are equal in bf16."""
     logits = torch.randn(1, 300, 91, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert logits.flatten().topk(100).values.unique().numel() < 90
 

@@ -36,7 +36,7 @@ def test_report_on_a_cpu():
 
 
 def test_a_preferred_implementation_is_taken_where_it_can_run(monkeypatch):
-    """What `CDETR_FAST_BACKEND` does, with stand-ins for the implementations."""
+    """`CDETR_FAST_BACKEND`, with stand-ins for the implementations."""
     operator = dispatch.Operator(
         "sum",
         {

@@ -99,7 +99,7 @@ def test_cost_of_extreme_logits(classification):
 @pytest.mark.parametrize("classification", ["focal", "softmax"])
 def test_cost_with_strides_and_nan_around_the_inputs(classification):
     inputs = draw("several tiles")
-    inputs["target_labels"][2] = 4  # the last class: what lies behind it is not read
+    inputs["target_labels"][2] = 4  # the last class: nothing beyond it is read
     expected = matching_cost(**inputs, classification=classification, backend="triton")
     inputs = {name: scattered(x) for name, x in inputs.items()}
     got = matching_cost(**inputs, classification=classification, backend="triton")

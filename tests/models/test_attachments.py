@@ -1,4 +1,4 @@
-"""What users attach to a layer is never passed over, although layers are computed together."""
+"""Attachments of a layer are never passed over, although layers are computed together."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What must not change a result: padding, batches, recomputation; and what must: dropout."""
+"""Invariants: padding, batches and recomputation must not change a result, dropout must."""
 
 import pytest
 import torch

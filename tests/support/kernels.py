@@ -137,7 +137,7 @@ def check_no_second_derivative(
 
 
 def check_refusals(function: Callable[..., Tensor], draw: Callable[..., tuple[Any, ...]]) -> None:
-    """What the attention kernels cannot do is said: fp64, and heads that are too wide."""
+    """Inputs that the attention kernels refuse: fp64, and heads that are too wide."""
     tensors, _, _ = draw("odd sizes", torch.float64)
     with pytest.raises(RuntimeError, match=r"'triton' cannot run: .* not torch.float64"):
         function(**tensors)

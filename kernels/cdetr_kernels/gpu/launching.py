@@ -1,4 +1,4 @@
-"""What the launchers share: the architecture of a device, the precision of dots, the launch."""
+"""Shared by the launchers: the architecture of a device, the precision of dots, the launch."""
 
 import functools
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the compiler is told beside the arguments."""
+        """Compiler options of the launch."""
         # Multiply-adds with one rounding, as in every library; triton 3.10 has another default.
         return {
             "num_warps": self.tile.warps,

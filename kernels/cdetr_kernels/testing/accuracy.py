@@ -92,7 +92,7 @@ def evaluate(
 
 
 class Judge:
-    """What providers of a case are compared with: fp64, and torch in the dtype of the case.
+    """References of a case: fp64, and torch in the dtype of the case.
 
     Args:
         case: What is checked. Of a case of many images the first and the last are.

@@ -10,7 +10,7 @@ gradient comes from its own features only, so it has one owner and one order: no
     dlambda = dout code
     dpoint  = s sum over i of (dout lambda)_sin cos(a_i) / t_i - (dout lambda)_cos sin(a_i) / t_i
 
-The angles are made again in backward: two numbers a query are read in place of C.
+The angles are recomputed in backward: two numbers per query are read instead of C.
 
 Names: A x R rows, of which points and lambda may have 1 in either place; tiles of BR rows and BI
 pairs. Source: Meng et al., equations 1 and 4; the authors' gen_sineembed_for_position.
