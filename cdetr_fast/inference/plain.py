@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # unlisted
 
 _KNOWN_TENSORS = (nn.Parameter, nn.Buffer, Tensor)
 _KNOWN_PACKAGES = ("torch", "timm", "cdetr_fast", "transformers")

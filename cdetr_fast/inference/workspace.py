@@ -24,9 +24,9 @@ class Workspace(threading.local):
 
     def __init__(self) -> None:
         self.pieces: dict[int, Tensor] = {}
-        self._maps: dict[tuple, Tensor] = {}  # views of the pieces
+        self._maps: dict[tuple[object, ...], Tensor] = {}  # views of the pieces
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type, tuple[()]]:
         return Workspace, ()
 
     def zeros(self, slot: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,8 @@ convolved before it is upsampled, not after.
 Source: the authors' models/segmentation.py (MaskHeadSmallConv, MHAttentionMap).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,7 +100,7 @@ def conv3x3_of_upsampled(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Te
     (height, width), (small_height, small_width) = size, x.shape[-2:]
     if (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]  # unlisted
         or 2 * small_height - height not in (0, 1)
         or 2 * small_width - width not in (0, 1)
     ):
@@ -178,7 +180,7 @@ class ConditionalDetrMaskHeadSmallConv(nn.Module):
 
 
 def mask_logits(
-    head: nn.Module, feature_map: Tensor, attention_maps: Tensor, fpn_maps: list[Tensor]
+    head: Any, feature_map: Tensor, attention_maps: Tensor, fpn_maps: list[Tensor]
 ) -> Tensor:
     """Predicts masks with the weights of `head`, ours or that of transformers.
 
@@ -214,7 +216,7 @@ def mask_logits(
 
 
 def _masks_of(
-    head: nn.Module,
+    head: Any,
     attention_maps: Tensor,
     weight: Tensor,
     from_map: Tensor,
@@ -225,12 +227,14 @@ def _masks_of(
     x = (x.unflatten(0, (batch, queries)) + from_map[:, None]).flatten(0, 1)
     x = head.conv2(_finish(head.conv1, x))
     for stage, map_part in zip(head.fpn_stages, projected, strict=True):
-        x = conv3x3_of_upsampled(x, stage.refine.conv.weight, map_part.shape[-2:])
+        x = conv3x3_of_upsampled(
+            x, stage.refine.conv.weight, (map_part.shape[-2], map_part.shape[-1])
+        )
         x = x.unflatten(0, (batch, queries)) + map_part[:, None]  # [B, q, C', H, W]
         x = _finish(stage.refine, x.flatten(0, 1))
     return head.output_conv(x).view(batch, queries, *x.shape[-2:])
 
 
-def _finish(block: nn.Module, x: Tensor) -> Tensor:
+def _finish(block: Any, x: Tensor) -> Tensor:
     """Apply the part of a block that follows its convolution."""
     return block.activation(block.norm(x))

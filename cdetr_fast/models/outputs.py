@@ -6,18 +6,20 @@ clients read fields by name and by position.
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import Field, dataclass, fields
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-class ModelOutput(OrderedDict):
+class ModelOutput(OrderedDict[str, Any]):
     """Base of the outputs: a dictionary of its dataclass fields that are not None, in their order.
 
     `output.logits`, `output["logits"]`, `output[1]`, `output[:2]` and `output.to_tuple()` all work.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # every subclass is a dataclass
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -59,16 +61,16 @@ class ModelOutput(OrderedDict):
             super().__setitem__(name, value)
         object.__setattr__(self, name, value)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), dict(self.items()))
 
-    def _refuse(self, *args, **kwargs):
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(f"{type(self).__name__} keeps the fields it was made with")
 
     __delitem__ = pop = setdefault = update = popitem = _refuse
 
-    def to_tuple(self) -> tuple:
-        """Returns the fields that are not None, in order."""
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return the fields that are not None, in order."""
         return tuple(self.values())
 
 

@@ -54,7 +54,8 @@ class ConditionalDetrSinePositionEmbedding(nn.Module):
         """
         if mask is None:
             return True
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or mask.device.type != "cpu":
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # unlisted
+        if torch.compiler.is_compiling() or tracing or mask.device.type != "cpu":
             return False
         values = mask.numpy()  # no tensor operation, so nothing is dispatched
         return bool((values == (values[:, :, :1] & values[:, :1])).all())

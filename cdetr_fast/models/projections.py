@@ -4,6 +4,8 @@ That is only right for a plain `nn.Linear`. Layers that do more (an adapter, a q
 hook, a patched `forward`) are always called.
 """
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ def has_attachments(module: nn.Module) -> bool:
     )
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether calling `module` does no more than `F.linear` with its weight and bias."""
     return is_plain(module, nn.Linear)
 
@@ -49,14 +51,14 @@ def joint_linear(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
     Not for inference on CPUs: there the copy of the weights costs more than a joint product saves
     (3 % of the decoder), and keys with neighbours of all layers between them are slower to read.
     """
-    plain = all(is_plain_linear(projection) for projection in projections)
-    if not plain or _apart(x):
+    plain = [projection for projection in projections if is_plain_linear(projection)]
+    if len(plain) < len(projections) or _apart(x):
         return tuple(projection(x) for projection in projections)
-    weight, bias = joint_weights(*projections)
-    return F.linear(x, weight, bias).split([len(p.weight) for p in projections], dim=-1)
+    weight, bias = joint_weights(*plain)
+    return F.linear(x, weight, bias).split([len(p.weight) for p in plain], dim=-1)
 
 
-def joint_weights(*projections: nn.Module) -> tuple[Tensor, Tensor]:
+def joint_weights(*projections: nn.Linear) -> tuple[Tensor, Tensor]:
     """Return weight and bias of the one linear layer that several plain ones with biases make."""
     weight = torch.cat([projection.weight for projection in projections])
     return weight, torch.cat([projection.bias for projection in projections])
@@ -75,12 +77,13 @@ def joint_linear_of_sums(
         For each layer two tensors that add up to its result; None if one of the layers is not
         plain, as what it does need not be linear.
     """
-    if not all(is_plain_linear(projection) for projection in projections):
+    plain = [projection for projection in projections if is_plain_linear(projection)]
+    if len(plain) < len(projections):
         return None
     if _apart(x):
-        return tuple((p(x), F.linear(y, p.weight)) for p in projections)
-    weight, bias = joint_weights(*projections)
-    sizes = [len(p.weight) for p in projections]
+        return tuple((p(x), F.linear(y, p.weight)) for p in plain)
+    weight, bias = joint_weights(*plain)
+    sizes = [len(p.weight) for p in plain]
     parts = F.linear(x, weight, bias).split(sizes, dim=-1), F.linear(y, weight).split(sizes, dim=-1)
     return tuple(zip(*parts, strict=True))
 
