@@ -56,6 +56,7 @@ TOOLS = (
     Entry("audit", "machine code of every kernel: registers, spills", tool="benchmarks.audit"),
     Entry("tune", "tiles of the attention kernels on this GPU", tool="benchmarks.tune"),
     Entry("kernels_once", "every kernel once, for sanitizers", tool="benchmarks.kernels_once"),
+    Entry("revision", "this checkout against another revision", tool="benchmarks.revision"),
     Entry("gpu_check", "everything that only a GPU can show", tool="benchmarks.gpu_check"),
 )
 REGISTRY = {entry.name: entry for entry in (*BENCHMARKS, *TOOLS)}

@@ -1,6 +1,6 @@
 """This checkout against another revision: the same work in turns, one process per side.
 
-    python -m benchmarks.revision 0fa85ad --threads 2 --repeats 7
+    python -m benchmarks revision 0fa85ad --threads 2 --repeats 7
 
 Each side runs in a process of its own that imports only that side's packages, through names that
 both have. The two take turns, so that what else the machine does hits both. The results of each
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +35,24 @@ TOLERANCE = 1e-6
 """Largest difference of outputs, relative to their largest value."""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare; return 1 if outputs differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("revision", help="commit to compare with")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--works", nargs="+", default=WORKS, choices=WORKS)
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     rows, failed = [], False
-    with checkout(arguments.revision) as before, contextlib.ExitStack() as stack:
-        sides = [stack.enter_context(Side(tree, arguments.threads)) for tree in (before, ROOT)]
-        for work in arguments.works:
+    with checkout(options.revision) as before, contextlib.ExitStack() as stack:
+        sides = [stack.enter_context(Side(tree, options.threads)) for tree in (before, ROOT)]
+        for work in options.works:
             outputs = [side.ask(work, "check") for side in sides]
             difference = largest_difference(*outputs)
             times: tuple[list[float], list[float]] = ([], [])
-            for _ in range(arguments.repeats):
+            for _ in range(options.repeats):
                 for side, seconds in zip(sides, times, strict=True):
                     seconds.append(side.ask(work, "time"))
             old, new = ([statistics.median(t) * 1e3, min(t) * 1e3] for t in times)
@@ -66,8 +67,8 @@ def main() -> int:
             rows.append(row)
             failed |= difference > TOLERANCE
             print("  ".join(f"{k} {v:.3g}" if k != "work" else f"{v:<22}" for k, v in row.items()))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if options.output:
+        options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return int(failed)
 
 
