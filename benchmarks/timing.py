@@ -62,8 +62,9 @@ def time_in_turns(
 def call_times(call: Call, device: torch.device, repeats: int, seconds: float) -> dict[str, float]:
     """Time one call with cold caches; arguments and result as of `time_in_turns`."""
     warmup = 3 if device.type == "cuda" else 1
-    options = {"warmup": warmup, "device": device, "cold": True, "seconds": seconds}
-    return time_in_turns({"": call}, repeats, **options)[""]
+    return time_in_turns(
+        {"": call}, repeats, warmup=warmup, device=device, cold=True, seconds=seconds
+    )[""]
 
 
 def summarised(milliseconds: Iterable[float]) -> dict[str, float]:

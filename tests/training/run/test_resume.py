@@ -41,7 +41,7 @@ def begun(settings):
         ({"backbone_learning_rate": 0.0}, "frozen backbone: False before, True now; keep backbone"),
         (
             {"model_options": {"num_queries": 5}},
-            r"weights are of another model .*",
+            r"the weights do not fit the model of the settings",
         ),
         ({"backbone": "test_resnet2"}, "model_options, backbone"),
     ],
