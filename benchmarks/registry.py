@@ -52,6 +52,14 @@ BENCHMARKS = (
 )
 TOOLS = (
     Entry("ops", "microbenchmarks of the operators", tool="benchmarks.ops"),
+    Entry(
+        "topk",
+        "detections of a batch, by operator and by transformers",
+        THEIRS,
+        tool="benchmarks.topk",
+    ),
+    Entry("post_processing", "maps of segmentation", THEIRS, tool="benchmarks.post_processing"),
+    Entry("overhead", "host cost of a call", tool="benchmarks.overhead"),
     Entry("numerics", "errors of kernels and models, for docs", THEIRS, tool="benchmarks.numerics"),
     Entry("audit", "machine code of every kernel: registers, spills", tool="benchmarks.audit"),
     Entry("tune", "tiles of the attention kernels on this GPU", tool="benchmarks.tune"),
