@@ -58,7 +58,7 @@ def test_head_of_a_checkpoint(settings, tmp_path):
     # the focal prior: every class starts at 0.01
     assert new.class_labels_classifier.bias.sigmoid().tolist() == pytest.approx([0.01] * 3)
     assert torch.equal(kept.bbox_predictor.layers[0].weight, new.bbox_predictor.layers[0].weight)
-    with pytest.raises(DataError, match=r"head: expected .* there is no c, e; pass --head new"):
+    with pytest.raises(DataError, match=r"head: expected .* c, e is missing; pass --head new"):
         build_model(TrainingConfig(**start, head="keep"), ["c", "b", "e"])
 
 

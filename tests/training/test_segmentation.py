@@ -193,7 +193,7 @@ def test_evaluates_boxes_and_segments_of_a_checkpoint(configuration, panoptic, t
     detector = json.loads((model / "config.json").read_text())
     detector["architectures"] = ["ConditionalDetrForObjectDetection"]
     (tmp_path / "config.json").write_text(json.dumps(detector))
-    with pytest.raises(DataError, match="is no segmentation checkpoint"):
+    with pytest.raises(DataError, match="is not a segmentation checkpoint"):
         evaluate(tmp_path, val, panoptic / "val", masks=masks, **options)
 
 

@@ -49,6 +49,8 @@ def detection_topk(
     kept_logits = logits.to(dtype).flatten(1).gather(1, index)
     is_nan = kept_logits.isnan()
     scores = kept_logits.masked_fill(is_nan, -math.inf).sigmoid()
+    # On CPUs without AVX-512, torch rounds the last elements, which fill no vector, differently.
+    scores = scores.cummin(dim=1).values
     counts = ((scores > threshold) & ~is_nan).sum(dim=1)
     query_index, labels = index // classes, index % classes
 
