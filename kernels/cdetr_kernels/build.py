@@ -1,4 +1,4 @@
-"""Compiles the C++ and CUDA parts of the extension, for `setup.py` and `cdetr-fast build-native`.
+"""Build of the extension's C++ and CUDA parts, for `setup.py` and `cdetr-fast build-native`.
 
 Each part is one shared library on torch's stable ABI, made by one call of a compiler: it serves
 every torch from `OLDEST_TORCH` on and any Python. Nothing is downloaded, and no GPU is asked.
@@ -31,7 +31,7 @@ class BuildError(RuntimeError):
 
 
 def mode() -> str:
-    """Returns what CDETR_FAST_NATIVE asks for.
+    """Return what CDETR_FAST_NATIVE asks for.
 
     Raises:
         BuildError: It is none of auto, 0 and 1.
@@ -43,7 +43,7 @@ def mode() -> str:
 
 
 def build(folder: Path = _FOLDER, say: Callable[[str], object] = print) -> list[str]:
-    """Builds what CDETR_FAST_NATIVE asks for.
+    """Build what CDETR_FAST_NATIVE asks for.
 
     Args:
         folder: Where the libraries go.
@@ -77,7 +77,7 @@ def build(folder: Path = _FOLDER, say: Callable[[str], object] = print) -> list[
 
 
 def build_part(part: str, folder: Path) -> Path:
-    """Builds one part, "cpu" or "cuda", into a folder and returns the library.
+    """Build one part, "cpu" or "cuda", into a folder and return the library.
 
     Beside the CUDA library is ptxas's report on each kernel: registers, shared memory, spills.
 
@@ -97,7 +97,7 @@ def build_part(part: str, folder: Path) -> Path:
 
 
 def command(part: str) -> list[str]:
-    """Returns the compiler's command line of one part, without the output file."""
+    """Return the compiler's command line of one part, without the output file."""
     sources = source_folder()
     torch_folder = _torch_folder()
     major, minor = OLDEST_TORCH
@@ -135,7 +135,7 @@ def command(part: str) -> list[str]:
 
 
 def source_folder() -> Path:
-    """Returns csrc: of the checkout, or the copy in an installed package."""
+    """Return csrc: of the checkout, or the copy in an installed package."""
     for folder in (_FOLDER.parents[1] / "csrc", _FOLDER / "csrc"):
         if (folder / "bindings_cpu.cpp").is_file():
             return folder
@@ -143,7 +143,7 @@ def source_folder() -> Path:
 
 
 def cxx() -> list[str]:
-    """Returns the C++ compiler."""
+    """Return the C++ compiler."""
     if "CXX" in os.environ:
         return shlex.split(os.environ["CXX"])
     found = next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
@@ -153,7 +153,7 @@ def cxx() -> list[str]:
 
 
 def nvcc() -> list[str]:
-    """Returns CUDA's compiler: that of CUDA_HOME if it is set, else that of the PATH."""
+    """Return CUDA's compiler: that of CUDA_HOME if it is set, else that of the PATH."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     path = f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin"
     found = shutil.which("nvcc", path=str(Path(home) / "bin") if home else path)
@@ -163,7 +163,7 @@ def nvcc() -> list[str]:
 
 
 def architectures() -> list[str]:
-    """Returns nvcc's code-generation arguments: TORCH_CUDA_ARCH_LIST, or all that it knows of ours.
+    """Return nvcc's code-generation arguments: TORCH_CUDA_ARCH_LIST, or all that it knows of ours.
 
     The newest also comes as PTX, which later GPUs compile when they load it.
     """
@@ -215,7 +215,7 @@ def _run(command: list[str]) -> str:
 
 
 def main() -> int:
-    """Builds in place; 1 if CDETR_FAST_NATIVE asks for what cannot be built."""
+    """Build in place; 1 if CDETR_FAST_NATIVE asks for what cannot be built."""
     try:
         build()
     except BuildError as error:

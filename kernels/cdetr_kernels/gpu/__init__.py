@@ -1,4 +1,4 @@
-"""Shared by the triton kernels of several operators, on the device and on the host.
+"""Code that the triton kernels of several operators share, on the device and on the host.
 
 On the device: `arithmetic` (dots, roundings, powers), `attention_blocks`, `boxes`, `random`
 (dropout masks) and `waves` (sines and wavelengths). On the host: `support` (where kernels can run;

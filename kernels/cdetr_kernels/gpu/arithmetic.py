@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr, acc=None):
-    """A times b, plus acc, in fp32."""
+    """Return a times b, plus acc, in fp32."""
     if PRECISION == "interpreted_bf16":
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="tf32" if PRECISION == "tf32" else "ieee")
@@ -18,7 +18,7 @@ def dot(a, b, PRECISION: tl.constexpr, acc=None):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """The fp32 tensor x in dtype, rounded to nearest, ties to even."""
+    """Return the fp32 tensor x in dtype, rounded to nearest, ties to even."""
     if PRECISION == "interpreted_bf16" and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -28,7 +28,7 @@ def rounded(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def power(x, exponent, SQUARE: tl.constexpr):
-    """The tensor x >= 0 to a power >= 0, which is 2 if SQUARE."""
+    """Return the tensor x >= 0 to a power >= 0, which is 2 if SQUARE."""
     if SQUARE:
         return x * x
     # The logarithm of 0 is -inf, and 0 times that would be NaN.
@@ -37,7 +37,7 @@ def power(x, exponent, SQUARE: tl.constexpr):
 
 @triton.jit
 def log1p(x):
-    """Logarithm of 1 + x for 0 <= x <= 1, to 2e-8 relative: 2 atanh(x / (2 + x)) as a series.
+    """Return log(1 + x) for 0 <= x <= 1, to 2e-8 relative: 2 atanh(x / (2 + x)) as a series.
 
     `tl.log(1 + x)` has lost the digits of a small x.
     """

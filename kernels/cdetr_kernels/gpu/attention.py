@@ -224,7 +224,7 @@ class AttentionOperator:
         return q_content.new_empty(batch, heads, queries, k_content.shape[1])
 
     def _map_gradients(self, ctx: Any, grad_attention: Tensor) -> tuple[Any, ...]:
-        """In plain torch: a gradient that comes in through the map is as large as the map."""
+        """Compute the gradients in plain torch: what comes in is as large as the map."""
         *tensors, key_mask, _, logsumexp, attention = ctx.saved_tensors
         undropped = attention
         if ctx.dropout_p > 0.0:

@@ -15,7 +15,7 @@ LOWEST = tl.constexpr(-3.0e38)
 
 @triton.jit
 def load_rows(p, o_rows, rows, stride_row, o_columns, stride_column, COLUMNS: tl.constexpr):
-    """Rows `o_rows` (those below `rows`) of a matrix of COLUMNS columns; zeros around it."""
+    """Load rows `o_rows` (those below `rows`) of a matrix of COLUMNS columns; zeros around it."""
     # 64-bit offsets: a row may lie more than 2^31 elements after the first one.
     p_rows = p + o_rows.to(tl.int64)[:, None] * stride_row
     m_rows = (o_rows < rows)[:, None]
@@ -28,7 +28,7 @@ def load_rows(p, o_rows, rows, stride_row, o_columns, stride_column, COLUMNS: tl
 def store_rows(
     p, b_x, o_rows, rows, stride_row, o_columns, COLUMNS: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Writes what `load_rows` reads, columns contiguous."""
+    """Write what `load_rows` reads, columns contiguous."""
     p_rows = p + o_rows.to(tl.int64)[:, None] * stride_row
     m_rows = (o_rows < rows)[:, None]
     if o_columns.shape[0] > COLUMNS:
@@ -39,7 +39,7 @@ def store_rows(
 
 @triton.jit
 def mask_bias(p_mask, o_s, S, stride_s, MASKED: tl.constexpr):
-    """0 for keys that are attended to, -inf for others and beyond S."""
+    """Return 0 for keys that are attended to, -inf for others and beyond S."""
     m_s = o_s < S
     if MASKED:
         m_s = tl.load(p_mask + o_s.to(tl.int64) * stride_s, m_s, other=0) != 0
@@ -48,7 +48,7 @@ def mask_bias(p_mask, o_s, S, stride_s, MASKED: tl.constexpr):
 
 @triton.jit
 def program(rows, BLOCK: tl.constexpr, N):
-    """Tile, head and image of this program. Neighbours share a head, and so its keys in the L2."""
+    """Return tile, head and image of this program; neighbours share the head's keys in the L2."""
     tiles = tl.cdiv(rows, BLOCK)
     i = tl.program_id(0)
     return i % tiles, (i // tiles) % N, i // tiles // N
@@ -62,7 +62,7 @@ def store_output(
     i_n, N, o_q, Q, o_v, inverse_keep,
     DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes output and log-sum-exp of a tile of queries; of a row without keys, 0 and +inf."""
+    """Write output and log-sum-exp of a tile of queries; of a row without keys, 0 and +inf."""
     empty = b_l == 0.0
     b_l = tl.where(empty, 1.0, b_l)
     b_out = b_acc * (inverse_keep / b_l)[:, None]
@@ -77,7 +77,7 @@ def store_output(
 def row_gradients(
     p_out, p_lse, p_do, p_delta, i_b, i_n, N, o_q, Q, o_v, do_q, do_d, DV: tl.constexpr
 ):
-    """Gradient of the output, delta (also written) and log-sum-exp of a tile of queries.
+    """Return output gradient, delta (also written) and log-sum-exp of a tile of queries.
 
     `p_do` is that of this image and head.
     """
@@ -112,7 +112,7 @@ def key_gradients(
     SPATIAL: tl.constexpr, TWO: tl.constexpr, DKS: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk_content, dk_spatial (if DKS) and dvalue of a tile of keys, before the scale."""
+    """Return dk_content, dk_spatial (if DKS) and dvalue of a tile of keys, before the scale."""
     BS: tl.constexpr = b_kc.shape[0]
     o_d, o_v = tl.arange(0, BD), tl.arange(0, BV)
     b_dkc = tl.zeros([BS, BD], tl.float32)
@@ -161,7 +161,7 @@ def store_map(
     o_q, Q, o_s, S, threshold, inverse_keep,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile of the attention map, after dropout, from the scores and the log-sum-exp."""
+    """Write a tile of the attention map, after dropout, from the scores and the log-sum-exp."""
     b_lse = tl.load(p_lse + i_head * Q + o_q, o_q < Q, other=float("inf"))
     b_p = tl.exp2(b_s - b_lse[:, None])
     if DROPOUT:
@@ -188,7 +188,7 @@ def merge_kernel(
     DV: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Puts the parts of the keys together, each by its log-sum-exp."""
+    """Put the parts of the keys together, each by its log-sum-exp."""
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     o_v = tl.arange(0, BV)
     m_r = o_r < rows

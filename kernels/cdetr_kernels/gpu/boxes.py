@@ -1,4 +1,4 @@
-"""Boxes as centre and size, one register a coordinate: L1 distance, generalized IoU, gradient.
+"""Boxes as centre and size, one register per coordinate: L1 distance, generalized IoU, gradient.
 
     GIoU = I / U - (H - U) / H      I: intersection, U = A + A' - I: union, H: hull of both boxes
     dGIoU = (1/U + I/U^2 - 1/H) dI + (1/H - I/U^2) dA - U/H^2 dH      A: area of the first box
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def load_boxes(p_rows, step, mask):
-    """The four coordinates of boxes that start at `p_rows`, in fp32; 1 where masked."""
+    """Load the four coordinates of boxes that start at `p_rows`, in fp32; 1 where masked."""
     x = tl.load(p_rows, mask, other=1.0).to(tl.float32)
     y = tl.load(p_rows + step, mask, other=1.0).to(tl.float32)
     w = tl.load(p_rows + 2 * step, mask, other=1.0).to(tl.float32)
@@ -28,7 +28,7 @@ def l1_distance(x, y, w, h, tx, ty, tw, th):
 
 @triton.jit
 def generalized_iou(x, y, w, h, tx, ty, tw, th):
-    """Generalized IoU of pairs of boxes."""
+    """Return the generalized IoU of pairs of boxes."""
     left, right, o_left, o_right = x - 0.5 * w, x + 0.5 * w, tx - 0.5 * tw, tx + 0.5 * tw
     top, bottom, o_top, o_bottom = y - 0.5 * h, y + 0.5 * h, ty - 0.5 * th, ty + 0.5 * th
     width = tl.maximum(tl.minimum(right, o_right) - tl.maximum(left, o_left), 0.0)
@@ -44,19 +44,19 @@ def generalized_iou(x, y, w, h, tx, ty, tw, th):
 
 @triton.jit
 def sign(x):
-    """-1, 0 or 1."""
+    """Return the sign: -1, 0 or 1."""
     return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
 
 
 @triton.jit
 def _above(a, b):
-    """The derivative of max(a, b) by a; torch too halves it where both are equal."""
+    """Return the derivative of max(a, b) by a; torch too halves it where both are equal."""
     return tl.where(a > b, 1.0, tl.where(a == b, 0.5, 0.0))
 
 
 @triton.jit
 def generalized_iou_gradient(x, y, w, h, tx, ty, tw, th):
-    """Derivatives of `generalized_iou` by x, y, w and h."""
+    """Return the derivatives of `generalized_iou` by x, y, w and h."""
     left, right, o_left, o_right = x - 0.5 * w, x + 0.5 * w, tx - 0.5 * tw, tx + 0.5 * tw
     top, bottom, o_top, o_bottom = y - 0.5 * h, y + 0.5 * h, ty - 0.5 * th, ty + 0.5 * th
     width = tl.minimum(right, o_right) - tl.maximum(left, o_left)

@@ -1,4 +1,4 @@
-"""Which tile a kernel runs with, by architecture, precision and width of a head.
+"""Choice of the tile that a kernel runs with, by architecture, precision and width of a head.
 
 Nothing is tuned at the first call: the choice is an entry of `tiles`.
 """
@@ -27,7 +27,7 @@ _INTERPRETED = Tile(32, 32)
 
 @functools.lru_cache
 def tile(kernel: str, architecture: str, precision: str, size: int) -> Tile:
-    """Returns the tile of a kernel, that of the nearest architecture where it has no entry.
+    """Return the tile of a kernel, that of the nearest architecture where it has no entry.
 
     Args:
         kernel: One of `KERNELS`.
@@ -45,22 +45,22 @@ def tile(kernel: str, architecture: str, precision: str, size: int) -> Tile:
 
 
 def is_borrowed(architecture: str, tile: Tile) -> bool:
-    """Whether a tile is none of those that the table has for an architecture."""
+    """Return whether the table has no such tile for an architecture."""
     return not any(name == architecture and x == tile for (name, *_), x in TILES.items())
 
 
 def padded(size: int) -> int:
-    """Returns the power of two, 16 at least, into which tensor cores take a head of `size`."""
+    """Return the power of two, 16 at least, into which tensor cores take a head of `size`."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def places(tile_keys: int, line: int) -> int:
-    """Returns how many places of a line of the map a tile has, `tile_keys` at most."""
+    """Return how many places of a line of the map a tile has, `tile_keys` at most."""
     return min(tile_keys, padded(line))
 
 
 def rows_are_lines(height: int, width: int, tile_keys: int) -> bool:
-    """Whether tiles are rows of the map: whichever of rows and columns fill more of their tiles."""
+    """Return whether tiles are rows of the map: rows or columns, which fill more of their tiles."""
 
     def positions(lines: int, line: int) -> int:
         tile = places(tile_keys, line)
@@ -70,7 +70,7 @@ def rows_are_lines(height: int, width: int, tile_keys: int) -> bool:
 
 
 def parts(programs: int, tiles_of_keys: int, multiprocessors: int) -> int:
-    """Returns into how many parts the keys are split, 1 where the programs fill the chip.
+    """Return into how many parts the keys are split, 1 where the programs fill the chip.
 
     A part has eight tiles at least. Modelled, not measured: a tile takes a quarter of a
     microsecond, and the merge that a split needs two.

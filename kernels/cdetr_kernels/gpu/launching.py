@@ -1,4 +1,4 @@
-"""Shared by the launchers: the architecture of a device, the precision of dots, the launch."""
+"""Helpers of the launchers: the architecture of a device, the precision of dots, the launch."""
 
 import functools
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Launch:
         }
 
     def run(self, device: torch.device) -> None:
-        """Launches on the current stream of `device`."""
+        """Launch on the current stream of `device`."""
         if self.programs == 0:
             return
         with torch.cuda.device(device.index if device.type == "cuda" else -1):
@@ -43,12 +43,12 @@ class Launch:
 
 
 def strides(name: str, axes: str, tensor: Tensor) -> dict[str, int]:
-    """Returns the arguments that hold the strides of a tensor: `name_a` for each of its axes."""
+    """Return the arguments that hold the strides of a tensor: `name_a` for each of its axes."""
     return {f"{name}_{axis}": step for axis, step in zip(axes, tensor.stride(), strict=True)}
 
 
 def shared_strides(name: str, axes: str, tensor: Tensor | None) -> dict[str, int]:
-    """Returns strides as `strides` does, 0 for an absent tensor and along a batch of 1."""
+    """Return strides as `strides` does, 0 for an absent tensor and along a batch of 1."""
     if tensor is None:
         return dict.fromkeys((f"{name}_{axis}" for axis in axes), 0)
     # A size of 1 is shared by the batch: whatever its stride is, no step is taken.
@@ -58,7 +58,7 @@ def shared_strides(name: str, axes: str, tensor: Tensor | None) -> dict[str, int
 
 @functools.lru_cache
 def architecture(device: torch.device) -> str:
-    """Returns "sm_90", "gfx942" and the like, or "interpreter" for a CPU."""
+    """Return "sm_90", "gfx942" and the like, or "interpreter" for a CPU."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
@@ -69,14 +69,14 @@ def architecture(device: torch.device) -> str:
 
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Returns how many programs run side by side at least."""
+    """Return how many programs run side by side at least."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Returns how kernels multiply: "tf32" for fp32 where torch is allowed to, else "ieee"."""
+    """Return how kernels multiply: "tf32" for fp32 where torch is allowed to, else "ieee"."""
     if INTERPRETED and dtype == torch.bfloat16:
         return "interpreted_bf16"
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -84,7 +84,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def sum_precision(dtype: torch.dtype, device: torch.device) -> str:
-    """Returns how kernels for `dtype` multiply fp32 sums with what they read.
+    """Return how kernels for `dtype` multiply fp32 sums with what they read.
 
     For fp32 that is `dot_precision`. Numbers in half precision lose nothing in TF32, and sums less
     than if they were rounded to half precision.
@@ -95,7 +95,7 @@ def sum_precision(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def attention_tile(kernel: str, q_content: Tensor, value: Tensor) -> Tile:
-    """Returns the tile of an attention kernel for these tensors."""
+    """Return the tile of an attention kernel for these tensors."""
     half = q_content.dtype != torch.float32
     return configurations.tile(
         kernel,

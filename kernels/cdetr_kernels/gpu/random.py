@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 def threshold(dropout_p: float) -> int:
-    """Returns what `keep` compares 31 random bits with."""
+    """Return what `keep` compares 31 random bits with."""
     return min(round(dropout_p * 2**31), 2**31 - 1)
 
 
@@ -28,7 +28,7 @@ def row_streams(p_seed, i_row, o_q):
 
 @triton.jit
 def keep(start, step, o_s, threshold):
-    """True where a weight stays; `start` and `step` broadcast against the keys `o_s`."""
+    """Return where a weight stays; `start` and `step` broadcast against the keys `o_s`."""
     x = start + step * o_s.to(tl.uint32)
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35

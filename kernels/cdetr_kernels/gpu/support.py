@@ -1,4 +1,4 @@
-"""Where triton's kernels can run, without importing triton."""
+"""Support of triton's kernels by devices, found without importing triton."""
 
 import importlib.util
 import os

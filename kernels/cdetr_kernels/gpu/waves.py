@@ -26,7 +26,7 @@ _FREQUENCIES = 2**12
 
 
 def frequency_step(temperature: float, features: int) -> tuple[float, float]:
-    """Returns s so that frequency i is 2^(i s), in two parts: i times the first one is exact.
+    """Return s so that frequency i is 2^(i s), in two parts: i times the first one is exact.
 
     Raises:
         ValueError: `temperature` is not a positive number of ordinary size, or there are too many
@@ -47,14 +47,14 @@ def frequency_step(temperature: float, features: int) -> tuple[float, float]:
 
 
 def tile(rows: int, pairs: int, registers: int) -> Tile:
-    """Returns a tile of rows and pairs: 16 features a thread, or 8 where warps have 64."""
+    """Return a tile of rows and pairs: 16 features per thread, or 8 where warps have 64."""
     pairs = min(PAIRS, triton.next_power_of_2(pairs))
     return Tile(rows, pairs, max(1, rows * pairs // 256), 1, registers, shared=1)
 
 
 @triton.jit
 def frequencies(o_i, step_high, step_low):
-    """2^(i s): the reciprocals of the wavelengths."""
+    """Return 2^(i s): the reciprocals of the wavelengths."""
     i = o_i.to(tl.float32)
     whole = tl.floor(i * step_high + 0.5)
     x = (i * step_high - whole) + i * step_low  # -0.5 to 0.5
@@ -69,7 +69,7 @@ def frequencies(o_i, step_high, step_low):
 
 @triton.jit
 def sine_and_cosine(x):
-    """Both, within two units of the last place of 1 for angles up to 12,000."""
+    """Return both, within two units of the last place of 1 for angles up to 12,000."""
     quarters = tl.floor(x * 0.6366197723675814 + 0.5)
     r = ((x - quarters * _PI_2_HIGH) - quarters * _PI_2_MIDDLE) - quarters * _PI_2_LOW
     z = r * r

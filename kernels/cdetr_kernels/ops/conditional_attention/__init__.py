@@ -45,7 +45,7 @@ def conditional_attention(
     *,
     return_attention: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Multi-head attention whose score is the sum of a content and a spatial dot product.
+    """Compute attention whose score is the sum of a content and a spatial dot product.
 
     Args:
         q_content: Content queries `[B, Q, N, D]`.

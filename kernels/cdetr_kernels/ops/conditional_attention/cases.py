@@ -72,7 +72,7 @@ def make(
     shared: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Case:
-    """Cross-attention of a decoder layer, or self-attention of the encoder.
+    """Make cross-attention of a decoder layer, or self-attention of the encoder.
 
     Args:
         dtype: dtype of the inputs.
@@ -187,7 +187,7 @@ def _eager(
 
 
 def _flex() -> Function:
-    """FlexAttention; the block mask of the first call is kept, outside of the times."""
+    """Make FlexAttention; the block mask of the first call is kept, outside of the times."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     block_masks: dict[int, Any] = {}

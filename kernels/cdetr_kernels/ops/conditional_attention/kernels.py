@@ -45,7 +45,7 @@ from cdetr_kernels.gpu.random import keep, row_streams
 
 @triton.jit
 def _extent(p_mask, S, stride_s, MASKED: tl.constexpr):
-    """One more than the last key that is attended to: tiles after it are never visited."""
+    """Return one more than the last key that is attended to: tiles after it are never visited."""
     extent = S
     if MASKED:
         BLOCK: tl.constexpr = 1024
@@ -88,7 +88,7 @@ def forward_kernel(
     SPATIAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head and image, against one part of the keys."""
+    """Compute one tile of queries of one head and image, against one part of the keys."""
     i_q, i_n, i_out = program(Q, BQ, N)
     i_b, i_split = (i_out % B).to(tl.int64), i_out // B
     o_q = i_q * BQ + tl.arange(0, BQ)
@@ -163,7 +163,7 @@ def backward_queries_kernel(
     SPATIAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries against all keys: dq_content, dq_spatial, and delta."""
+    """Compute one tile of queries against all keys: dq_content, dq_spatial, and delta."""
     i_q, i_n, i_b = program(Q, BQ, N)
     i_b, i_n = i_b.to(tl.int64), i_n.to(tl.int64)
     o_q = i_q * BQ + tl.arange(0, BQ)
@@ -237,7 +237,7 @@ def backward_keys_kernel(
     SPATIAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys against all queries: dk_content, dk_spatial, dvalue."""
+    """Compute one tile of keys against all queries: dk_content, dk_spatial, dvalue."""
     i_s, i_n, i_b = program(S, BS, N)
     i_b, i_n = i_b.to(tl.int64), i_n.to(tl.int64)
     o_s = i_s * BS + tl.arange(0, BS)
@@ -286,7 +286,7 @@ def attention_map_kernel(
     SPATIAL: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries against one tile of keys: P, after dropout."""
+    """Compute one tile of queries against one tile of keys: P, after dropout."""
     i_tile, i_n, i_b = program(tl.cdiv(Q, BQ) * tl.cdiv(S, BS), 1, N)
     i_b, i_n = i_b.to(tl.int64), i_n.to(tl.int64)
     o_s = (i_tile % tl.cdiv(S, BS)) * BS + tl.arange(0, BS)

@@ -48,7 +48,7 @@ def conditional_attention_separable(
     *,
     return_attention: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`conditional_attention` over a map whose spatial keys are a row's plus a column's code.
+    """Compute `conditional_attention` whose spatial keys are a row's plus a column's code.
 
     With `k_spatial[:, y * w + x] = k_rows[:, y] + k_columns[:, x]` both give the same, dropout
     included; here no spatial keys are made, and a query has h + w spatial products, not h * w.

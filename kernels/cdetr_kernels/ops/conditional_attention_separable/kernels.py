@@ -48,7 +48,7 @@ _SIZES = ["N", "Q", "Y", "X", "threshold", "mask_b", "step_y", "step_x"]
 
 @triton.jit
 def _extents(p_mask, Y, X, stride_y, stride_x, MASKED: tl.constexpr):
-    """One more than the last line, and the last place, with a key that is attended to."""
+    """Return one more than the last line, and the last place, with a key that is attended to."""
     lines, places = Y, X
     if MASKED:
         BLOCK: tl.constexpr = 1024
@@ -69,7 +69,7 @@ def _line_scores(
     p_scores, p_qs, p_ky, o_q, Q, qs_q, qs_d, first, last, ky_y, o_d, ky_d, scale,
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Leaves A of the lines from `first` to `last` in memory, a row of Q for each line."""
+    """Leave A of the lines from `first` to `last` in memory, a row of Q for each line."""
     BY: tl.constexpr = 16
     b_qs = load_rows(p_qs, o_q, Q, qs_q, o_d, qs_d, D)
     for i_y in range(0, last - first, BY):
@@ -87,7 +87,7 @@ def _place_scores(
     p_qs, p_kx, o_q, Q, qs_q, qs_d, o_x, places, kx_x, o_d, kx_d, scale,
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """B of a tile of places, -inf beyond the last one.
+    """Return B of a tile of places, -inf beyond the last one.
 
     Loads the spatial queries again for each tile: they would occupy registers through all lines.
     """
@@ -102,7 +102,7 @@ def _code_products(
     b_acc, p_sums, p_codes, o_q, Q, positions, stride, o_d, stride_d,
     D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """b_acc plus the sums of dscore (dA or dB) times the codes of their positions."""
+    """Return b_acc plus the sums of dscore (dA or dB) times the codes of their positions."""
     BP: tl.constexpr = 16
     for i_p in range(0, positions, BP):
         o_p = i_p + tl.arange(0, BP)
@@ -142,7 +142,7 @@ def forward_kernel(
     BQ: tl.constexpr, BX: tl.constexpr,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head and image, against one part of the lines."""
+    """Compute one tile of queries of one head and image, against one part of the lines."""
     i_q, i_n, i_out = program(Q, BQ, N)
     i_b, i_split = (i_out % B).to(tl.int64), i_out // B
     i_head = i_n.to(tl.int64)
@@ -237,7 +237,7 @@ def backward_queries_kernel(
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, SEVERAL: tl.constexpr,
     PRECISION: tl.constexpr, SUM_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries against all keys: dq_content, dq_spatial; dA, dB and delta.
+    """Compute one tile of queries against all keys: dq_content, dq_spatial; dA, dB and delta.
 
     SEVERAL is True where a line has more than one tile.
     """
@@ -331,7 +331,7 @@ def backward_codes_kernel(
     LINES: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, SUM_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the codes of P lines (if LINES), or of P places."""
+    """Compute the gradient of the codes of P lines (if LINES), or of P places."""
     P = Y if LINES else X
     i_p, i_n, i_b = program(P, BP, N)
     i_b, i_n = i_b.to(tl.int64), i_n.to(tl.int64)
@@ -378,7 +378,7 @@ def backward_keys_kernel(
     BQ: tl.constexpr, BS: tl.constexpr, HALF: tl.constexpr,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys against all queries: dk_content, dvalue. Here Y and X are rows and columns.
+    """Compute one tile of keys against all queries: dk_content, dvalue. Y and X: rows and columns.
 
     A tile's codes are gathered once. They are added up where that loses nothing (fp32); in half
     precision each has a product, so that the scores are those of forward to the last bits.
@@ -427,7 +427,7 @@ def attention_map_kernel(
     D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr, HALF: tl.constexpr,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries and one of keys: P, after dropout. Y, X and HALF as for the keys."""
+    """Compute one tile of queries and keys: P, after dropout. Y, X and HALF as for the keys."""
     S = Y * X
     i_tile, i_n, i_b = program(tl.cdiv(Q, BQ) * tl.cdiv(S, BS), 1, N)
     i_b, i_n = i_b.to(tl.int64), i_n.to(tl.int64)

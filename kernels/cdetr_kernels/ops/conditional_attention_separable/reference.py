@@ -29,7 +29,7 @@ def conditional_attention_separable(
     seed: int | None,
     return_attention: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Defines `cdetr_kernels.conditional_attention_separable`; see there for shapes."""
+    """Define `cdetr_kernels.conditional_attention_separable`; see there for shapes."""
     if len(k_rows) != len(k_columns):
         k_rows, k_columns = (x.expand(len(value), -1, -1, -1) for x in (k_rows, k_columns))
     keys = torch.cat([k_rows, k_columns], dim=1)

@@ -60,7 +60,7 @@ def detection_topk(
     *,
     threshold: float | None = None,
 ) -> tuple[Tensor, ...]:
-    """The k best (query, class) pairs of each image, NMS-free, with boxes in pixels.
+    """Select the k best (query, class) pairs of each image, NMS-free, with boxes in pixels.
 
     The sigmoid is monotone, so the selection is made on logits (upcast to fp32 at least). Equal
     logits come in the order of their flat index `query * K + class`. NaN comes last, with score 0.

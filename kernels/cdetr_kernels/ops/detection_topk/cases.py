@@ -30,7 +30,7 @@ def make(
     classes: int = 91,
     k: int = 100,
 ) -> Case:
-    """The best detections of a head.
+    """Make the outputs of a head.
 
     Args:
         dtype: dtype of the inputs; logits in half precision tie, and then any order is right.

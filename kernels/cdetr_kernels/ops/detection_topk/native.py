@@ -73,7 +73,7 @@ torch.library.register_autograd(
 def detection_topk(
     logits: Tensor, boxes_cxcywh: Tensor, sizes_hw: Tensor | None, k: int, threshold: float
 ) -> tuple[Tensor, ...]:
-    """The path "native" of `cdetr_kernels.detection_topk`; see the reference for shapes."""
+    """Run the path "native" of `cdetr_kernels.detection_topk`; see the reference for shapes."""
     if sizes_hw is not None:
         # Sizes on the CPU go to a GPU as arguments of the launch: a copy would have to wait.
         device = sizes_hw.device if sizes_hw.is_cpu else logits.device

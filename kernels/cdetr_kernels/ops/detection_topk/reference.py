@@ -23,7 +23,7 @@ def detection_topk(
     k: int,
     threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the k best (query, class) pairs of each image, with boxes in pixels.
+    """Return the k best (query, class) pairs of each image, with boxes in pixels.
 
     Half-precision inputs are computed in fp32, fp64 inputs in fp64.
 
@@ -64,7 +64,7 @@ def detection_topk(
 
 
 def _best_pairs(logits: Tensor, k: int) -> Tensor:
-    """Returns the flat index q * K + c of the k best pairs, best first, `[B, k]`.
+    """Return the flat index q * K + c of the k best pairs, best first, `[B, k]`.
 
     The k best pairs lie in the k queries whose own best pair ranks highest (each query above a
     given one holds a better pair), so the rest is dropped first: half the time at 900x365, k=100,
@@ -80,7 +80,7 @@ def _best_pairs(logits: Tensor, k: int) -> Tensor:
 
 
 def _sortable_integers(values: Tensor) -> Tensor:
-    """Maps fp32 to int32 (fp64 to int64) so that integers order as the values do, NaN lowest."""
+    """Map fp32 to int32 (fp64 to int64) so that integers order as the values do, NaN lowest."""
     dtype = torch.int32 if values.dtype == torch.float32 else torch.int64
     limits = torch.iinfo(dtype)
     bits = (values + 0.0).view(dtype)  # -0.0 + 0.0 is 0.0, so that both zeros tie
@@ -90,7 +90,7 @@ def _sortable_integers(values: Tensor) -> Tensor:
 
 
 def _stable_topk(ranks: Tensor, k: int) -> Tensor:
-    """Returns the positions of the k largest along dim 1, equal ones by lowest position first."""
+    """Return the positions of the k largest along dim 1, equal ones by lowest position first."""
     if ranks.dtype == torch.int64:
         return ranks.argsort(dim=1, descending=True, stable=True)[:, :k]
     # Rank and reversed position packed into one int64 leave no ties; topk takes a fifth of

@@ -41,7 +41,7 @@ def matching_cost(
     gamma: float = 2.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Cost of giving each prediction to each target of the same image, for all decoder layers.
+    """Compute the cost of giving each prediction to each target of its image, in all layers.
 
     Args:
         logits: `[L, B, Q, K]`.

@@ -32,7 +32,7 @@ def make(
     counts: tuple[int, ...] = (20,) * 8,
     classification: str = "focal",
 ) -> Case:
-    """Costs of all decoder layers.
+    """Make the predictions of all decoder layers, and targets.
 
     Args:
         dtype: dtype of the predictions.

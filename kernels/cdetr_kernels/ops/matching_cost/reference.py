@@ -26,7 +26,7 @@ def matching_cost(
     alpha: float,
     gamma: float,
 ) -> Tensor:
-    """Defines `cdetr_kernels.matching_cost`; see there for shapes."""
+    """Define `cdetr_kernels.matching_cost`; see there for shapes."""
     layers, batch, queries, _ = logits.shape
     targets = target_labels.shape[1]
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -49,7 +49,7 @@ def matching_cost(
 
 
 def _focal_cost(logits: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Focal loss of each logit as that of the target's class, minus that as any other one."""
+    """Return the focal loss of each logit as the target's class, minus that as any other one."""
     low = logits.sigmoid()
     high = 1 - low
     of_low, of_high = (high + 1e-8).log_(), (low + 1e-8).log_()
@@ -58,17 +58,17 @@ def _focal_cost(logits: Tensor, alpha: float, gamma: float) -> Tensor:
 
 
 def planes(boxes_cxcywh: Tensor) -> Tensor:
-    """[..., 4] -> contiguous [4, ...]: the pairs are many, and computed along contiguous rows."""
+    """Turn [..., 4] into contiguous [4, ...]: the many pairs are computed along contiguous rows."""
     return boxes_cxcywh.movedim(-1, 0).contiguous()
 
 
 def l1_distance(boxes: Tensor, others: Tensor) -> Tensor:
-    """L1 distance of broadcast pairs of boxes (centre, size) as planes, [4, ...] -> [...]."""
+    """Return the L1 distance of broadcast pairs of boxes (centre, size), [4, ...] -> [...]."""
     return (boxes - others).abs().sum(0)
 
 
 def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Generalized IoU of broadcast pairs of boxes (centre, size) as planes, [4, ...] -> [...].
+    """Return the generalized IoU of broadcast pairs of boxes (centre, size), [4, ...] -> [...].
 
     Source: Rezatofighi et al., "Generalized Intersection over Union".
     """
@@ -82,7 +82,7 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def _corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower and upper x and y, [2, ...] each."""
+    """Return lower and upper x and y, [2, ...] each."""
     centre, size = boxes.split(2)
     return centre.sub(size, alpha=0.5), centre.add(size, alpha=0.5)
 

@@ -32,7 +32,7 @@ _CLASSES = 32
 
 @triton.jit
 def _softmax_statistics(p_rows, logits_k, m_q, K, BQ: tl.constexpr, BK: tl.constexpr):
-    """Maximum of each row of logits, and the sum of exp(logit - maximum)."""
+    """Return the maximum of each row of logits, and the sum of exp(logit - maximum)."""
     b_max = tl.full([BQ], -3.0e38, tl.float32)  # finite, so that -inf less it is no NaN
     b_sum = tl.zeros([BQ], tl.float32)
     for first in range(0, K, BK):
@@ -64,7 +64,7 @@ def cost_kernel(
     BQ: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     SOFTMAX: tl.constexpr, SQUARE: tl.constexpr,
 ):  # fmt: skip
-    """The cost of BQ queries for BT targets of one layer and image."""
+    """Compute the cost of BQ queries for BT targets of one layer and image."""
     blocks_t, blocks_q = tl.cdiv(T, BT), tl.cdiv(Q, BQ)
     i_t = tl.program_id(0) % blocks_t
     i_q = tl.program_id(0) // blocks_t % blocks_q
@@ -119,7 +119,7 @@ def cost_launch(
     gamma: float,
     output: Tensor,
 ) -> Launch:
-    """The cost, into `output` `[L*B, T, Q]`."""
+    """Compute the cost into `output` `[L*B, T, Q]`."""
     layers, batch, queries, classes = logits.shape
     targets = target_labels.shape[1]
     tile = _tile(targets, softmax)
@@ -155,7 +155,7 @@ def cost_launch(
 
 
 def _tile(targets: int, softmax: bool) -> Tile:
-    """Four pairs a thread, two where there is one target; softmax has 8 logits a thread."""
+    """Return a tile: 4 pairs per thread, 2 where there is one target; of softmax, 8 logits."""
     rows = min(_TARGETS, triton.next_power_of_2(max(targets, 1)))
     warps = QUERIES * _CLASSES // 256 if softmax else max(1, QUERIES * rows // 128)
     return Tile(QUERIES, rows, warps, 1, registers=80, shared=2)
@@ -209,7 +209,7 @@ def matching_cost(
     alpha: float,
     gamma: float,
 ) -> Tensor:
-    """The path "triton" of `cdetr_kernels.matching_cost`; see there for shapes.
+    """Run the path "triton" of `cdetr_kernels.matching_cost`; see there for shapes.
 
     A label out of range costs NaN.
     """

@@ -30,7 +30,7 @@ def make(
     sizes: tuple[tuple[int, int], ...] = ((800, 1066),),
     channels: int = 3,
 ) -> Case:
-    """A batch of images as a processor prepares it.
+    """Make a batch of images as a processor gets it.
 
     Args:
         dtype: dtype of the pixels, such as uint8.

@@ -39,7 +39,7 @@ def normalize_and_pad(
     height: int,
     width: int,
 ) -> tuple[Tensor, Tensor]:
-    """The path "native" of `cdetr_kernels.normalize_and_pad`; see the reference for shapes."""
+    """Run the path "native" of `cdetr_kernels.normalize_and_pad`; see the reference for shapes."""
     return torch.ops.cdetr_fast.normalize_and_pad(
         images, shift or [], divisor or [], factor, height, width
     )

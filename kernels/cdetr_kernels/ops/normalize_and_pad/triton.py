@@ -1,4 +1,4 @@
-"""Images of different sizes to one normalised batch, with its mask: a launch an image.
+"""Images of different sizes to one normalised batch, with its mask: one launch per image.
 
     values[c, y, x] = (image[c, y, x] - shift[c]) / divisor[c]    inside of the image, 0 outside
                     = image[c, y, x] * factor                     without a shift
@@ -45,7 +45,7 @@ def pad_kernel(
     divisor_0, divisor_1, divisor_2, divisor_3,
     C: tl.constexpr, BW: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """BW neighbours in one row; `divisor_i` multiply unless SHIFTED."""
+    """Compute BW neighbours in one row; `divisor_i` multiply unless SHIFTED."""
     blocks = tl.cdiv(W, BW)
     i_y = (tl.program_id(0) // blocks).to(tl.int64)
     o_x = (tl.program_id(0) % blocks) * BW + tl.arange(0, BW)
@@ -75,7 +75,7 @@ def pad_launch(
     values: Tensor,
     mask: Tensor,
 ) -> Launch:
-    """One image, into `values` `[C, H, W]` and `mask` `[H, W]`; an empty `shift` multiplies."""
+    """Compute one image into `values` `[C, H, W]` and `mask` `[H, W]`; empty `shift` multiplies."""
     channels, height, width = values.shape
     tile = Tile(1, min(COLUMNS, triton.next_power_of_2(width)), 4, 1, registers=64, shared=2)
     shifts = [*shift, *[0.0] * CHANNELS][:CHANNELS]
@@ -128,7 +128,7 @@ def normalize_and_pad(
     height: int,
     width: int,
 ) -> tuple[Tensor, Tensor]:
-    """The path "triton" of `cdetr_kernels.normalize_and_pad`; see the reference for shapes."""
+    """Run the path "triton" of `cdetr_kernels.normalize_and_pad`; see the reference for shapes."""
     if shift is None:
         shift, divisor = (), (factor,) * images[0].shape[0]
     return torch.ops.cdetr_fast.normalize_and_pad_fused(

@@ -49,7 +49,7 @@ def residual_layer_norm(
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> Tensor:
-    """Layer norm of `x + residual`, the end of each part of a transformer layer.
+    """Compute the layer norm of `x + residual`, the end of each part of a transformer layer.
 
     Args:
         x: `[..., C]`.

@@ -31,7 +31,7 @@ def make(
     channels: int = 256,
     shared: bool = False,
 ) -> Case:
-    """The end of a part of a transformer layer.
+    """Make a state and its update, at the end of a part of a transformer layer.
 
     Args:
         dtype: dtype of the inputs.

@@ -14,5 +14,5 @@ from torch import Tensor
 def residual_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
-    """Defines `cdetr_kernels.residual_layer_norm`; see there for shapes."""
+    """Define `cdetr_kernels.residual_layer_norm`; see there for shapes."""
     return F.layer_norm(x + residual, weight.shape, weight, bias, eps)

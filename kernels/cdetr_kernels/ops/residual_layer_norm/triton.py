@@ -32,7 +32,7 @@ def layer_norm_kernel(
     C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BR rows."""
+    """Compute BR rows."""
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     o_c = tl.arange(0, BC)
     m_in = (o_r < R)[:, None]
@@ -57,7 +57,7 @@ def layer_norm_kernel(
 def norm_launch(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, output: Tensor
 ) -> Launch:
-    """All rows of contiguous tensors, into `output`."""
+    """Compute all rows of contiguous tensors into `output`."""
     channels = x.shape[-1]
     block = triton.next_power_of_2(channels)
     rows = max(1, _VALUES // block)
@@ -103,5 +103,5 @@ register(
 def residual_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
-    """The path "triton" of `cdetr_kernels.residual_layer_norm`; see there for shapes."""
+    """Run the path "triton" of `cdetr_kernels.residual_layer_norm`; see there for shapes."""
     return torch.ops.cdetr_fast.residual_layer_norm(x, residual, weight, bias, eps)

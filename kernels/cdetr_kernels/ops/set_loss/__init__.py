@@ -40,7 +40,7 @@ def set_loss(
     gamma: float = 2.0,
     backend: str = "auto",
 ) -> dict[str, Tensor]:
-    """Focal, L1, generalized-IoU and cardinality losses of every decoder layer, given the matching.
+    """Compute focal, L1, generalized-IoU and cardinality losses of every layer, given the matching.
 
     Args:
         logits: `[L, B, Q, K]`.

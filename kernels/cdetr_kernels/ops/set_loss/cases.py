@@ -31,7 +31,7 @@ def make(
     classes: int = 91,
     counts: tuple[int, ...] = (20,) * 8,
 ) -> Case:
-    """Losses of all decoder layers, given a matching of the first targets.
+    """Make the predictions of all decoder layers, targets, and a matching of the first ones.
 
     Args:
         dtype: dtype of the predictions.

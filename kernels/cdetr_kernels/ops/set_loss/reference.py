@@ -22,7 +22,7 @@ def set_loss(
     alpha: float,
     gamma: float,
 ) -> dict[str, Tensor]:
-    """Defines `cdetr_kernels.set_loss`; see there for shapes."""
+    """Define `cdetr_kernels.set_loss`; see there for shapes."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     is_pair = matches >= 0  # [L, B, T]
     query = matches.clamp(min=0)
@@ -52,7 +52,7 @@ def set_loss(
 
 
 def _pairs(query: Tensor, is_pair: Tensor, labels: Tensor, shape: torch.Size) -> Tensor:
-    """Where in a layer's `[B, Q, K]` logits, flattened, the matched ones are; behind them if none.
+    """Return where in a layer's flattened `[B, Q, K]` logits the matched ones are; behind if none.
 
     Returns:
         int64 `[L, B*T]`.

@@ -45,7 +45,7 @@ _SCALED = Tile(1024, 1, 4, 1, registers=48, shared=5)
 
 @triton.jit
 def _targets_of(p_matches, matches_t, o_q, T, BQ: tl.constexpr, BT: tl.constexpr):
-    """The target of each query, -1 if it has none."""
+    """Return the target of each query, -1 if it has none."""
     b_target = tl.full([BQ], -1, tl.int32)
     for first in range(0, T, BT):
         o_t = first + tl.arange(0, BT)
@@ -75,7 +75,7 @@ def forward_kernel(
     BQ: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr,
     SQUARE: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums and gradients of BQ queries of one layer and image."""
+    """Compute partial sums and gradients of BQ queries of one layer and image."""
     blocks = tl.cdiv(Q, BQ)
     o_q = (tl.program_id(0) % blocks) * BQ + tl.arange(0, BQ)
     i_lb = (tl.program_id(0) // blocks).to(tl.int64)
@@ -148,7 +148,7 @@ def sum_kernel(
     L, B, blocks,
     BB: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partial sums of one layer, image by image."""
+    """Add the partial sums of one layer, image by image."""
     i_l = tl.program_id(0)
     b_focal = tl.zeros([BB, BP], tl.float32)
     b_l1 = tl.zeros([BB, BP], tl.float32)
@@ -187,7 +187,7 @@ def backward_kernel(
     L, n_logits, n_boxes, blocks,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK logits, and BLOCK coordinates while there are any, of one layer."""
+    """Scale the gradients of BLOCK logits, and of BLOCK coordinates, of one layer."""
     i_l = (tl.program_id(0) // blocks).to(tl.int64)
     o_n = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     num_boxes = tl.load(p_num_boxes)
@@ -220,7 +220,7 @@ def forward_launch(
     dboxes: Tensor,
     partial: Tensor,
 ) -> Launch:
-    """Partial sums, and gradients unless there is no memory for them."""
+    """Compute partial sums, and gradients unless there is no memory for them."""
     layers, batch, queries, classes = logits.shape
     width = min(_CLASSES, triton.next_power_of_2(max(classes, 1)))
     warps = max(1, QUERIES * width // 128)
@@ -257,7 +257,7 @@ def forward_launch(
 
 
 def sum_launch(partial: Tensor, target_counts: Tensor, num_boxes: Tensor, losses: Tensor) -> Launch:
-    """The sums of each layer, into `losses`."""
+    """Compute the sums of each layer into `losses`."""
     arguments = {
         "p_partial": partial,
         "p_counts": target_counts,
@@ -281,7 +281,7 @@ def backward_launch(
     dlogits: Tensor,
     dboxes: Tensor,
 ) -> Launch:
-    """The gradients, scaled, into `dlogits` and `dboxes`."""
+    """Write the scaled gradients into `dlogits` and `dboxes`."""
     layers = len(dlogits)
     n_logits, n_boxes = dlogits[:1].numel(), dboxes[:1].numel()
     blocks = triton.cdiv(max(n_logits, n_boxes), _SCALED.queries)
@@ -394,7 +394,7 @@ def set_loss(
     alpha: float,
     gamma: float,
 ) -> dict[str, Tensor]:
-    """The path "triton" of `cdetr_kernels.set_loss`; see there for shapes."""
+    """Run the path "triton" of `cdetr_kernels.set_loss`; see there for shapes."""
     if not isinstance(num_boxes, Tensor):
         num_boxes = torch.full((), num_boxes, device=logits.device)
     differentiable = logits.requires_grad or boxes_cxcywh.requires_grad

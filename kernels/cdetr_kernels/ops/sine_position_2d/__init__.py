@@ -42,7 +42,7 @@ def sine_position_2d(
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
 ) -> Tensor:
-    """Sine code of the map positions, counted over the unpadded part of each image.
+    """Compute the sine code of the map positions, counted over the unpadded part of each image.
 
     Args:
         mask: bool `[B, h, w]`, True = unpadded.

@@ -30,7 +30,7 @@ def make(
     channels: int = 256,
     mask: str = "padded",
 ) -> Case:
-    """The code of the keys.
+    """Make the mask of the keys.
 
     Args:
         dtype: dtype of the code.

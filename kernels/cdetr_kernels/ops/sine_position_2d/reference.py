@@ -21,7 +21,7 @@ def sine_position_2d(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Defines `cdetr_kernels.sine_position_2d`; see there for shapes."""
+    """Define `cdetr_kernels.sine_position_2d`; see there for shapes."""
     angle_dtype = torch.promote_types(dtype, torch.float32)
     y = mask.cumsum(1, dtype=angle_dtype)  # [B, h, w], 1 at the first unpadded row
     x = mask.cumsum(2, dtype=angle_dtype)
@@ -33,7 +33,7 @@ def sine_position_2d(
 
 
 def interleave(coordinate: Tensor, features: int, temperature: float) -> Tensor:
-    """[...] -> [..., features]: sines at even, cosines at odd positions."""
+    """Code angles, [...] -> [..., features]: sines at even, cosines at odd positions."""
     step = torch.arange(features // 2, dtype=coordinate.dtype, device=coordinate.device)
     angle = coordinate[..., None] / temperature ** (2 * step / features)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)

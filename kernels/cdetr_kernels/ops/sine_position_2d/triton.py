@@ -29,7 +29,7 @@ POSITIONS = 16
 
 @triton.jit
 def _count_down(p_mask, i_h, H, mask_h, o_w, W, mask_w, BLOCK: tl.constexpr):
-    """Unpadded rows up to i_h, and all of them, in the columns o_w."""
+    """Count the unpadded rows up to i_h, and all of them, in the columns o_w."""
     o_block = tl.arange(0, BLOCK)
     b_count = tl.zeros([BLOCK, o_w.shape[0]], tl.int32)
     b_total = b_count
@@ -44,7 +44,7 @@ def _count_down(p_mask, i_h, H, mask_h, o_w, W, mask_w, BLOCK: tl.constexpr):
 
 @triton.jit
 def _count_along(p_row, o_w, i_first, W, mask_w, BLOCK: tl.constexpr):
-    """Unpadded columns up to each of o_w (which start at i_first), and all of them, in one row."""
+    """Count a row's unpadded columns up to each of o_w (from i_first on), and all of them."""
     b_before = tl.zeros([BLOCK], tl.int32)
     b_total = b_before
     for first in range(0, W, BLOCK):
@@ -68,7 +68,7 @@ def position_kernel(
     C: tl.constexpr, BP: tl.constexpr, BI: tl.constexpr,
     NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One half of the code of BP positions in a row."""
+    """Compute one half of the code of BP positions in a row."""
     i = tl.program_id(0)
     i_half = i % 2
     tiles = tl.cdiv(W, BP)
@@ -103,7 +103,7 @@ def position_kernel(
 def position_launch(
     mask: Tensor, temperature: float, normalize: bool, scale: float, output: Tensor
 ) -> Launch:
-    """The code of `mask`, into `output`."""
+    """Compute the code of `mask` into `output`."""
     batch, height, width = mask.shape
     channels = output.shape[-1]
     step_high, step_low = frequency_step(temperature, channels // 2)
@@ -158,7 +158,7 @@ def sine_position_2d(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The path "triton" of `cdetr_kernels.sine_position_2d`; see there for shapes.
+    """Run the path "triton" of `cdetr_kernels.sine_position_2d`; see there for shapes.
 
     Raises:
         ValueError: `temperature` or `channels` is out of the kernels' range.

@@ -47,7 +47,7 @@ def sine_query(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Sine code of reference points, times the scale that the decoder state predicts.
+    """Compute the sine code of reference points, times the scale that the decoder state predicts.
 
     Args:
         reference_points: `[..., 2]` x, y or `[..., 4]` x, y, width, height, in [0, 1].
@@ -94,6 +94,6 @@ def sine_query(
 
 
 def _broadcast(a: Tensor, b: Tensor) -> bool:
-    """Whether all sizes but the last fit together."""
+    """Return whether all sizes but the last fit together."""
     pairs = zip(reversed(a.shape[:-1]), reversed(b.shape[:-1]), strict=False)
     return all(x == y or x == 1 or y == 1 for x, y in pairs)

@@ -31,7 +31,7 @@ def make(
     rows: tuple[int, ...] | None = None,
     scaled: bool = True,
 ) -> Case:
-    """The code of the queries, whose points the batch shares.
+    """Make the points of the queries, which the batch shares, and their scale.
 
     Args:
         dtype: dtype of the inputs.

@@ -21,7 +21,7 @@ def sine_query(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Defines `cdetr_kernels.sine_query`; see there for shapes."""
+    """Define `cdetr_kernels.sine_query`; see there for shapes."""
     points = reference_points.to(torch.promote_types(reference_points.dtype, torch.float32)) * scale
     order = [1, 0, 2, 3][: points.shape[-1]]  # y, x, width, height
     points = torch.stack([points.unbind(-1)[i] for i in order], -1)

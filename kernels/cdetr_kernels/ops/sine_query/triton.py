@@ -32,7 +32,7 @@ ROWS = 8
 
 @triton.jit
 def _coordinate(p_points, b_a, b_r, m_rows, points_a, points_r, points_c, COORDINATES):
-    """One coordinate of the rows, its place among the points, and that of its features."""
+    """Load a coordinate of the rows; also return its index, and that of its features."""
     i_k = tl.program_id(0) % COORDINATES
     i_c = tl.where(i_k < 2, 1 - i_k, i_k)  # y, x, width, height
     b_x = tl.load(p_points + b_a * points_a + b_r * points_r + i_c * points_c, m_rows, other=0.0)
@@ -41,7 +41,7 @@ def _coordinate(p_points, b_a, b_r, m_rows, points_a, points_r, points_c, COORDI
 
 @triton.jit
 def _rows(BR: tl.constexpr, R, rows, COORDINATES):
-    """Number of each row, its two indices, and whether there is such a row."""
+    """Return the number of each row, its two indices, and whether there is such a row."""
     o_row = (tl.program_id(0) // COORDINATES) * BR + tl.arange(0, BR)
     return o_row.to(tl.int64), (o_row // R).to(tl.int64), (o_row % R).to(tl.int64), o_row < rows
 
@@ -59,7 +59,7 @@ def forward_kernel(
     C: tl.constexpr, COORDINATES: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr,
     SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The features of one coordinate of BR rows."""
+    """Compute the features of one coordinate of BR rows."""
     o_row, b_a, b_r, m_rows = _rows(BR, R, rows, COORDINATES)
     b_x, _, i_k = _coordinate(p_points, b_a, b_r, m_rows, points_a, points_r, points_c, COORDINATES)
     b_x = b_x * scale
@@ -97,7 +97,7 @@ def backward_kernel(
     C: tl.constexpr, COORDINATES: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr,
     SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one coordinate of BR rows, and of the part of lambda that scales it."""
+    """Compute the gradients of a coordinate of BR rows, and of the lambda that scales it."""
     o_row, b_a, b_r, m_rows = _rows(BR, R, rows, COORDINATES)
     b_x, i_c, i_k = _coordinate(
         p_points, b_a, b_r, m_rows, points_a, points_r, points_c, COORDINATES
@@ -135,7 +135,7 @@ def forward_launch(
     scale: float,
     output: Tensor,
 ) -> Launch:
-    """Forward, into `output`."""
+    """Compute the code into `output`."""
     return _launch(
         forward_kernel,
         {"p_out": output},
@@ -154,7 +154,7 @@ def backward_launch(
     dpoints: Tensor,
     dlambda: Tensor | None,
 ) -> Launch:
-    """Backward, into a gradient for each row (shared points or scales are summed afterwards)."""
+    """Compute a gradient for each row (shared points or scales are summed afterwards)."""
     return _launch(
         backward_kernel,
         {
@@ -200,7 +200,7 @@ def _launch(kernel, own_arguments: dict, inputs, like: Tensor, registers: int) -
 
 
 def _strides(name: str, tensor: Tensor | None) -> dict[str, int]:
-    """A size of 1 is shared by the others' rows: whatever its stride is, no step is taken."""
+    """Return strides, 0 for a size of 1: the others' rows share it, so no step is taken."""
     if tensor is None:
         return {f"{name}_{axis}": 0 for axis in "arc"}
     shared = (len(tensor) == 1, tensor.shape[1] == 1, False)
@@ -289,7 +289,7 @@ def sine_query(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The path "triton" of `cdetr_kernels.sine_query`; see there for shapes.
+    """Run the path "triton" of `cdetr_kernels.sine_query`; see there for shapes.
 
     Angles (points times `scale`) are accurate up to 12,000 in size.
 
@@ -305,7 +305,7 @@ def sine_query(
 
 
 def _in_three_dimensions(x: Tensor, rows: torch.Size) -> Tensor:
-    """A view where `rows` has two sizes at most; sizes of 1 stay."""
+    """Fold rows into two sizes, a view where they have two at most; sizes of 1 stay."""
     rank = max(len(rows), 2) + 1
     x = x[(None,) * (rank - x.ndim)]
     if rank == 3:
