@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, in one command and within eight minutes.
+"""Check of everything that only a GPU can show, in one command and within eight minutes.
 
     python -m benchmarks.gpu_check
     python -m benchmarks.gpu_check --rehearse   tiny sizes on a CPU, in triton's interpreter
@@ -63,7 +63,7 @@ class Stage:
 
 
 def stages(lines: Path, rehearse: bool) -> dict[str, Stage]:
-    """Returns the stages by name; `lines` is where microbenchmarks keep what they have measured."""
+    """Return the stages by name; `lines` is where microbenchmarks keep what they have measured."""
     if rehearse:
         return _rehearsed(lines)
     workers = []
@@ -119,7 +119,7 @@ def _this_architecture() -> dict[str, str]:
 
 
 def _sanitizer() -> str:
-    """Returns compute-sanitizer's path; it is not always where programs are looked for."""
+    """Return compute-sanitizer's path; it is not always where programs are looked for."""
     folders = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin", "/opt/cuda/bin"]
     found = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path=os.pathsep.join(folders)
@@ -152,7 +152,7 @@ def _rehearsed(lines: Path) -> dict[str, Stage]:
 
 
 def _tests(folder: str, seconds: float, *options: str) -> Stage:
-    """Runs those test files whose imports are all there; conftest.py has imports of its own."""
+    """Run those test files whose imports are all there; conftest.py has imports of its own."""
     files, left_out = [], []
     for path in sorted((ROOT / folder).glob("test_*.py")):
         missing = _missing_imports(path)
@@ -182,7 +182,7 @@ def _missing_imports(path: Path) -> list[str]:
 
 
 def run_stage(stage: Stage, seconds: float, log: Path) -> dict[str, Any]:
-    """Runs a stage for `seconds` at most, output into `log`; returns its status and figures."""
+    """Run a stage for `seconds` at most, output into `log`; return its status and figures."""
     missing = [
         name
         for name in stage.needs
@@ -228,7 +228,7 @@ def run_stage(stage: Stage, seconds: float, log: Path) -> dict[str, Any]:
 
 
 def output_options(name: str, stage: Stage, folder: Path) -> Stage:
-    """Has a benchmark write its rows beside the results, from where they are taken over."""
+    """Make a benchmark write its rows beside the results, from where they are taken over."""
     program = stage.command[0].removeprefix("benchmarks.")
     if program == "benchmarks":
         program = stage.command[1]
@@ -244,7 +244,7 @@ def _part(name: str) -> str:
 
 
 def results_path(folder: Path, rehearse: bool) -> Path:
-    """Returns the file of today's results on this GPU."""
+    """Return the file of today's results on this GPU."""
     device = "rehearsal" if rehearse else torch.cuda.get_device_name()
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     version = torch.__version__.split("+")[0]
@@ -254,7 +254,7 @@ def results_path(folder: Path, rehearse: bool) -> Path:
 def check(
     path: Path, rehearse: bool, only: str, time_limit: float, say: Callable = print
 ) -> dict[str, Any]:
-    """Runs the stages that have not passed yet, and writes `path` after each of them."""
+    """Run the stages that have not passed yet, and write `path` after each of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = path.with_suffix("")  # a folder for logs and for what stages write
     parts.mkdir(exist_ok=True)
@@ -298,7 +298,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def report(content: dict[str, Any]) -> None:
-    """Prints the figures, then the stages: the end is what one looks at first."""
+    """Print the figures, then the stages: the end is what one looks at first."""
     rows = content["rows"]
     if rows.get("microbenchmarks"):
         measure.print_table(ops.summary(rows["microbenchmarks"]))

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _rarely_used(device: torch.device) -> None:
-    """Dropout, the attention map, keys split into parts; detections in tiles, and many."""
+    """Yield dropout, the attention map, keys split into parts; detections in tiles, and many."""
     generator = torch.Generator().manual_seed(0)
     if native.UNAVAILABLE[device.type] is None:
         logits = torch.randn(2, 111, 91, generator=generator).to(device)

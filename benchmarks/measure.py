@@ -23,7 +23,7 @@ RESULTS = Path(os.environ.get("CDETR_FAST_RESULTS", Path(__file__).parent / "res
 def interleaved(
     providers: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2
 ) -> dict[str, dict[str, float]]:
-    """Times the providers in turns, so that a busy moment of the machine hits all of them.
+    """Time the providers in turns, so that a busy moment of the machine hits all of them.
 
     A call has ended when the GPU, if there is one, has nothing left to do.
 
@@ -52,7 +52,7 @@ def interleaved(
 
 
 def peak_memory(call: Callable[..., Any], *arguments: Any) -> dict[str, float]:
-    """Runs `call(*arguments)` in a process of its own.
+    """Run `call(*arguments)` in a process of its own.
 
     `call` returns a function; what that function adds to the process's peak is the result.
 
@@ -93,7 +93,7 @@ def _peak_kib() -> int:
 
 
 def environment() -> dict[str, Any]:
-    """Returns what a reader needs to judge a figure: machine, versions, commit, command."""
+    """Return what a reader needs to judge a figure: machine, versions, commit, command."""
     device = {}
     if torch.cuda.is_available():
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -112,7 +112,7 @@ def environment() -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """Returns the version of an installed package, None if it is missing."""
+    """Return the version of an installed package, None if it is missing."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -135,7 +135,7 @@ def _processor() -> str:
 
 
 def save(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Writes the rows and the environment to `benchmarks/results/<name>.json`."""
+    """Write the rows and the environment to `benchmarks/results/<name>.json`."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
@@ -143,7 +143,7 @@ def save(name: str, rows: list[dict[str, Any]]) -> Path:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Prints rows of the same keys as aligned columns."""
+    """Print rows of the same keys as aligned columns."""
     cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     cells.insert(0, list(rows[0]))
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]

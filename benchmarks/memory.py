@@ -1,4 +1,4 @@
-"""The memory meter: what a call adds to the peak, on a GPU or in a process of its own."""
+"""Memory meter: what a call adds to the peak, on a GPU or in a process of its own."""
 
 import multiprocessing
 from collections.abc import Callable

@@ -66,7 +66,7 @@ def _their_labels(labels: Tensor, boxes: Tensor, counts: Tensor) -> list[dict[st
 
 
 def _matching_cost(case: Case) -> Function:
-    """Their matcher without its solver, one layer after another; copies to the CPU."""
+    """Return their matcher without its solver, one layer after another; it copies to the CPU."""
     from transformers.loss import loss_deformable_detr as module
 
     matcher = module.DeformableDetrHungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)
@@ -128,7 +128,7 @@ def _set_loss(case: Case) -> Function:
 
 
 def _detection_topk(case: Case) -> Function:
-    """Their post-processing, with a threshold that keeps all detections."""
+    """Return their post-processing, with a threshold that keeps all detections."""
     import transformers
 
     processor = transformers.ConditionalDetrImageProcessor()
@@ -176,7 +176,7 @@ def cross_attention_module(
     width: int = 42,
     mask: str | None = None,
 ) -> Case:
-    """The decoder's cross-attention module with its projections, against transformers'."""
+    """Make the decoder's cross-attention module with its projections, against transformers'."""
     from cdetr_fast.models.attention import ConditionalDetrDecoderCrossAttention
     from cdetr_fast.models.position import MapPosition
 

@@ -1,4 +1,4 @@
-"""The registry: every benchmark, and every tool that measures or checks, by its name."""
+"""Registry: every benchmark, and every tool that measures or checks, by its name."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks` lists the benchmarks, with a name it runs one."""
+"""Command line: `python -m benchmarks` lists the benchmarks, with a name it runs one."""
 
 import argparse
 import shlex

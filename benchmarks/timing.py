@@ -1,4 +1,4 @@
-"""The timer: calls of several providers in turns, and the rates that a device can reach at most."""
+"""Timer: calls of several providers in turns, and the rates that a device can reach at most."""
 
 import functools
 import math

@@ -41,7 +41,7 @@ def plain(outputs: SimpleNamespace, sizes: Tensor, k: int) -> tuple[Tensor, Tens
 
 
 def compare(ours: list[dict], theirs: list[dict]) -> tuple[float, float]:
-    """Returns the largest difference of scores and of boxes; raises if detections differ."""
+    """Return the largest difference of scores and of boxes; raise if detections differ."""
     score_error = box_error = 0.0
     for a, b in zip(ours, theirs, strict=True):
         if not torch.equal(a["labels"], b["labels"]) or a["labels"].numel() == 0:

@@ -1,4 +1,4 @@
-"""Finds the tiles of conditional attention on the GPU at hand, and writes them into the table.
+"""Search for the tiles of conditional attention on the GPU at hand, for the table.
 
     python -m benchmarks.tune --limit 480
     python -m benchmarks.tune --dry-run --architecture sm_90
@@ -66,12 +66,12 @@ class Key:
 
     @property
     def pass_(self) -> str:
-        """Outputs of the kernel, for either operator."""
+        """Return the outputs of the kernel, for either operator."""
         return self.kernel.removeprefix("separable_")
 
 
 def candidates(key: Key) -> list[Tile]:
-    """Returns the tiles that are tried: the reviewed list.
+    """Return the tiles that are tried: the reviewed list.
 
     Without tensor cores a program multiplies in registers, where large tiles spill; a wide head
     fills shared memory, so it has no deep pipelines.
@@ -92,7 +92,7 @@ def candidates(key: Key) -> list[Tile]:
 
 @contextlib.contextmanager
 def with_tile(kernel: str, tile: Tile) -> Iterator[None]:
-    """Has one kernel run with a tile, the others with what the table says."""
+    """Make one kernel run with a tile, the others with what the table says."""
     stored = configurations.tile
 
     def chosen(name: str, *arguments: Any) -> Tile:
@@ -103,7 +103,7 @@ def with_tile(kernel: str, tile: Tile) -> Iterator[None]:
 
 
 def examined(key: Key, tile: Tile, architecture: str) -> dict[str, Any]:
-    """Compiles a kernel ahead of time, with dropout, which needs the most registers."""
+    """Compile a kernel ahead of time, with dropout, which needs the most registers."""
     with with_tile(key.kernel, tile), machine_code.compiling_for(architecture, key.precision):
         launch = key.cases.audited(key.precision, key.width, 0.1)[key.kernel].launch
     try:
@@ -123,7 +123,7 @@ def examined(key: Key, tile: Tile, architecture: str) -> dict[str, Any]:
 def all_examined(
     tiles: list[tuple[Key, Tile]], architecture: str, processes: int
 ) -> list[dict[str, Any]]:
-    """Compiles in several processes, as it is most of the time."""
+    """Compile in several processes, as it is most of the time."""
     arguments = [(key, tile, architecture) for key, tile in tiles]
     if processes == 1:
         return list(itertools.starmap(examined, arguments))
@@ -133,7 +133,7 @@ def all_examined(
 
 
 def calls(key: Key, device: torch.device, shapes: Iterable[dict]) -> Iterator[tuple[str, Callable]]:
-    """Yields for each shape a call of one kernel alone (forward: with the merge of its parts)."""
+    """Yield for each shape a call of one kernel alone (forward: with the merge of its parts)."""
     dtype = torch.bfloat16 if key.precision == "half" else torch.float32
     module = separable if key.is_separable else fused
     for shape in shapes:
@@ -166,7 +166,7 @@ def calls(key: Key, device: torch.device, shapes: Iterable[dict]) -> Iterator[tu
 
 
 def is_accurate(key: Key, device: torch.device, shape: dict) -> bool:
-    """Checks output and gradients (or the map) of the operator, with the tile that is set."""
+    """Check output and gradients (or the map) of the operator, with the tile that is set."""
     dtype = torch.bfloat16 if key.precision == "half" else torch.float32
     case = key.cases.make(dtype, device, size=key.width, mask="padded", **shape)
     if key.pass_ == "attention_map":
@@ -188,7 +188,7 @@ def is_accurate(key: Key, device: torch.device, shape: dict) -> bool:
 def timed(
     key: Key, tile: Tile, device: torch.device, shapes: tuple, repeats: int
 ) -> dict[str, Any]:
-    """Checks and times one tile: milliseconds by shape, or why it is out."""
+    """Check and time one tile: milliseconds by shape, or why it is out."""
     checked = {"batch": 2, "queries": 67, "height": 13, "width": 21}
     if device.type == "cpu":
         checked = {"batch": 1, "queries": 20, "height": 3, "width": 8}
@@ -207,14 +207,14 @@ def timed(
 
 
 def precision_of_dots(precision: str) -> contextlib.AbstractContextManager:
-    """Has launchers multiply fp32 as asked, whatever torch is set to."""
+    """Make launchers multiply fp32 as asked, whatever torch is set to."""
     if precision == "half":
         return contextlib.nullcontext()
     return mock.patch.object(launching, "dot_precision", return_value=precision)
 
 
 def entry(architecture: str, key: Key, tile: Tile, used: dict[str, Any]) -> str:
-    """Returns a line of the table; budgets are what is used, with slack for other versions."""
+    """Return a line of the table; budgets are what is used, with slack for other versions."""
     registers = min(-(-used["registers"] // 8) * 8 + 8, 512 if "gfx" in architecture else 255)
     shared = -(-used["shared"] // 1024) + 1
     name = f'"{architecture}", "{key.precision}", {key.width}, "{key.kernel}"'
@@ -240,7 +240,7 @@ def rewritten(text: str, lines: list[str]) -> str:
 def parts_table(
     device: torch.device, sizes: Iterable[tuple[int, int]], repeats: int
 ) -> list[dict[str, Any]]:
-    """Times the forward kernel of one image for each number of parts, beside the model's choice."""
+    """Time the forward kernel of one image for each number of parts, beside the model's choice."""
     rows = []
     for height, width in sizes:
         case = registry.cases("conditional_attention").make(
@@ -276,7 +276,7 @@ def parts_table(
 
 
 def _target(architecture: str) -> None:
-    """Lets the audit compile for an architecture that it does not know, as for its kin."""
+    """Let the audit compile for an architecture that it does not know, as for its kin."""
     if architecture not in machine_code.TARGETS:
         kin = "gfx942" if architecture.startswith("gfx") else "sm_" + architecture[3:-1] + "0"
         for table in (machine_code.TARGETS, machine_code.CAPACITY, machine_code.TENSOR_CORE):

@@ -58,7 +58,7 @@ def _conditional(config: TrainingConfig, classes: Sequence[str]) -> nn.Module:
 
 
 def _transformers(config: TrainingConfig, classes: Sequence[str]) -> nn.Module:
-    """Our model with the numbers and the initial weights of transformers'."""
+    """Return our model with the numbers and the initial weights of transformers'."""
     return build_model(_with(config, compat="transformers"), classes)
 
 
@@ -70,7 +70,7 @@ def _plain(kind: type[PlainDetr]) -> Builder:
 
 
 def _zero_bias(config: TrainingConfig, classes: Sequence[str]) -> nn.Module:
-    """The checkpoint under transformers' numbers, with the class head as transformers resets it."""
+    """Return the checkpoint under transformers' numbers, with the class head that it resets."""
     model = _transformers(config, classes)
     nn.init.normal_(model.class_labels_classifier.weight, std=model.config.init_std)
     nn.init.zeros_(model.class_labels_classifier.bias)

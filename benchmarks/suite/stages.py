@@ -1,4 +1,4 @@
-"""Where the time of the optimised model goes, part by part, beside what this machine could do.
+"""Time of the optimised model, part by part, beside what this machine could do at best.
 
     python -m benchmarks stages --threads 2
     python -m benchmarks stages --threads 2 --operators   # and torch.profiler's table

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(error, error.exit_code)
     except (UserError, DataError) as error:
         # One process of a training run reports what all of them have raised.
-        _fail(None if getattr(error, "said_elsewhere", False) else error, 1)
+        _fail(None if getattr(error, "reported_elsewhere", False) else error, 1)
 
 
 def _fail(error: Exception | None, code: int) -> None:

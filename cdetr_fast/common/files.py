@@ -22,7 +22,7 @@ DOWNLOAD_OPTIONS = (
 def resolve_file(
     name_or_path: str | os.PathLike[str], file_name: str, *, subfolder: str = "", **options: Any
 ) -> Path:
-    """Finds a file of a model in a local folder, or fetches it from the hub.
+    """Find a file of a model in a local folder, or fetches it from the hub.
 
     Args:
         name_or_path: A folder, or the id of a model on the hub.
@@ -62,7 +62,7 @@ def resolve_file(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; OSError with the file's name if it is none."""
+    """Read a JSON object; raise OSError with the file's name if it is something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -73,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Makes a folder to save into; NotADirectoryError if it is a file."""
+    """Make a folder to save into; raise NotADirectoryError if it is a file."""
     folder = Path(path)
     if folder.is_file():
         raise NotADirectoryError(f"save_directory: expected a folder, got the file {folder}")
@@ -83,7 +83,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def replace_all(folder: Path) -> Iterator[Callable[[str], Path]]:
-    """Writes files that all take their places in a folder when the block ends, or none does.
+    """Replace files in a folder, all of them when the block ends, or none.
 
     An interruption leaves every old file whole: new ones are written beside them, and an error
     between the first rename and the last one puts the old ones back.
@@ -121,7 +121,7 @@ def replace_all(folder: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes one file as `replace_all` does.
+    """Write one file as `replace_all` does.
 
     Args:
         path: The file; its folder must be there.

@@ -1,4 +1,4 @@
-"""Scores of queries: what post-processing and the segmentation model both compute."""
+"""Scores of queries, for post-processing and the segmentation model."""
 
 import torch
 from torch import Tensor

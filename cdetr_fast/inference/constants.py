@@ -1,4 +1,4 @@
-"""Everything that no image changes, computed once.
+"""Constants: everything that no image changes, computed once.
 
 Replaces: the position code of unpadded maps, and what modules project it to, by values kept for
 each map size; the decoder up to its first cross-attention, the reference points and their sine code

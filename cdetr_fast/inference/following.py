@@ -1,4 +1,4 @@
-"""Following the weights that a prepared model was made from.
+"""Watching of the weights that a prepared model was made from.
 
 A model made by `optimize` shares the memory of all weights with its original, and its prepared copy
 holds some of them folded and joined. A `Watch` notices writes to them; an `Original` also copies

@@ -44,11 +44,11 @@ class Codes(NamedTuple):
         return self.scale, self.zero
 
     def of(self, x: Tensor) -> Tensor:
-        """Numbers -> codes."""
+        """Turn numbers into codes."""
         return (x * (1 / self.scale)).round_().add_(self.zero).clamp_(0, _CODES).to(torch.uint8)
 
     def numbers(self, codes: Tensor) -> Tensor:
-        """Codes -> fp32 numbers."""
+        """Turn codes into fp32 numbers."""
         return codes.float().sub_(self.zero).mul_(self.scale)
 
 
@@ -98,7 +98,7 @@ class Int8Conv2d(nn.Module):
         self.source, self.residual, self.result = source, residual, result
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """As `FusedConv2d`; maps are uint8 codes or fp32."""
+        """Compute the block as `FusedConv2d` does; maps are uint8 codes or fp32."""
         if x.dtype != torch.uint8:
             x = self.source.of(x)
         if self.same is not None:
@@ -128,7 +128,7 @@ class Int8Conv2d(nn.Module):
 
 
 class _Numbers(nn.Module):
-    """Codes -> numbers, where a map is returned."""
+    """Conversion of codes to numbers, where a map is returned."""
 
     def __init__(self, codes: Codes) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The decision whether a model is what its classes and its configuration say.
+"""Check of whether a model is what its classes and its configuration say.
 
 Transformations read weights past the modules that hold them. So a module with something attached (a
 hook, an adapter, a parametrisation, a `forward` of its own) is refused by name, and a part that was

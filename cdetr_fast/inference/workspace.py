@@ -30,7 +30,7 @@ class Workspace(threading.local):
         return Workspace, ()
 
     def zeros(self, slot: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
-        """Returns a channels-last map of zeros; the one before in that slot is overwritten."""
+        """Return a channels-last map of zeros; the one before in that slot is overwritten."""
         view = self._maps.get((slot, shape, dtype))
         if view is None:
             with torch.inference_mode(False):
@@ -54,5 +54,5 @@ class Workspace(threading.local):
 
 
 def worth_keeping(shape: tuple[int, int, int, int], dtype: torch.dtype) -> bool:
-    """Whether a map is of a size that `Workspace` is for."""
+    """Return whether a map is of a size that `Workspace` is for."""
     return _SMALLEST <= math.prod(shape) * dtype.itemsize <= _LARGEST

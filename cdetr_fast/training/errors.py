@@ -6,12 +6,12 @@ class DataError(ValueError):
 
     Args:
         message: Names the file, the id and what to do.
-        said_elsewhere: Whether another process of the run reports the same error.
+        reported_elsewhere: Whether another process of the run reports the same error.
     """
 
-    def __init__(self, message: str, *, said_elsewhere: bool = False) -> None:
+    def __init__(self, message: str, *, reported_elsewhere: bool = False) -> None:
         super().__init__(message)
-        self.said_elsewhere = said_elsewhere
+        self.reported_elsewhere = reported_elsewhere
 
 
 class TrainingStopped(RuntimeError):

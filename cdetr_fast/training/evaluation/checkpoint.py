@@ -101,7 +101,7 @@ def evaluate(
         segments.gather(accelerator)
     if found.failures and bad_images == "stop":
         elsewhere = not accelerator.is_main_process
-        raise DataError(found.described_failures(), said_elsewhere=elsewhere)
+        raise DataError(found.described_failures(), reported_elsewhere=elsewhere)
     index, found = found.without_failures(index)
     accelerator.wait_for_everyone()  # see the end of `Engine.run`
     if not accelerator.is_main_process:

@@ -44,7 +44,7 @@ def shared_errors(accelerator: Accelerator) -> Iterator[None]:
         if message is not None:
             prefix = f"process {rank}: " if rank > 0 else ""
             raise DataError(
-                prefix + message, said_elsewhere=not accelerator.is_main_process
+                prefix + message, reported_elsewhere=not accelerator.is_main_process
             ) from error
 
 

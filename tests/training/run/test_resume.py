@@ -151,7 +151,7 @@ def program(settings, folder):
         train(TrainingConfig(**json.loads(settings)))
     except DataError as error:
         Path(folder, f"error-{os.environ['TORCHELASTIC_RESTART_COUNT']}-{rank}").write_text(
-            f"{error.said_elsewhere} {error}"
+            f"{error.reported_elsewhere} {error}"
         )
         sys.exit(1)
     launch.end_process_group()
