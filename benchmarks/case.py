@@ -78,6 +78,7 @@ class Case:
         derive: Computes further columns from a row with times.
         speed_up: Whether times are compared with that of the reference.
         optional: Providers that may fail, since not every machine or release can run them.
+        inference: Providers run in inference mode.
         warmup: Rounds that are not timed, besides the calls that the gate has looked at.
         cold: Times with cold caches, without those of the host, see `time_in_turns`.
         seconds: No round begins after this long.
@@ -98,12 +99,17 @@ class Case:
     derive: Callable[[Row], dict[str, Any]] | None = None
     speed_up: bool = True
     optional: Collection[str] = ()
+    inference: bool = False
     warmup: int = 0
     cold: bool = False
     seconds: float = math.inf
 
     def measure(self, repeats: int) -> list[Row]:
         """Check and time the providers; those that fail have a reason and no time."""
+        with torch.inference_mode(self.inference):
+            return self._measure(repeats)
+
+    def _measure(self, repeats: int) -> list[Row]:
         rows = {name: self._named(name) for name in self.providers}
         if not self.gate_after:
             self._check(rows)

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure, ops
+from benchmarks import ops, results
 
 ROOT = Path(__file__).parents[1]
 TIME_LIMIT = 470.0  # seconds, for all stages
@@ -259,7 +259,8 @@ def check(
     parts = path.with_suffix("")  # a folder for logs and for what stages write
     parts.mkdir(exist_ok=True)
     lines = parts / "ops.jsonl"
-    content: dict[str, Any] = {"environment": measure.environment(), "stages": {}, "rows": {}}
+    environment = results.environment(results.command_line("gpu_check"))
+    content: dict[str, Any] = {"environment": environment, "stages": {}, "rows": {}}
     if path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
         content["stages"], content["rows"] = old["stages"], old["rows"]
@@ -301,13 +302,13 @@ def report(content: dict[str, Any]) -> None:
     """Print the figures, then the stages: the end is what one looks at first."""
     rows = content["rows"]
     if rows.get("microbenchmarks"):
-        measure.print_table(ops.summary(rows["microbenchmarks"]))
+        results.print_table(ops.summary(rows["microbenchmarks"]))
     for name, group in rows.items():
         if name != "microbenchmarks" and group:
             print(f"\n{name}")
-            measure.print_table(group)
+            results.print_table(group)
     print()
-    measure.print_table(
+    results.print_table(
         [
             {
                 "stage": name,
@@ -324,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, no GPU")
     parser.add_argument("--only", default="", help="stages whose name contains this")
-    parser.add_argument("--folder", type=Path, default=measure.RESULTS, help="for the results")
+    parser.add_argument("--folder", type=Path, default=results.RESULTS, help="for the results")
     parser.add_argument("--time-limit", type=float, default=TIME_LIMIT, help="seconds")
     options = parser.parse_args(arguments)
     if not options.rehearse and not torch.cuda.is_available():

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure
+from benchmarks import results
 from cdetr_kernels.testing import accuracy
 from cdetr_kernels.testing.case import registered
 
@@ -110,9 +110,9 @@ def optimized_rows() -> list[dict[str, Any]]:
         errors: dict[str, list[list[float]]] = {"logits": [], "pred_boxes": []}
         for image in images:
             with torch.no_grad():
-                results = (exact(image.double()), model(image), fast(image))
+                outputs = (exact(image.double()), model(image), fast(image))
             for field, found in errors.items():
-                a, b, c = (result[field] for result in results)
+                a, b, c = (output[field] for output in outputs)
                 found.append([(x - y).abs().max().item() for x, y in ((c, b), (b, a), (c, a))])
         for field, found in errors.items():
             worst = (max(column) for column in zip(*found, strict=True))
@@ -158,9 +158,9 @@ def main(arguments: list[str] | None = None) -> int:
     }
     rows = {name: makers[name]() for name in wanted}
     for table in rows.values():
-        measure.print_table(table)
+        results.print_table(table)
     if options.docs:
-        environment = measure.environment()
+        environment = results.environment(results.command_line("numerics", arguments))
         where = environment["device"] if on_a_gpu else "triton's interpreter on a CPU"
         versions = ", ".join(f"{x} {environment[x]}" for x in ("torch", "triton", "transformers"))
         notes = {

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure, peers, timing
+from benchmarks import peers, results, timing
 from cdetr_fast.common.errors import first_line
 from cdetr_kernels.testing import accuracy
 from cdetr_kernels.testing.case import Case, Function, Sizes, registered
@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
             with options.into.open("a") as file:
                 file.write(json.dumps({"cell": key, "rows": new}) + "\n")
         print(f"\n{key}")
-        measure.print_table([_short(row) for row in new])
+        results.print_table([_short(row) for row in new])
         rows += new
     if options.list:
         return 0
@@ -258,9 +258,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"--only {options.only}: no such operator", file=sys.stderr)
         return 2
     print()
-    measure.print_table(summary(rows))
+    results.print_table(summary(rows))
     if options.output:
-        print("written to", measure.save(options.output, rows))
+        command = results.command_line("ops", arguments)
+        print("written to", results.save(options.output, rows, command))
     if unmeasured:
         return 3
     own = [row for row in rows if row["provider"].startswith("cdetr_fast")]

@@ -46,19 +46,14 @@ BENCHMARKS = (
     Entry("patching", "transformers' model before and after patch_transformers()", THEIRS),
     Entry("preprocessing", "photographs to model inputs", THEIRS),
     Entry("folder", "folder of JPEG files to boxes", THEIRS),
+    Entry("topk", "outputs to detections of a batch", THEIRS),
+    Entry("post_processing", "outputs to maps of segmentation: time and peak memory", THEIRS),
     Entry("training", "training step, and its matching and loss", THEIRS, ANYWHERE),
     Entry("loss", "matching and loss, forward and backward", THEIRS, ANYWHERE),
     Entry("loading", "training images out of JPEG files", (*THEIRS, "accelerate")),
 )
 TOOLS = (
     Entry("ops", "microbenchmarks of the operators", tool="benchmarks.ops"),
-    Entry(
-        "topk",
-        "detections of a batch, by operator and by transformers",
-        THEIRS,
-        tool="benchmarks.topk",
-    ),
-    Entry("post_processing", "maps of segmentation", THEIRS, tool="benchmarks.post_processing"),
     Entry("overhead", "host cost of a call", tool="benchmarks.overhead"),
     Entry("numerics", "errors of kernels and models, for docs", THEIRS, tool="benchmarks.numerics"),
     Entry("audit", "machine code of every kernel: registers, spills", tool="benchmarks.audit"),

@@ -12,7 +12,10 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,12 @@ def save(name: str, rows: list[Row], command: str) -> Path:
     content = {"environment": environment(command), "rows": rows}
     write_text(path, json.dumps(content, indent=1) + "\n")
     return path
+
+
+def command_line(name: str, arguments: Sequence[str] | None = None) -> str:
+    """Return the command that runs a benchmark or tool; None takes this process's arguments."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return shlex.join(["python", "-m", "benchmarks", name, *given])
 
 
 def load(path: Path) -> Results:

@@ -1,4 +1,4 @@
-"""Comparison of this checkout with another revision: the same work in turns, a process each.
+"""This checkout against another revision: the same work in turns, one process per side.
 
     python -m benchmarks revision 0fa85ad --threads 2 --repeats 7
 

@@ -1,7 +1,6 @@
 """Command line: `python -m benchmarks` lists the benchmarks, with a name it runs one."""
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 
@@ -77,6 +76,6 @@ def run(entry: Entry, arguments: Sequence[str]) -> int:
     except OptionError as error:
         parser.error(str(error))
     if options.output:
-        command = shlex.join(["python", "-m", "benchmarks", entry.name, *arguments])
+        command = results.command_line(entry.name, arguments)
         print("written to", results.save(options.output, rows, command))
     return 1 if failures else 0

@@ -28,7 +28,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks import measure, timing
+from benchmarks import results, timing
 from cdetr_kernels import registry
 from cdetr_kernels.gpu import configurations, launching
 from cdetr_kernels.gpu.tiles import Tile
@@ -353,9 +353,11 @@ def main(arguments: list[str] | None = None) -> int:
     maps = [(3, 8)] if options.rehearse else [(25, 42), (50, 84), (100, 84)]
     parts = parts_table(device, maps, options.repeats)
     print("\nforward of one image, milliseconds by number of parts (configurations.parts chooses):")
-    measure.print_table(parts)
+    results.print_table(parts)
     if not options.rehearse:
-        print("written to", measure.save(f"tuned_{architecture}", [*tried, *parts]))
+        command = results.command_line("tune", arguments)
+        path = results.save(f"tuned_{architecture}", [*tried, *parts], command)
+        print("written to", path)
         if not options.no_write:
             TABLE.write_text(rewritten(TABLE.read_text(encoding="utf-8"), lines), encoding="utf-8")
             print(f"{len(lines)} entries written to {TABLE}; run benchmarks.audit next")

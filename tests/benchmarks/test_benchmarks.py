@@ -7,67 +7,40 @@ import sys
 import pytest
 import torch
 
-from benchmarks import (
-    measure,
-    numerics,
-    ops,
-    overhead,
-    post_processing,
-    topk,
-)
+from benchmarks import numerics, ops, overhead, results
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments"),
-    [
-        (
-            post_processing,
-            "--size 60 80 --input 80 100 --queries 20 --classes 9 --kept 4 --threads 1 --repeats 1",
-        ),
-        (topk, "--batch 1 3 --head 30x9 --k 20 --threads 1 --repeats 1"),
-    ],
-)
-def test_a_benchmark_measures_and_saves(script, arguments, results, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments.split(), "--output", "trial"])
-    assert script.main() == 0
-    content = json.loads((results / "trial.json").read_text())
-    assert content["environment"]["torch"]
-    assert all(row["ms"] > 0 for row in content["rows"])
-    assert "written to" in capsys.readouterr().out
-
-
-def test_the_overhead_of_every_operator_is_measured(results, monkeypatch, capsys):
+def test_the_overhead_of_every_operator_is_measured(folder, monkeypatch, capsys):
     from cdetr_kernels import registry
 
     monkeypatch.setattr(sys, "argv", ["overhead", "--repeats", "3", "--output", "trial"])
     overhead.main()  # the status is that of a quiet machine
-    rows = json.loads((results / "trial.json").read_text())["rows"]
-    assert [row["operator"] for row in rows] == list(registry.NAMES)
+    content = json.loads((folder / "trial.json").read_text())
+    assert content["environment"]["command"].startswith("python -m benchmarks overhead --repeats 3")
+    rows = [row for row in content["rows"] if row["provider"] == overhead.OVERHEAD]
+    assert [row["work"] for row in rows] == list(registry.NAMES)
     # A microsecond at least, and far less than computing would take.
-    assert all(0.1 < row["overhead us"] < 100 for row in rows)
+    assert all(1e-4 < row["ms"] < 0.1 for row in rows)
 
 
-def test_detections_that_differ_are_not_reported(monkeypatch, capsys):
-    plain = topk.plain
-    monkeypatch.setattr(topk, "plain", lambda *arguments: [1.01 * x for x in plain(*arguments)])
-    arguments = "--batch 1 --head 30x9 --k 20 --threads 1 --repeats 1"
-    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments.split()])
-    assert topk.main() == 1
-    assert "30x9, k=20, batch 1" in capsys.readouterr().err
+def test_an_overhead_above_the_limit_is_a_failure(monkeypatch, capsys):
+    monkeypatch.setattr(overhead, "LIMIT_MS", 1e-6)
+    assert overhead.main(["--repeats", "1"]) == 1
+    assert "more than 0.001 us: conditional_attention" in capsys.readouterr().err
 
 
-def test_microbenchmarks_go_on_where_they_were_cut_off(tmp_path, results, capsys):
+def test_microbenchmarks_go_on_where_they_were_cut_off(tmp_path, folder, capsys):
     lines = tmp_path / "lines.jsonl"
     common = ["--tiny", "--repeats", "1", "--threads", "1", "--providers", "^(?!.*compiled)"]
     arguments = [*common, "--into", str(lines), "--output", "trial", "--only", "sine_query"]
     assert ops.main(arguments) == 0
-    content = json.loads((results / "trial.json").read_text())
+    content = json.loads((folder / "trial.json").read_text())
     assert {row["provider"] for row in content["rows"]} == {"cdetr_fast torch", "transformers"}
     for row in content["rows"]:
         assert row["ms"] > 0

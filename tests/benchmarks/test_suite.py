@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import results, run
 from benchmarks.registry import BENCHMARKS
-from benchmarks.suite import loss
+from benchmarks.suite import loss, post_processing, topk
 
 IMAGE = "--backbone resnet18 --size 64 96"
 SMALL = {
@@ -18,6 +18,8 @@ SMALL = {
     "patching": f"{IMAGE} --training-size 64 96",
     "preprocessing": "--batch 1 2 --steps",
     "folder": "--images 2 --edges 64 96 --backbone resnet18",
+    "topk": "--batch 1 3 --head 30x9 --k 20",
+    "post_processing": "--size 60 80 --input 80 100 --queries 20 --classes 9 --kept 4",
     "training": "--size 64 96 --batch 2 --layers 2 --targets 3",
     "loss": "--batch 2 --targets 3",
     "loading": "--images 4 --workers 0",
@@ -54,6 +56,45 @@ def test_it_measures_checks_and_saves(name, folder, capsys):
     assert environment["torch"]
     assert environment["command"].startswith(f"python -m benchmarks {name} --")
     assert "written to" in capsys.readouterr().out
+
+
+def test_detections_that_differ_are_not_reported(folder, monkeypatch, capsys):
+    plain = topk.plain
+    monkeypatch.setattr(topk, "plain", lambda *arguments: [1.01 * x for x in plain(*arguments)])
+    rows, status = measured(folder, "topk", "--batch 1 --head 30x9 --k 20")
+    assert status == 1
+    assert [row["provider"] for row in rows if "ms" not in row] == [
+        "detection_topk", "detection_topk, torch"
+    ]  # fmt: skip
+    assert "max |dscore| is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["segmentation", "segments_info"])
+def test_segments_that_differ_are_not_reported(part, folder, monkeypatch, capsys):
+    make_call = post_processing.make_call
+
+    def wrong(provider, *arguments):
+        call = make_call(provider, *arguments)
+        if provider != "cdetr_fast, its numbers":
+            return call
+
+        def changed():
+            found = call()
+            if not isinstance(found, dict):
+                return found
+            other = found[part] + 1 if part == "segmentation" else found[part][1:]
+            return {**found, part: other}
+
+        return changed
+
+    monkeypatch.setattr(post_processing, "make_call", wrong)
+    monkeypatch.setattr(post_processing, "peak_mib_of_process", lambda *_: 1.0)
+    rows, status = measured(folder, "post_processing", SMALL["post_processing"])
+    assert status == 1
+    failed = [row for row in rows if "ms" not in row]
+    assert [row["work"] for row in failed] == ["instance", "panoptic"]
+    assert {row["provider"] for row in failed} == {"cdetr_fast, its numbers"}
+    assert all("differ" in row["not measured"] for row in failed)
 
 
 def test_disagreeing_losses_are_not_reported(folder, monkeypatch, capsys):

@@ -507,7 +507,9 @@ def test_validation_set_without_objects(settings, scenes, tmp_path, caplog):
     result = train(config)
     assert math.isnan(result["AP"])
     assert [row["AP"] for row in rows(config, "eval")] == [None, None]
-    said = [r for r in caplog.records if "can neither be trained on nor measure AP" in r.getMessage()]
+    said = [
+        r for r in caplog.records if "can neither be trained on nor measure AP" in r.getMessage()
+    ]
     assert len(said) == 1
     assert "empty.json" in said[0].getMessage()
     run = Path(config.output)
