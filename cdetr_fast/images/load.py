@@ -22,7 +22,6 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision import io
-from torchvision.transforms.v2 import functional as tvF
 
 # One image, or any nesting of lists of images; a 4-d array or tensor is a batch.
 ImageInput = Image.Image | np.ndarray | Tensor | str | os.PathLike[str] | bytes | Sequence[Any]
@@ -243,6 +242,8 @@ def _over_white(image: Tensor, name: str) -> Tensor:
             f"{name}: expected RGBA floats in [0, 1], "
             f"got [{image.amin().item()}, {image.amax().item()}]"
         )
+    from torchvision.transforms.v2 import functional as tvF  # 15 ms, once
+
     rgba = tvF.to_dtype(image, torch.float32, scale=True)
     color, alpha = rgba[:3], rgba[3:]
     return tvF.to_dtype(color * alpha + (1 - alpha), image.dtype, scale=True)

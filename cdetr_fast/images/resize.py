@@ -10,7 +10,6 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tvF
 
 from cdetr_fast.images.load import image_hw
 from cdetr_fast.images.settings import INTERPOLATION, StoredSettings
@@ -71,6 +70,8 @@ def resized(images: Sequence[Tensor], settings: StoredSettings) -> list[Tensor]:
             batch = torch.stack([images[i] for i in members])
         new_hw = resized_hw(*image_hw(batch), settings.size)
         interpolation = INTERPOLATION[settings.resample]
+        from torchvision.transforms.v2 import functional as tvF  # 15 ms, once
+
         batch = tvF.resize(batch, list(new_hw), interpolation=interpolation, antialias=True)
         results.update(zip(members, batch, strict=True))
     return [results[i] for i in range(len(images))]

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tvF
 
 from cdetr_fast.images.boxes import clipped_corners, relative_boxes, segment_ids
 
@@ -191,6 +190,8 @@ def resize_target(target: Target, old_hw: tuple[int, int], new_hw: tuple[int, in
     if "masks" in target:
         masks = target["masks"]
         if len(masks):
+            from torchvision.transforms.v2 import functional as tvF  # 15 ms, once
+
             nearest = tvF.InterpolationMode.NEAREST_EXACT
             masks = tvF.resize(masks.to(torch.uint8), list(new_hw), interpolation=nearest).bool()
         target["masks"] = masks.reshape(-1, *new_hw)
