@@ -27,9 +27,9 @@ import cdetr_fast
 from benchmarks.case import Case, OptionError, Within
 from benchmarks.results import Row
 from benchmarks.timing import summarised, time_in_turns
-from cdetr_fast.cli.detect import IMAGE_SUFFIXES
 from cdetr_fast.demo import DEMO
 from cdetr_fast.demo.scenes import TRAIN_SEED, draw_scene, write_coco_dataset
+from cdetr_fast.images.load import image_files
 from cdetr_fast.training.data.coco import read_coco
 from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.evaluation.detection import Detections, evaluate_detections
@@ -199,7 +199,7 @@ def calibration_images(model: Any, folder: Path | None) -> list[Tensor]:
     if folder is None:
         images = [draw_scene(TRAIN_SEED + i)[0] for i in range(CALIBRATION)]
     else:
-        files = sorted(path for path in folder.iterdir() if path.suffix in IMAGE_SUFFIXES)
+        files = image_files(folder)
         images = [str(path) for path in files[:CALIBRATION]]
     process = model.image_processor
     return [process([image], return_tensors="pt")["pixel_values"] for image in images]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdetr_fast.cli.detector import Detector, read_image
+from cdetr_fast.cli.detector import Detector, read_image, save_picture
 from cdetr_fast.cli.errors import UserError, require_packages
 from cdetr_fast.cli.options import DeviceOption, ModelOption, ThresholdOption
 from cdetr_fast.cli.output import PictureNames, make_output_folder
@@ -117,7 +117,7 @@ def _detect_photograph(
     result = detector.predict(image, threshold)
     seconds = time.perf_counter() - start
     picture = PictureNames(output, [path]).take(path)
-    result.draw(image).save(picture, quality=92)
+    save_picture(result.draw(image), picture)
     print(f"model      {detector.describe()}")
     for line in str(result).splitlines() if len(result) else ():
         score, _, rest = line.partition(" ")

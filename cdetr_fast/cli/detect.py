@@ -9,19 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdetr_fast.cli.detector import Detector, read_image
+from cdetr_fast.cli.detector import Detector, read_image, save_picture
 from cdetr_fast.cli.errors import UserError
 from cdetr_fast.cli.options import DeviceOption, ModelOption, RevisionOption, ThresholdOption
 from cdetr_fast.cli.output import PictureNames, make_output_folder
+from cdetr_fast.common.errors import first_line
 from cdetr_fast.common.files import write_json
 
 if TYPE_CHECKING:
     from PIL import Image
-
-IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
-"""Suffixes of images in a folder; a file named on the command line may be called anything."""
 
 
 def detect(
@@ -46,7 +42,7 @@ def detect(
 
     Writes detections.json (COCO results), images.json (the COCO images and categories that its
     ids mean) and an annotated picture of each image. An image that cannot be read is reported
-    and skipped, and the exit code is then 1.
+    and skipped, and so is a picture that cannot be written; the exit code is then 1.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -60,6 +56,10 @@ def detect(
     results: list[dict[str, Any]] = []
     names = PictureNames(output, paths)
     read: deque[tuple[int, Path, Image.Image]] = deque()
+    undrawn = 0
+
+    def report(message: str) -> None:
+        console.print(f"cdetr-fast: {message}", markup=False, highlight=False, soft_wrap=True)
 
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("detecting", total=len(paths))
@@ -69,8 +69,7 @@ def detect(
                 try:
                     image = read_image(path)
                 except UserError as error:
-                    message = f"cdetr-fast: skipped: {error}"
-                    console.print(message, markup=False, highlight=False, soft_wrap=True)
+                    report(f"skipped: {error}")
                     progress.advance(task)
                 else:
                     read.append((image_id, path, image))
@@ -79,14 +78,20 @@ def detect(
         for result in detector.predict_each(readable(), threshold, top_k, batch_size):
             image_id, path, image = read.popleft()
             picture = names.take(path)
-            result.draw(image).save(picture, quality=92)
+            is_drawn = True
+            try:
+                save_picture(result.draw(image), picture)
+            except UserError as error:
+                report(f"not drawn: {error}")
+                is_drawn = False
+                undrawn += 1
             records.append(
                 {
                     "id": image_id,
                     "file_name": str(path),
                     "width": image.width,
                     "height": image.height,
-                    "picture": picture.name,
+                    "picture": picture.name if is_drawn else None,
                 }
             )
             results.extend(result.to_coco(image_id))
@@ -97,21 +102,27 @@ def detect(
         raise UserError(f"none of {len(paths)} images could be read")
     categories = [{"id": i, "name": name} for i, name in sorted(detector.id2label.items())]
     index = {"info": {}, "images": records, "annotations": [], "categories": categories}
-    write_json(output / "images.json", index, indent=1, sort_keys=False)
-    write_json(output / "detections.json", results, indent=1, sort_keys=False)
-    note = f", {skipped} skipped" if skipped else ""
+    try:
+        write_json(output / "images.json", index, indent=1, sort_keys=False)
+        write_json(output / "detections.json", results, indent=1, sort_keys=False)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({first_line(error)})") from error
+    notes = ((skipped, "skipped"), (undrawn, "without a picture"))
+    note = "".join(f", {count} {what}" for count, what in notes if count)
     print(f"{len(records)} images, {len(results)} detections{note}: {output}")
-    if skipped:
+    if skipped or undrawn:
         raise typer.Exit(1)
 
 
 def _list_images(arguments: Iterable[Path]) -> list[Path]:
     """List files as they are named and folders as their images by name, each file once."""
+    from cdetr_fast.images.load import image_files
+
     paths: dict[Path, Path] = {}
     for argument in arguments:
         found = [argument]
         if argument.is_dir():
-            found = sorted(p for p in argument.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            found = image_files(argument)
             if not found:
                 raise UserError(f"{argument}: no images in this folder")
         for path in found:

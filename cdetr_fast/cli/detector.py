@@ -94,17 +94,22 @@ class Detector:
 
 def read_image(path: Path) -> Image.Image:
     """Read a file as an upright RGB image; UserError if it cannot be read."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image
 
-    from cdetr_fast.images.load import require_8_bits
+    from cdetr_fast.images.load import load_images
 
     try:
-        with Image.open(path) as image:
-            require_8_bits(image)
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path}: not an image that can be read") from error
-    # PIL raises the last three for damaged or absurdly large files.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise UserError(f"{path}: {reason or first_line(error)}") from error
+        (pixels,) = load_images(path)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a JPEG file, whole or not at all; UserError if it cannot be written."""
+    from cdetr_fast.common.files import write_atomically
+
+    try:
+        write_atomically(path, lambda staged: picture.save(staged, "JPEG", quality=92))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be written ({first_line(error)})") from error

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cdetr_fast.cli.options import ExifOption
 from cdetr_fast.cli.training import prepare_training
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def evaluate(
         Literal["stop", "skip"],
         typer.Option(help="skip leaves images that cannot be read out of the figures."),
     ] = "stop",
+    exif: ExifOption = "auto",
 ) -> None:
     """Score a checkpoint by COCO's rules; writes tables and pictures."""
     prepare_training()
@@ -72,6 +74,7 @@ def evaluate(
             threshold=threshold,
             bad_labels=bad_labels,
             bad_images=bad_images,
+            exif=exif,
         )
         if evaluation is not None:
             _print_evaluation(evaluation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -40,6 +40,14 @@ ThresholdOption = Annotated[
     float,
     typer.Option(
         metavar="FLOAT", min=0.0, max=1.0, help="Lowest score that counts as a detection."
+    ),
+]
+
+ExifOption = Annotated[
+    Literal["auto", "upright", "stored"],
+    typer.Option(
+        help="Picture that labels are on where its size does not show it: as its EXIF orientation "
+        "turns it, as it is stored, or as the other images show (else upright)."
     ),
 ]
 

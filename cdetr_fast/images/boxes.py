@@ -1,8 +1,6 @@
 """Conversion of COCO's boxes and panoptic PNG files into the boxes and masks of the model."""
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_convert
 
@@ -31,7 +29,11 @@ def relative_boxes(boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> Tensor:
     return box_convert(boxes_xyxy, "xyxy", "cxcywh") / limit
 
 
-def segment_ids(picture: Image.Image) -> Tensor:
-    """Return the segment that each pixel of a panoptic PNG file belongs to, int32 `[H, W]`."""
-    colors = torch.from_numpy(np.array(picture.convert("RGB"))).to(torch.int32)
-    return colors[..., 0] + 256 * colors[..., 1] + 256**2 * colors[..., 2]
+def segment_ids(pixels: Tensor) -> Tensor:
+    """Return the segment that each pixel of a panoptic PNG file belongs to, int32 `[H, W]`.
+
+    Args:
+        pixels: uint8 `[3, H, W]`.
+    """
+    red, green, blue = pixels.to(torch.int32)
+    return red + 256 * green + 256**2 * blue

@@ -77,9 +77,10 @@ class ConditionalDetrImageProcessor(StoredSettings):
     ) -> BatchFeature:
         """Turn images, and their annotations, into model inputs.
 
-        PIL images and files are turned upright by their EXIF orientation (with a warning if that
-        swaps the sides of a PIL image: sizes and annotations then refer to the upright image) and
-        converted to RGB; transformers does so for files only.
+        PIL images and files are turned upright by their EXIF orientation (with a warning for a PIL
+        image that has annotations, or whose sides are swapped: sizes and annotations then refer to
+        the upright image) and converted to RGB; transformers does so for files only. Arrays whose
+        range is not that of 8 bits are refused (integers) or warned of (floats).
 
         Args:
             images: PIL images, `[H, W]`, `[C, H, W]` or `[H, W, C]` arrays or tensors (1, 3 or 4
@@ -107,7 +108,12 @@ class ConditionalDetrImageProcessor(StoredSettings):
         """
         settings = self.with_overrides(without_deprecated(overrides), "preprocess")
         tensors = load_images(
-            images, settings.do_convert_rgb, settings.input_data_format, settings.device
+            images,
+            settings.do_convert_rgb,
+            settings.input_data_format,
+            settings.device,
+            warn_if_turned=annotations is not None,
+            rescale_factor=settings.rescale_factor if settings.do_rescale else None,
         )
         labels: list[targets.Target] | None = None
         if annotations is not None:

@@ -8,15 +8,18 @@ Source: datasets/coco.py and datasets/coco_panoptic.py of the authors' repositor
 """
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from cdetr_fast.common.validation import checked, shortened
 from cdetr_fast.images.boxes import clipped_corners, relative_boxes, segment_ids
+from cdetr_fast.images.coco import OBJECT, SEGMENT, Whole, checked_fields, object_mask
+from cdetr_fast.images.load import read_file
 
 Target = dict[str, Tensor]
 Format = Literal["coco_detection", "coco_panoptic"]
@@ -47,6 +50,7 @@ def prepare_target(
         name: Name of the annotation in error messages.
 
     Raises:
+        TypeError: A field has another type; the message has image id, annotation id and key.
         ValueError: A key is missing, or boxes, masks or files do not fit the image.
         ImportError: Masks of polygons or runs are asked for and pycocotools is missing.
     """
@@ -55,8 +59,9 @@ def prepare_target(
         got = sorted(annotation) if isinstance(annotation, Mapping) else type(annotation).__name__
         raise ValueError(f"{name}: expected a dict with {list(required)} for {format}, got {got}")
     size = torch.tensor(size_hw, dtype=torch.int64)
+    image_id = checked(Whole, annotation["image_id"], f"{name}: image_id")
     target = {
-        "image_id": torch.tensor([annotation["image_id"]], dtype=torch.int64),
+        "image_id": torch.tensor([image_id], dtype=torch.int64),
         "size": size,
         "orig_size": size.clone(),
     }
@@ -64,104 +69,120 @@ def prepare_target(
     if not isinstance(objects, list | tuple):
         raise ValueError(f"{name}: expected a list in {required[-1]!r}, got {objects!r}")
     if format == "coco_detection":
-        target |= _detection_target(objects, size_hw, bool(return_masks), name)
+        target |= _detection_target(objects, size_hw, bool(return_masks), name, image_id)
     else:
         if masks_path is None:
             raise ValueError("masks_path: expected the folder of the panoptic PNG files, got None")
         path = Path(masks_path) / annotation["file_name"]
-        target |= _panoptic_target(objects, size_hw, path, name)
+        target |= _panoptic_target(objects, size_hw, path, name, image_id)
         if return_masks is False:
             del target["masks"]
     return target
 
 
 def _detection_target(
-    objects: Sequence[Mapping[str, Any]], size_hw: tuple[int, int], return_masks: bool, name: str
+    objects: Sequence[Mapping[str, Any]],
+    size_hw: tuple[int, int],
+    return_masks: bool,
+    name: str,
+    image_id: int,
 ) -> Target:
     """Return labels, boxes, area and masks of the objects that are neither crowds nor empty.
 
     transformers builds the masks of crowds too and then fails to select among them.
     """
     wanted = ("category_id", "bbox", "area") + (("segmentation",) if return_masks else ())
+    records, segmentations, names = [], [], []
     for position, item in enumerate(objects):
-        missing = [key for key in wanted if key not in item]
-        if missing:
-            raise ValueError(f"{name}['annotations'][{position}]: expected {missing}, got {item}")
-    objects = [item for item in objects if not item.get("iscrowd", 0)]
+        where = f"{name}['annotations'][{position}]"
+        _require_keys(item, wanted, where)
+        number = f", annotation id {item['id']}" if "id" in item else ""
+        names.append(f"{where} (image id {image_id}{number})")
+        records.append(checked_fields(OBJECT, item, names[-1]))
+        segmentations.append(item.get("segmentation"))
+    places = [i for i, record in enumerate(records) if not record.get("iscrowd", False)]
 
-    boxes_xywh = torch.tensor([item["bbox"] for item in objects], dtype=torch.float32)
-    if objects and boxes_xywh.shape != (len(objects), 4):
-        raise ValueError(f"{name}: expected bbox = [x, y, w, h], got {list(boxes_xywh.shape)}")
+    boxes_xywh = torch.tensor([records[i]["bbox"] for i in places], dtype=torch.float32)
     boxes_xyxy = clipped_corners(boxes_xywh.reshape(-1, 4), size_hw)
     keep = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(dim=1)
-    objects = [item for item, kept in zip(objects, keep.tolist(), strict=True) if kept]
+    places = [i for i, kept in zip(places, keep.tolist(), strict=True) if kept]
+    kept_records = [records[i] for i in places]
+    labels = [record["category_id"] for record in kept_records]
     target = {
-        "class_labels": torch.tensor([item["category_id"] for item in objects], dtype=torch.int64),
+        "class_labels": torch.tensor(labels, dtype=torch.int64),
         "boxes": boxes_xyxy[keep],
-        "area": torch.tensor([item["area"] for item in objects], dtype=torch.float32),
-        "iscrowd": torch.zeros(len(objects), dtype=torch.int64),
+        "area": torch.tensor([record["area"] for record in kept_records], dtype=torch.float32),
+        "iscrowd": torch.zeros(len(places), dtype=torch.int64),
     }
-    keypoints = [item["keypoints"] for item in objects if "keypoints" in item]
-    if keypoints:
-        target["keypoints"] = torch.tensor(keypoints, dtype=torch.float32).reshape(-1, 3)
+    points = [value for record in kept_records for value in record.get("keypoints", ())]
+    if any("keypoints" in record for record in kept_records):
+        if len(points) % 3:
+            raise ValueError(
+                f"{name} (image id {image_id}): keypoints: expected x, y and visibility of each "
+                f"point, got {len(points)} numbers in all"
+            )
+        target["keypoints"] = torch.tensor(points, dtype=torch.float32).reshape(-1, 3)
     if return_masks:
-        masks = [_decode_segmentation(item["segmentation"], size_hw) for item in objects]
+        masks = [_mask(segmentations[i], size_hw, names[i]) for i in places]
         target["masks"] = (
             torch.stack(masks) if masks else torch.zeros(0, *size_hw, dtype=torch.bool)
         )
     return target
 
 
-def _decode_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> Tensor:
-    """Return the bool mask `[H, W]` of polygons, or of a plain or compressed run-length code."""
+def _require_keys(item: Any, keys: Sequence[str], name: str) -> None:
+    missing = [key for key in keys if not isinstance(item, Mapping) or key not in item]
+    if missing:
+        raise ValueError(f"{name}: expected {missing}, got {shortened(item)}")
+
+
+def _mask(segmentation: Any, size_hw: tuple[int, int], name: str) -> Tensor:
     try:
-        from pycocotools import mask as coco_mask
-    except ImportError as error:
-        raise ImportError(
-            "return_segmentation_masks=True needs pycocotools for COCO segmentations: "
-            "pip install pycocotools"
-        ) from error
-    height, width = size_hw
-    if isinstance(segmentation, Mapping):
-        if list(segmentation["size"]) != [height, width]:
-            raise ValueError(
-                f"segmentation: expected runs of an image of {[height, width]}, "
-                f"got {list(segmentation['size'])}"
-            )
-        runs = segmentation
-        if isinstance(runs["counts"], list):
-            runs = coco_mask.frPyObjects(runs, height, width)
-        return torch.from_numpy(coco_mask.decode(runs)).bool()
-    if len(segmentation) == 0:
-        return torch.zeros(height, width, dtype=torch.bool)
-    parts = coco_mask.decode(coco_mask.frPyObjects(segmentation, height, width))  # [H, W, parts]
-    return torch.from_numpy(parts.any(axis=2))
+        return object_mask(segmentation, size_hw)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _panoptic_target(
-    segments: Sequence[Mapping[str, Any]], size_hw: tuple[int, int], path: Path, name: str
+    segments: Sequence[Mapping[str, Any]],
+    size_hw: tuple[int, int],
+    path: Path,
+    name: str,
+    image_id: int,
 ) -> Target:
-    """Return labels, boxes, area and masks of all segments, crowds (`iscrowd`) included."""
-    for position, item in enumerate(segments):
-        missing = [key for key in ("id", "category_id", "area") if key not in item]
-        if missing:
-            raise ValueError(f"{name}['segments_info'][{position}]: expected {missing}, got {item}")
-    with Image.open(path) as file:
-        segment_map = segment_ids(file)
-    if segment_map.shape != size_hw:
-        raise ValueError(f"{path.name}: expected {list(size_hw)}, got {list(segment_map.shape)}")
+    """Return labels, boxes, area and masks of all segments, crowds (`iscrowd`) included.
 
-    ids = torch.tensor([item["id"] for item in segments], dtype=torch.int64)
+    Of a PNG file of another size than the image, masks have the size of the file until they are
+    resized, and boxes stay in its pixels, as in transformers.
+    """
+    records = []
+    for position, item in enumerate(segments):
+        where = f"{name}['segments_info'][{position}]"
+        _require_keys(item, ("id", "category_id", "area"), where)
+        where = f"{where} (image id {image_id}, segment id {item['id']})"
+        records.append(checked_fields(SEGMENT, item, where))
+    segment_map = segment_ids(read_file(path, str(path))[0])
+    if segment_map.shape != size_hw:
+        warnings.warn(
+            f"{path.name}: expected {list(size_hw)}, the size of the image, got "
+            f"{list(segment_map.shape)}; its boxes stay in its own pixels, as in transformers: "
+            "resize the image or the file",
+            stacklevel=5,
+        )
+
+    ids = torch.tensor([record["id"] for record in records], dtype=torch.int64)
     masks = segment_map == ids[:, None, None]  # [T, H, W]
     empty = ~masks.flatten(1).any(dim=1)
     if empty.any():
         raise ValueError(f"{name}: segments {ids[empty].tolist()} have no pixel in {path.name}")
+    labels = [record["category_id"] for record in records]
+    crowd = [record.get("iscrowd", False) for record in records]
     return {
         "masks": masks,
         "boxes": _boxes_of_masks(masks),
-        "class_labels": torch.tensor([item["category_id"] for item in segments], dtype=torch.int64),
-        "iscrowd": torch.tensor([item.get("iscrowd", 0) for item in segments], dtype=torch.int64),
-        "area": torch.tensor([item["area"] for item in segments], dtype=torch.float32),
+        "class_labels": torch.tensor(labels, dtype=torch.int64),
+        "iscrowd": torch.tensor(crowd, dtype=torch.int64),
+        "area": torch.tensor([record["area"] for record in records], dtype=torch.float32),
     }
 
 

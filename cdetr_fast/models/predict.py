@@ -136,7 +136,13 @@ class PredictingModel(ModelWithLoss):
         waiting: list[Tensor] = []
         for position, image in enumerate(images):
             (pixels,) = load_images(
-                [image], processor.do_convert_rgb, processor.input_data_format, device, position
+                [image],
+                processor.do_convert_rgb,
+                processor.input_data_format,
+                device,
+                position,
+                rescale_factor=processor.rescale_factor if processor.do_rescale else None,
+                recognizes_floats=True,
             )
             size_hw = processor.resized_hw(pixels)
             if waiting and not (self._mixes_sizes or size_hw == processor.resized_hw(waiting[0])):
@@ -175,7 +181,8 @@ class DetectingModel(PredictingModel):
 
         Args:
             images: Paths, URLs, bytes of image files, PIL images, arrays or tensors (`[H, W]`, `[C,
-                H, W]` or `[H, W, C]`): one, a list of them, or a four-dimensional batch.
+                H, W]` or `[H, W, C]`, from 0 to 255 or as floats from 0 to 1): one, a list of them,
+                or a four-dimensional batch. Pictures are turned upright by their EXIF orientation.
             threshold: Detections with a score above it are returned.
             top_k: Most detections per image.
             batch_size: Images in one forward pass.

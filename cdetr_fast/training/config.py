@@ -85,6 +85,13 @@ class TrainingConfig(Checked):
         Literal["stop", "skip"],
         _data("what to do with an image that cannot be read, in training or evaluation"),
     ] = "stop"
+    exif: Annotated[
+        Literal["auto", "upright", "stored"],
+        _data(
+            "which picture labels are on where its size does not show it: upright (as its EXIF "
+            "orientation turns it), stored, or auto (as other images of the set show, else upright)"
+        ),
+    ] = "auto"
     num_workers: Annotated[
         NonNegativeInt, _data("processes that load images; 0 loads in the main process")
     ] = 2

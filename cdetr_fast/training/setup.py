@@ -109,13 +109,15 @@ def read_data(
     else:
         queries = config.model_options.get("num_queries")
         train, report = check_labels(
-            read_coco(config.train_annotations, config.train_images, config.train_masks),
+            read_coco(
+                config.train_annotations, config.train_images, config.train_masks, config.exif
+            ),
             config.bad_labels,
             queries if isinstance(queries, int) else None,
         )
     if config.val_annotations is None:
         return train, None, [report]
-    val = read_coco(config.val_annotations, config.val_images, config.val_masks)
+    val = read_coco(config.val_annotations, config.val_images, config.val_masks, config.exif)
     val = val.with_classes(train.classes, f"the training set {train.path}")
     val, val_report = check_labels(val, config.bad_labels)
     return train, val, [report, val_report]

@@ -1,5 +1,6 @@
 """The command line, run as users run it: arguments in, exit code, output and files out."""
 
+import errno
 import json
 import re
 import subprocess
@@ -18,6 +19,7 @@ import cdetr_fast
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor, cli
 from cdetr_fast.checkpoints.key_maps import to_authors
 from cdetr_fast.cli.demo import SCENES_PER_SEED
+from cdetr_fast.common import files
 from cdetr_fast.demo.scenes import CLASSES, TRAIN_SEED
 
 
@@ -341,6 +343,55 @@ def test_rotated_photographs_are_set_upright(run, checkpoint, tmp_path):
     (record,) = read(tmp_path / "o" / "images.json")["images"]
     assert (record["width"], record["height"]) == (40, 80)
     assert Image.open(tmp_path / "o" / "r.jpg").size == (40, 80)
+
+
+def test_a_picture_that_cannot_be_written_costs_that_picture(run, checkpoint, tmp_path):
+    Image.new("RGB", (90, 90)).save(tmp_path / "a.png")
+    Image.new("RGB", (66000, 8)).save(tmp_path / "b.png")  # JPEG ends at 65,535
+    Image.new("RGB", (64, 80)).save(tmp_path / "c.png")
+    output = tmp_path / "o"
+    done = run("detect", tmp_path, "--model", checkpoint, "--threshold", 0, "--output", output)
+    assert done.code == 1
+    (line,) = done.err.strip().splitlines()
+    assert line.startswith(f"cdetr-fast: not drawn: {output / 'b.jpg'}: cannot be written (")
+    assert "3 images" in done.out
+    assert "1 without a picture" in done.out
+    records = read(output / "images.json")["images"]
+    assert [r["picture"] for r in records] == ["a.jpg", None, "c.jpg"]
+    assert {r["image_id"] for r in read(output / "detections.json")} == {0, 1, 2}
+    assert sorted(p.name for p in output.iterdir()) == [
+        "a.jpg", "c.jpg", "detections.json", "images.json"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("fails", ["pictures", "everything"])
+def test_a_full_disk(run, checkpoint, pictures, tmp_path, monkeypatch, fails):
+    """Results are written if they can be; the exit code and one line per loss tell."""
+    write = files.write_atomically
+
+    def full(path, *arguments):
+        if fails == "everything" or path.suffix == ".jpg":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, *arguments)
+
+    monkeypatch.setattr(files, "write_atomically", full)
+    done = run("detect", pictures, "--model", checkpoint, "--output", tmp_path / "o")
+    assert done.code == 1
+    assert done.err.count("not drawn: ") == 3
+    assert done.err.count("No space left on device") == (4 if fails == "everything" else 3)
+    assert "Traceback" not in done.err
+    assert (tmp_path / "o" / "detections.json").exists() == (fails == "pictures")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_metadata_and_hidden_files(run, checkpoint, tmp_path):
+    image = Image.new("RGB", (64, 64))
+    image.save(tmp_path / "a.jpg", exif=b"Exif\0\0no TIFF header")
+    image.save(tmp_path / "b.png", exif=b"II*")
+    (tmp_path / "._a.jpg").write_bytes(b"of macOS")
+    done = run("detect", tmp_path, "--model", checkpoint, "--output", tmp_path / "o")
+    assert done.code == 0, done.err
+    assert len(read(tmp_path / "o" / "images.json")["images"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ import json
 import os
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from PIL import Image
 from pydantic import BaseModel, Field
 
 from cdetr_fast.common.validation import Expected
+from cdetr_fast.images.load import read_header
 from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.records import (
     Annotation,
@@ -26,8 +26,10 @@ from cdetr_fast.training.data.records import (
 )
 from cdetr_fast.training.errors import DataError
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""Errors of PIL for files that are missing, damaged or absurdly large."""
+Exif = Literal["auto", "upright", "stored"]
+"""Which picture labels are on; see `read_coco`."""
+
+_HEADERS_READ = 200  # for the orientation of a set
 
 # The arrays of objects of a `CocoIndex`.
 _PER_OBJECT = [
@@ -52,15 +54,22 @@ def read_coco(
     annotations: str | os.PathLike[str],
     images: str | os.PathLike[str] | None = None,
     masks: str | os.PathLike[str] | None = None,
+    exif: Exif = "auto",
 ) -> CocoIndex:
     """Read a COCO annotation file, detection or (with `masks`) panoptic.
 
     Category ids may have gaps: labels count from 0 in the order of the ids.
 
+    Labels may be on a photograph as its EXIF orientation turns it, or as it is stored. Where only
+    one of the two has the size that the file gives, it is that one; `exif` says which it is
+    elsewhere (orientations 2 to 4, square images, images whose size the file does not give).
+
     Args:
         annotations: The JSON file.
         images: Folder of the images; None looks in the usual places.
         masks: Folder of the panoptic PNG files.
+        exif: "upright", "stored", or "auto": as the sizes of other images of the file show (the
+            first 200, evenly spread), upright if none does.
 
     Raises:
         DataError: A file is missing or broken, or ids are not unique.
@@ -87,13 +96,15 @@ def read_coco(
         if masks is not None and i not in mask_names:
             raise DataError(f"{path}: image {image} has no panoptic annotation")
     objects = objects[np.argsort(objects["image"], kind="stable")]
+    sizes_hw = [_size(record, folder, path, exif) for record in records]
     return CocoIndex(
         path=path,
         images=folder,
         masks=None if masks is None else Path(masks),
         image_ids=np.array(list(position), dtype=np.int64),
         file_names=file_names,
-        sizes_hw=np.array([_size(record, folder, path) for record in records], np.int32),
+        sizes_hw=np.array(sizes_hw, np.int32),
+        exif=_shown_orientation(folder, file_names, sizes_hw) if exif == "auto" else exif,
         offsets=np.searchsorted(objects["image"], np.arange(len(records) + 1)),
         classes=tuple(category.name for category in categories),
         category_ids=np.array(list(label_of), dtype=np.int64),
@@ -189,18 +200,33 @@ def _require_unique(values: Iterable[Hashable], path: Path | str, what: str) -> 
         seen.add(value)
 
 
-def _size(record: ImageRecord, folder: Path, path: Path) -> tuple[int, int]:
+def _size(record: ImageRecord, folder: Path, path: Path, exif: Exif) -> tuple[int, int]:
     if record.model_fields_set >= {"height", "width"}:
         return record.height, record.width
-    image = folder / record.file_name
     try:
-        with Image.open(image) as picture:
-            return picture.height, picture.width
-    except UNREADABLE as error:
+        header = read_header(folder / record.file_name)
+    except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: image {record.id} has no width and height, and {image} cannot be read "
-            f"({error}); add them to the file, or remove the image from it"
+            f"{path}: image {record.id} has no width and height, and {error}; add them to the "
+            "file, or remove the image from it"
         ) from error
+    return header.stored_hw if exif == "stored" else header.upright_hw
+
+
+def _shown_orientation(
+    folder: Path, file_names: list[str], sizes_hw: list[tuple[int, int]]
+) -> Literal["upright", "stored"]:
+    """Return which picture labels are on, as far as the sizes of turned photographs show it."""
+    shown = set()
+    step = -(-len(file_names) // _HEADERS_READ)
+    for name, size_hw in zip(file_names[::step], sizes_hw[::step], strict=True):
+        try:
+            header = read_header(folder / name)
+        except (OSError, ValueError):  # reported where the image is needed
+            continue
+        if header.upright_hw != header.stored_hw:
+            shown.add({header.upright_hw: "upright", header.stored_hw: "stored"}.get(size_hw))
+    return "stored" if shown - {None} == {"stored"} else "upright"
 
 
 def _find_images(path: Path, images: str | os.PathLike[str] | None, file_names: list[str]) -> Path:

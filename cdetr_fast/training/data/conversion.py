@@ -9,15 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from cdetr_fast.common.files import write_text
+from cdetr_fast.images.load import IMAGE_SUFFIXES, image_files, read_header, visible
 from cdetr_fast.training.config import read_yaml
-from cdetr_fast.training.data.coco import UNREADABLE
 from cdetr_fast.training.errors import DataError
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-_ORIENTATION, _QUARTER_TURN = 0x0112, 5  # EXIF tag, and the lowest value for a turn by 90 degrees
 _ROUNDING = 0.01  # tolerance of relative coordinates outside 0 to 1
 
 
@@ -98,13 +94,14 @@ def _read_voc(source: Path) -> tuple[list[str], dict[str, list[Record]]]:
     if not folder.is_dir():
         raise DataError(f"{source}: expected the folders Annotations and JPEGImages of Pascal VOC")
     splits = {}
-    for path in sorted((source / "ImageSets" / "Main").glob("*.txt")):
+    lists = source / "ImageSets" / "Main"
+    for path in visible(lists, lists.glob("*.txt"), {".txt"}):
         rows = [line.split() for line in _lines(path) if line.strip()]
         # The class lists ("dog_train.txt") repeat the splits with a column of labels.
         if rows and all(len(row) == 1 for row in rows):
             splits[path.stem] = [row[0] for row in rows]
     if not splits:
-        splits = {"all": sorted(path.stem for path in folder.glob("*.xml"))}
+        splits = {"all": [path.stem for path in visible(folder, folder.glob("*.xml"), {".xml"})]}
     found = {name: [_read_voc_file(folder, stem) for stem in s] for name, s in splits.items()}
     names = {label for records in found.values() for r in records for label, _, _ in r[3]}
     return sorted(names), found
@@ -123,7 +120,7 @@ def _read_voc_file(folder: Path, stem: str) -> Record:
     images = folder.parent / "JPEGImages"
     name = root.findtext("filename") or f"{stem}.jpg"
     if not (images / name).is_file():  # some tools write a name that no file has
-        suffixes = (s for s in _SUFFIXES if (images / f"{stem}{s}").is_file())
+        suffixes = (s for s in sorted(IMAGE_SUFFIXES) if (images / f"{stem}{s}").is_file())
         name = next((f"{stem}{s}" for s in suffixes), name)
     return name, width, height, objects
 
@@ -189,7 +186,7 @@ def _yolo_images(entry: str, root: Path, source: Path, what: str) -> list[Path]:
     # Some exports write "../train/images" for a folder beside data.yaml.
     for place in (root / entry, source / entry.removeprefix("../")):
         if place.is_dir():
-            return sorted(p for p in place.rglob("*") if p.suffix.lower() in _SUFFIXES)
+            return image_files(place, recursive=True)
         if place.is_file():
             return [root / line.strip() for line in _lines(place) if line.strip()]
     raise DataError(f"{what}: expected a folder or a list of images, got {entry}")
@@ -205,15 +202,9 @@ def _yolo_label_path(image: Path) -> Path:
 
 def _read_yolo_file(source: Path, image: Path, labels: Path, names: dict[int, str]) -> Record:
     try:
-        with Image.open(image) as picture:
-            width, height = picture.size
-            # Labels refer to the turned picture.
-            if picture.getexif().get(_ORIENTATION, 1) >= _QUARTER_TURN:
-                width, height = height, width
-    except UNREADABLE as error:
-        raise DataError(
-            f"{image}: cannot be read ({error}); replace the file, or remove it from the folder"
-        ) from error
+        height, width = read_header(image).upright_hw  # which labels refer to
+    except (OSError, ValueError) as error:
+        raise DataError(f"{error}; replace the file, or remove it from the folder") from error
     objects = []
     for number, line in enumerate(_lines(labels) if labels.is_file() else [], 1):
         if not line.strip():

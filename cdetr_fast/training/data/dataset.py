@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from cdetr_fast.images.boxes import clipped_corners, relative_boxes, segment_ids
-from cdetr_fast.images.load import require_8_bits
-from cdetr_fast.training.data.coco import UNREADABLE
+from cdetr_fast.images.load import image_hw, read_file, turned_upright
 from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.sampling import ImageRequest
 from cdetr_fast.training.data.transforms import Sample, Transform
@@ -182,7 +180,7 @@ class DetectionDataset(Dataset[Item | str]):
         index = self.index
         path = folder / index.mask_names[position]
         name = f"{path} (masks of image id {index.image_ids[position]})"
-        segment_map = segment_ids(_open(path, name))
+        segment_map = segment_ids(_read(path, name)[0])
         if segment_map.shape != image.shape[-2:]:
             raise _wrong_size(name, image.shape[-2:], "the image has", segment_map.shape)
         ids = torch.from_numpy(index.object_ids[index.objects(position)])
@@ -243,10 +241,7 @@ def make_item(
 
 
 def read_image(index: CocoIndex, position: int) -> Tensor:
-    """Read an image of an index as uint8 `[3, H, W]`.
-
-    An image with an EXIF orientation is turned if only then it has the size that the annotation
-    file gives: tools differ in whether their boxes are on the turned image.
+    """Read an image of an index as uint8 `[3, H, W]`: the picture that its labels are on.
 
     Raises:
         DataError: The file cannot be read; the message has the file, the id and what to do.
@@ -254,24 +249,28 @@ def read_image(index: CocoIndex, position: int) -> Tensor:
     path = index.image_path(position)
     name = f"{path} (image id {index.image_ids[position]})"
     height, width = index.sizes_hw[position].tolist()
-    return decode(path, name, (height, width), str(index.path))
+    return decode(path, name, (height, width), str(index.path), index.exif)
 
 
-def decode(file: Path | IO[bytes], name: str, size_hw: tuple[int, int], source: str) -> Tensor:
-    """Read an image file as uint8 `[3, H, W]`; see `read_image`.
+def decode(
+    file: Path | bytes, name: str, size_hw: tuple[int, int], source: str, exif: str
+) -> Tensor:
+    """Read an image file as uint8 `[3, H, W]`, turned so that it is the picture that labels are on.
 
     Args:
-        file: Path or stream.
+        file: Path or content.
         name: Name of the file in messages.
         size_hw: Height and width that it has to have.
         source: Where that size is from, for messages.
+        exif: "upright" or "stored", if the picture has that size both ways; see `read_coco`.
     """
-    picture = _open(file, name)
-    if (picture.height, picture.width) != size_hw:
-        picture = ImageOps.exif_transpose(picture)
-    if (picture.height, picture.width) != size_hw:
-        raise _wrong_size(name, size_hw, f"in {source}", (picture.height, picture.width))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    stored, orientation = _read(file, name)
+    upright = turned_upright(stored, orientation)
+    pictures = (stored, upright) if exif == "stored" else (upright, stored)
+    for picture in pictures:
+        if image_hw(picture) == size_hw:
+            return picture
+    raise _wrong_size(name, size_hw, f"in {source}", image_hw(upright))
 
 
 def _wrong_size(
@@ -284,15 +283,13 @@ def _wrong_size(
     )
 
 
-def _open(file: Path | IO[bytes], name: str) -> Image.Image:
+def _read(file: Path | bytes, name: str) -> tuple[Tensor, int]:
     try:
-        with Image.open(file) as image:
-            require_8_bits(image)
-            return image.convert("RGB")
-    except UNREADABLE as error:
+        return read_file(file, name)
+    except (OSError, ValueError) as error:
         raise DataError(
-            f"{name}: cannot be read ({error}); replace the file, remove the image from the "
-            "annotations, or pass --bad-images skip"
+            f"{error}; replace the file, remove the image from the annotations, or pass "
+            "--bad-images skip"
         ) from error
 
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,6 +41,8 @@ class CocoIndex:
         category_ids: int64 `[K]`.
         mask_names: N names relative to `masks`; empty without masks.
         stuff: Names of classes that are stuff (`isthing` 0), not things.
+        exif: Which picture labels are on, where the size of an image does not show it: "upright",
+            as its EXIF orientation turns it, or "stored".
         unassigned: Ids of annotations whose image is not in the file; in panoptic files, ids of
             those images.
     """
@@ -61,6 +63,7 @@ class CocoIndex:
     category_ids: np.ndarray
     mask_names: list[str] = field(default_factory=list)
     stuff: frozenset[str] = frozenset()
+    exif: Literal["upright", "stored"] = "upright"
     unassigned: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:

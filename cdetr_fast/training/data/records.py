@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -145,6 +145,7 @@ class ShardIndex(BaseModel):
 
     categories: list[Category]
     shards: list[Shard]
+    exif: Literal["upright", "stored"] = "upright"
 
 
 def parsed_whole(kind: type[Record], content: Any, source: str, hint: str) -> Record:

@@ -9,7 +9,6 @@ reading past what it has had, without decoding it.
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -167,7 +166,7 @@ class ShardStream(StepPlan, IterableDataset[Batch]):
         for place, sample in zip(self.places(part), chunk, strict=True):
             size_hw = sample.record.height, sample.record.width
             try:
-                image = decode(io.BytesIO(sample.file), sample.name, size_hw, "its json")
+                image = decode(sample.file, sample.name, size_hw, "its json", self.shards.exif)
             except DataError as error:
                 results.append(str(error))
                 continue

@@ -13,12 +13,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from cdetr_fast.common.files import write_json
-from cdetr_fast.training.data.coco import read_coco, sorted_categories
+from cdetr_fast.training.data.coco import Exif, read_coco, sorted_categories
 from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.label_checks import LabelReport, check_labels
 from cdetr_fast.training.data.records import ShardIndex, parsed_whole
@@ -53,6 +53,7 @@ class ShardSet:
         num_objects: Number of objects in all shards of the index.
         classes: K names, in the order of category ids.
         label_of: Category id -> label.
+        exif: Which picture labels are on; see `read_coco`.
         stuff: Empty: shards hold boxes, not segments.
     """
 
@@ -63,6 +64,7 @@ class ShardSet:
     num_objects: int
     classes: tuple[str, ...]
     label_of: dict[int, int]
+    exif: Literal["upright", "stored"] = "upright"
     stuff: frozenset[str] = field(default=frozenset())
 
     def __len__(self) -> int:
@@ -134,6 +136,7 @@ def read_shards(annotations: str) -> ShardSet:
         num_objects=sum(shard.objects for shard in index.shards),
         classes=tuple(category.name for category in categories),
         label_of={category.id: label for label, category in enumerate(categories)},
+        exif=index.exif,
     )
 
 
@@ -157,6 +160,7 @@ def write_shards(
     images: str | os.PathLike[str] | None = None,
     images_per_shard: int = 1000,
     bad_labels: str = "stop",
+    exif: Exif = "auto",
 ) -> Path:
     """Write a COCO detection set as shards.
 
@@ -166,6 +170,7 @@ def write_shards(
         images: Folder of the images, if not found beside the file.
         images_per_shard: Number of images in each shard but the last.
         bad_labels: "stop" or "drop", as in training.
+        exif: As in `read_coco`.
 
     Returns:
         The path of the index.
@@ -176,7 +181,7 @@ def write_shards(
     library = webdataset()
     if images_per_shard < 1:
         raise DataError(f"images_per_shard: expected at least 1, got {images_per_shard}")
-    index, report = check_labels(read_coco(annotations, images), bad_labels)
+    index, report = check_labels(read_coco(annotations, images, exif=exif), bad_labels)
     folder, split = Path(output), Path(annotations).stem.split("_")[-1]
     path = folder / _INDEX
     order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(index)).tolist()
@@ -198,6 +203,7 @@ def write_shards(
             "source": Path(annotations).name,
             "categories": [{"id": i, "name": n} for i, n in zip(ids, index.classes, strict=True)],
             "shards": shards,
+            "exif": index.exif,
         }
         write_json(path, content, indent=1, sort_keys=False)
     except OSError as error:

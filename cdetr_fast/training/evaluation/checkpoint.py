@@ -18,7 +18,7 @@ from cdetr_fast.common.validation import NonNegativeInt, PositiveInt, Probabilit
 from cdetr_fast.models.auto import class_of_checkpoint
 from cdetr_fast.models.predict import PredictingModel
 from cdetr_fast.training import setup
-from cdetr_fast.training.data.coco import read_coco
+from cdetr_fast.training.data.coco import Exif, read_coco
 from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.label_checks import check_labels
 from cdetr_fast.training.errors import DataError
@@ -41,6 +41,7 @@ def evaluate(
     threshold: float = 0.5,
     bad_labels: Literal["stop", "drop"] = "stop",
     bad_images: Literal["stop", "skip"] = "stop",
+    exif: Exif = "auto",
 ) -> Evaluation | None:
     """Evaluate a checkpoint, on all processes that `torchrun` started.
 
@@ -60,6 +61,7 @@ def evaluate(
         bad_labels: "stop" or "drop", as in training.
         bad_images: "stop" makes images that cannot be read an error; "skip" leaves them out of the
             figures, and reports them.
+        exif: Which picture labels are on, as in `read_coco`.
 
     Returns:
         The figures; None on all processes but the first.
@@ -76,6 +78,7 @@ def evaluate(
         checked(Literal["auto", "cpu"], device, "device")
         checked(Literal["stop", "drop"], bad_labels, "bad_labels")
         checked(Literal["stop", "skip"], bad_images, "bad_images")
+        checked(Exif, exif, "exif")
     except (TypeError, ValueError) as error:
         raise DataError(str(error)) from error
     accelerator = Accelerator(cpu=device == "cpu")
@@ -83,9 +86,7 @@ def evaluate(
         if output is not None:  # before an hour of work, not after
             setup.make_output_folder(output)
         network, processor = _load(model, masks is not None)
-        index = read_coco(
-            Path(annotations), *(None if path is None else Path(path) for path in (images, masks))
-        )
+        index = read_coco(annotations, images, masks, exif)
         names = _class_names(network.config, model, index)
         index, report = check_labels(index.with_classes(names, f"the model {model}"), bad_labels)
     if accelerator.is_main_process:
