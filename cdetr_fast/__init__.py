@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdetr_fast._moved import keep_old_names
+from cdetr_fast.common.host_classes import inherit_from_hosts, register_host
 from cdetr_fast.common.model_families import register_family
 
 __version__ = "0.1.0"
@@ -25,7 +26,9 @@ _MODULES = {
     "ConditionalDetrPreTrainedModel": "models.pretrained",
     "optimize": "inference",
     "patch_transformers": "integrations.patching",
+    "register_auto_classes": "integrations.auto_classes",
     "unpatch_transformers": "integrations.patching",
+    "unregister_auto_classes": "integrations.auto_classes",
 }
 
 __all__ = [
@@ -40,7 +43,9 @@ __all__ = [
     "__version__",
     "optimize",
     "patch_transformers",
+    "register_auto_classes",
     "unpatch_transformers",
+    "unregister_auto_classes",
 ]
 
 if TYPE_CHECKING:
@@ -51,6 +56,10 @@ if TYPE_CHECKING:
         ConditionalDetrImageProcessorFast,
     )
     from cdetr_fast.inference import optimize
+    from cdetr_fast.integrations.auto_classes import (
+        register_auto_classes,
+        unregister_auto_classes,
+    )
     from cdetr_fast.integrations.patching import patch_transformers, unpatch_transformers
     from cdetr_fast.models.modeling import (
         ConditionalDetrForObjectDetection,
@@ -79,6 +88,7 @@ def _find_kernels_in_checkout() -> None:
 _find_kernels_in_checkout()
 keep_old_names(__name__)
 register_family("transformers", "cdetr_fast.integrations.transformers")
+register_host("transformers", "cdetr_fast.integrations.inheritance")
 
 
 def __getattr__(name: str) -> Any:
@@ -86,6 +96,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
+    inherit_from_hosts()
     return value
 
 

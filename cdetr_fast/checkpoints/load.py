@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -24,14 +24,15 @@ from cdetr_fast.checkpoints.key_maps import (
     to_level,
     to_v5,
 )
+from cdetr_fast.common.files import ADDED_BY_CALLERS
 from cdetr_fast.common.validation import checked, refuse
+from cdetr_fast.config.attention import check_attn_implementation
 from cdetr_fast.config.model import CONFIG_NAME, ConditionalDetrConfig, Dtype
 
 Model = TypeVar("Model", bound=nn.Module)
 
 # Options of transformers' from_pretrained, and their values that have no effect here.
 _TRANSFORMERS_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "adapter_kwargs": (None, {}),
     "disable_mmap": (None, False, True),
     "distributed_config": (None,),
     "gguf_file": (None,),
@@ -45,7 +46,6 @@ _TRANSFORMERS_OPTIONS: dict[str, tuple[Any, ...]] = {
     "state_dict": (None,),
     "tp_plan": (None,),
     "tp_size": (None,),
-    "trust_remote_code": (None, False, True),  # there is no remote code to run
     "use_kernels": (None, False),
     "weights_only": (None, True),
 }
@@ -70,7 +70,7 @@ def load_pretrained(
     torch_dtype: torch.dtype | str | None = None,
     device_map: torch.device | str | int | None = None,
     output_loading_info: bool = False,
-    attn_implementation: Literal["eager", "sdpa"] | None = None,
+    attn_implementation: str | dict[str, str] | None = None,
     low_cpu_mem_usage: bool | None = None,
     **config_overrides: Any,
 ) -> Model | tuple[Model, dict[str, Any]]:
@@ -98,7 +98,7 @@ def load_pretrained(
         torch_dtype: Old name of dtype.
         device_map: One device to move the model to; "auto" is CUDA where there is one.
         output_loading_info: Return (model, dict of missing_keys, unexpected_keys, mismatched_keys).
-        attn_implementation: "eager" or "sdpa", for the configuration; the model chooses itself.
+        attn_implementation: As in `cdetr_fast.config.attention`; by default the operators choose.
         low_cpu_mem_usage: Accepted for callers of transformers, where it has no effect either.
         **config_overrides: Configuration fields that replace those in config.json. Options of
             transformers that this package does not support (`quantization_config`, `tp_plan`,
@@ -108,6 +108,7 @@ def load_pretrained(
         OSError: A file is missing or broken; the message names it.
         ValueError: An argument does not fit, or weights have other shapes than the configuration.
         TypeError: An unknown keyword.
+        RuntimeError: The model would be on the meta device, without weights.
     """
     download = {
         "revision": revision,
@@ -117,7 +118,11 @@ def load_pretrained(
         "local_files_only": local_files_only,
         "force_download": force_download,
     }
-    checked(Literal["eager", "sdpa"] | None, attn_implementation, "attn_implementation")
+    for name in ADDED_BY_CALLERS:
+        config_overrides.pop(name, None)
+    adapter_kwargs = config_overrides.pop("adapter_kwargs", None) or {}
+    if "_adapter_model_path" in adapter_kwargs:
+        refuse("adapter_kwargs", "no path of an adapter; use load_adapter", adapter_kwargs)
     for name in _TRANSFORMERS_OPTIONS.keys() & config_overrides.keys():
         neutral, value = _TRANSFORMERS_OPTIONS[name], config_overrides.pop(name)
         if value not in neutral:
@@ -146,9 +151,15 @@ def load_pretrained(
         config = config or _find_config(None, name_or_path, download, config_overrides)
     config.name_or_path = os.fspath(name_or_path)
     if attn_implementation is not None:
-        config._attn_implementation = attn_implementation
+        config._attn_implementation = check_attn_implementation(attn_implementation)
 
     model = _build(model_class, config)
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise RuntimeError(
+            f"{name_or_path}: weights cannot be loaded on the meta device, which has none; call "
+            "from_pretrained outside of torch.device('meta') and of init_empty_weights(), or build "
+            "an empty model with the constructor"
+        )
     # `predict` finds the image processor there; a token is not kept.
     cast("Any", model)._processor_source = (
         name_or_path,
@@ -174,6 +185,8 @@ def _find_config(
     if isinstance(config, str | os.PathLike):
         return ConditionalDetrConfig.from_pretrained(config, **overrides)
     if config is not None:
+        # `to_dict`, like config.json, is without the choice of an attention.
+        overrides.setdefault("attn_implementation", config._attn_implementation)
         return ConditionalDetrConfig.from_dict(config.to_dict(), **overrides)
     if not os.path.isfile(name_or_path):
         return ConditionalDetrConfig.from_pretrained(name_or_path, **download, **overrides)

@@ -17,6 +17,15 @@ DOWNLOAD_OPTIONS = (
     "local_files_only",
     "force_download",
 )
+# What transformers' auto classes and pipelines add to the arguments of the user.
+ADDED_BY_CALLERS = (
+    "_commit_hash",
+    "_fast_init",
+    "_from_auto",
+    "_from_pipeline",
+    "code_revision",
+    "trust_remote_code",  # there is no remote code to run
+)
 
 
 def resolve_file(

@@ -31,6 +31,7 @@ import functools
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import get_annotations
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -179,13 +180,18 @@ class Checked:
         kind = field_types(type(self)).get(name)  # type: ignore[arg-type]  # mypy issue 11470
         if kind is not None:
             value = checked(kind, value, self._prefix + name)
-        super().__setattr__(name, value)
+        object.__setattr__(self, name, value)
 
 
 @functools.cache
 def field_types(owner: type) -> dict[str, Any]:
     """Return the annotated types of a class's fields, in their order; class variables excepted."""
-    hints = typing.get_type_hints(owner, include_extras=True)
+    if issubclass(owner, Checked):
+        # Without the annotations of bases that it has besides.
+        bases = [base for base in reversed(owner.__mro__) if issubclass(base, Checked)]
+        hints = {k: v for base in bases for k, v in get_annotations(base, eval_str=True).items()}
+    else:
+        hints = typing.get_type_hints(owner, include_extras=True)
     hints = {k: v for k, v in hints.items() if ClassVar not in (v, typing.get_origin(v))}
     for name, kind in hints.items():
         if typing.get_origin(kind) in (NotRequired, Required):  # of a TypedDict

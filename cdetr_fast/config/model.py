@@ -10,9 +10,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self, overload
 
 import torch
 
+from cdetr_fast.common.host_classes import inherit_from_hosts
 from cdetr_fast.common.validation import (
     Before,
     Bounds,
+    Checked,
     Expected,
     NonNegativeInt,
     PositiveInt,
@@ -23,6 +25,7 @@ from cdetr_fast.common.validation import (
     refuse,
     unknown_keyword,
 )
+from cdetr_fast.config.attention import check_attn_implementation
 from cdetr_fast.config.backbone import (
     ACTIVATION_NAMES,
     ActivationName,
@@ -171,7 +174,7 @@ class ConditionalDetrConfig(ConfigFile):
     id2label: LabelsById
     label2id: IdsByLabel
     _name_or_path: Annotated[str, Before(str)] = ""
-    _attn_implementation: Literal["eager", "sdpa"] | None = None
+    _attn_implementation: Annotated[str | None, Before(check_attn_implementation)] = None
 
     # v4 keywords that describe the backbone, and v4 fields that files carry and no model reads.
     _V4_BACKBONE: ClassVar[tuple[str, ...]] = (
@@ -198,6 +201,7 @@ class ConditionalDetrConfig(ConfigFile):
     }
 
     def __init__(self, **kwargs: Any) -> None:
+        inherit_from_hosts()
         for name in kwargs:
             if name not in self._known():
                 raise unknown_keyword(type(self).__name__, name, self._known())
@@ -285,7 +289,7 @@ class ConditionalDetrConfig(ConfigFile):
     @num_labels.setter
     def num_labels(self, value: int) -> None:
         count = checked(PositiveInt, value, "num_labels")
-        if not hasattr(self, "id2label") or len(self.id2label) != count:
+        if "id2label" not in vars(self) or len(self.id2label) != count:
             self.id2label = {index: f"LABEL_{index}" for index in range(count)}
             self.label2id = {label: index for index, label in self.id2label.items()}
 
@@ -358,7 +362,7 @@ class ConditionalDetrConfig(ConfigFile):
         extra = {name: fields.pop(name) for name in list(fields) if name not in known}
         config = cls(**fields)
         for name, value in extra.items():
-            if hasattr(cls, name):
+            if any(name in vars(base) for base in cls.__mro__ if issubclass(base, Checked)):
                 raise ValueError(f"config.json: {name!r} is not a field but the name of a method")
             setattr(config, name, value)
 

@@ -13,12 +13,14 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 
 from cdetr_fast.common.files import (
+    ADDED_BY_CALLERS,
     DOWNLOAD_OPTIONS,
     make_folder,
     read_json,
     resolve_file,
     write_text,
 )
+from cdetr_fast.common.host_classes import inherit_from_hosts
 from cdetr_fast.common.validation import (
     Before,
     Bounds,
@@ -181,6 +183,7 @@ class StoredSettings(Checked):
     compat: Literal["paper", "transformers"] = "paper"
 
     def __init__(self, **settings: Any) -> None:
+        inherit_from_hosts()
         for name in setting_names():
             setattr(self, name, None)  # the default
         self._set(without_deprecated(settings), type(self).__name__)
@@ -251,12 +254,15 @@ class StoredSettings(Checked):
             OSError: The file does not exist or is not a JSON object.
             TypeError: An argument is unknown (without `return_unused_kwargs`).
         """
-        kwargs.pop("use_fast", None)
+        in_pipeline = kwargs.get("_from_pipeline") is not None
+        for name in ("use_fast", *ADDED_BY_CALLERS):
+            kwargs.pop(name, None)
         download = {name: kwargs.pop(name) for name in DOWNLOAD_OPTIONS if name in kwargs}
         settings = _read_settings(pretrained_model_name_or_path, download)
         known = {*setting_names(), *_DEPRECATED}
         unused = {name: kwargs.pop(name) for name in list(kwargs) if name not in known}
-        if unused and not return_unused_kwargs:
+        # transformers' pipelines hand arguments of the model to the processor too.
+        if unused and not (return_unused_kwargs or in_pipeline):
             raise unknown_keyword("from_pretrained", next(iter(unused)), sorted(known))
         processor = cls.from_dict(settings, **kwargs)
         return (processor, unused) if return_unused_kwargs else processor

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from cdetr_fast.common import cuda_graphs
 from cdetr_fast.inference.following import Original, Watch
@@ -98,6 +99,8 @@ class Runner:
             return "pixel_values is not a tensor"  # the model complains
         if torch.is_grad_enabled() and pixel_values.requires_grad:
             return "pixel_values needs a gradient"
+        if is_tracing():
+            return "torch.jit.trace cannot record the prepared copy; torch.export can"
         return None
 
     def prepare(self, model: nn.Module) -> str | None:

@@ -4,17 +4,21 @@ Their parameters have the names of transformers' modules; the arithmetic is in
 `cdetr_kernels.conditional_attention`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
 
+from cdetr_fast.config.model import ConditionalDetrConfig
 from cdetr_fast.models.position import MapPosition
 from cdetr_fast.models.projections import (
     is_plain,
     is_plain_linear,
     joint_linear,
     joint_linear_of_sums,
+    records_gradients,
 )
 from cdetr_fast.models.residual import UpdateBlock
 from cdetr_kernels import conditional_attention, conditional_attention_separable
@@ -47,12 +51,27 @@ class MemoryKeys(NamedTuple):
 
 
 class Attention(UpdateBlock):
-    """Base of the three: heads, dropout, and the call of the operator."""
+    """Base of the three: heads, dropout, and the call of the operator.
+
+    Args:
+        hidden_size: C.
+        num_heads: N.
+        dropout: Probability of dropping an attention weight in training.
+        config: Names the implementation; it is read in each call, as users change it. None leaves
+            the choice to the operator.
+    """
 
     output_layer = "o_proj"
 
-    def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        dropout: float,
+        config: ConditionalDetrConfig | None = None,
+    ) -> None:
         super().__init__()
+        self.config = config
         self.num_heads = num_heads
         self.attention_dropout = dropout
         self.v_proj = nn.Linear(hidden_size, hidden_size)
@@ -74,26 +93,67 @@ class Attention(UpdateBlock):
         """Attend from queries `[B, Q, N, D]` of the state to keys, and project the result."""
         k_content, k_spatial, value = keys
         dropout_p = self.attention_dropout if self.training else 0.0
+        implementation = None if self.config is None else self.config._attn_implementation
+        if implementation == "sdpa" and not return_attention:
+            output = _fused_attention(q_content, q_spatial, keys, key_mask, dropout_p)
+            return self.project_output(output.flatten(2), hidden_states), None
+        # To compute the map is what the operators' PyTorch path does in matrix products alone.
+        eager = implementation == "eager"
+        options: dict[str, Any] = {
+            "dropout_p": dropout_p,
+            "backend": "torch" if eager else "auto",
+            "return_attention": return_attention or eager,
+        }
         if isinstance(k_spatial, SeparableKeys):
             assert q_spatial is not None
             result = conditional_attention_separable(
-                q_content, q_spatial, k_content, *k_spatial, value, key_mask,
-                dropout_p=dropout_p, return_attention=return_attention,
-            )  # fmt: skip
+                q_content, q_spatial, k_content, *k_spatial, value, key_mask, **options
+            )
         else:
             result = conditional_attention(
-                q_content, q_spatial, k_content, k_spatial, value, key_mask,
-                dropout_p=dropout_p, return_attention=return_attention,
-            )  # fmt: skip
+                q_content, q_spatial, k_content, k_spatial, value, key_mask, **options
+            )
         output, attention = result if isinstance(result, tuple) else (result, None)
+        attention = attention if return_attention else None
         return self.project_output(output.flatten(2), hidden_states), attention
+
+
+def _fused_attention(
+    q_content: Tensor,
+    q_spatial: Tensor | None,
+    keys: MemoryKeys | tuple[Tensor, None, Tensor],
+    key_mask: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    """Attend by torch's `scaled_dot_product_attention`, the two halves of a head concatenated."""
+    key, k_spatial, value = keys
+    query = q_content
+    if q_spatial is not None and k_spatial is not None:
+        if isinstance(k_spatial, SeparableKeys):
+            k_spatial = (k_spatial.rows[:, :, None] + k_spatial.columns[:, None]).flatten(1, 2)
+        query = torch.cat([q_content, q_spatial], dim=-1)
+        key = torch.cat([key, k_spatial.expand_as(key)], dim=-1)
+    output = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=None if key_mask is None else key_mask[:, None, None],
+        dropout_p=dropout_p,
+    )
+    return output.transpose(1, 2)
 
 
 class ConditionalDetrSelfAttention(Attention):
     """Encoder self-attention; the position code is added to queries and keys, not to values."""
 
-    def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
-        super().__init__(hidden_size, num_heads, dropout)
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        dropout: float,
+        config: ConditionalDetrConfig | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, dropout, config)
         self.q_proj = nn.Linear(hidden_size, hidden_size)
         self.k_proj = nn.Linear(hidden_size, hidden_size)
 
@@ -125,8 +185,14 @@ class ConditionalDetrSelfAttention(Attention):
 class ConditionalDetrDecoderSelfAttention(Attention):
     """Decoder self-attention, with projections of its own for the object-query embedding."""
 
-    def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
-        super().__init__(hidden_size, num_heads, dropout)
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        dropout: float,
+        config: ConditionalDetrConfig | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, dropout, config)
         self.q_content_proj = nn.Linear(hidden_size, hidden_size)
         self.q_pos_proj = nn.Linear(hidden_size, hidden_size)
         self.k_content_proj = nn.Linear(hidden_size, hidden_size)
@@ -166,7 +232,7 @@ class ConditionalDetrDecoderSelfAttention(Attention):
         under dropout, or where something is attached that a call would run. With gradients it is
         not used either: parameters that play no part need their zero gradients, for DDP.
         """
-        if self.training or torch.is_grad_enabled():
+        if self.training or records_gradients():
             return None
         if not is_plain(self, ConditionalDetrDecoderSelfAttention):
             return None
@@ -200,10 +266,18 @@ class ConditionalDetrDecoderCrossAttention(Attention):
         dropout: Probability of dropping an attention weight in training.
         is_first: The first layer also adds the object-query embedding to the content queries, and
             the position keys to the content keys.
+        config: As in `Attention`.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, dropout: float, is_first: bool) -> None:
-        super().__init__(hidden_size, num_heads, dropout)
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        dropout: float,
+        is_first: bool,
+        config: ConditionalDetrConfig | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, dropout, config)
         self.q_content_proj = nn.Linear(hidden_size, hidden_size)
         self.q_pos_proj = nn.Linear(hidden_size, hidden_size) if is_first else None
         self.k_content_proj = nn.Linear(hidden_size, hidden_size)
@@ -266,4 +340,6 @@ class ConditionalDetrDecoderCrossAttention(Attention):
 
 def expand_batch(x: Tensor, batch: int) -> Tensor:
     """Repeat a tensor `[1, ...]` for each image, without a copy; others are left as they are."""
-    return x if x.shape[0] == batch else x.expand(batch, *x.shape[1:])
+    if x.shape[0] == batch and not is_tracing():  # a traced graph serves other batches too
+        return x
+    return x.expand(batch, *x.shape[1:])

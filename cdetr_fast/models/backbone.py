@@ -55,7 +55,9 @@ def frozen_batch_norm(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
     """Normalises `[B, C, H, W]` by fixed numbers `[C]`; gradients go to `x` alone."""
-    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    differentiates = x.requires_grad and torch.is_grad_enabled()
+    # Neither a compiler nor `torch.jit.trace` looks into the function.
+    if differentiates and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         return _FrozenNorm.apply(x, mean, var, weight, bias, eps)
     return F.batch_norm(x, mean, var, weight, bias, eps=eps)
 

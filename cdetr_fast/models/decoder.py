@@ -18,7 +18,7 @@ from cdetr_fast.models.encoder import ConditionalDetrMLP, skip_layer
 from cdetr_fast.models.heads import ConditionalDetrMLPPredictionHead
 from cdetr_fast.models.outputs import DecoderOutput
 from cdetr_fast.models.position import MapPosition
-from cdetr_fast.models.projections import joint_linear
+from cdetr_fast.models.projections import joint_linear, records_gradients
 from cdetr_fast.models.residual import add_and_norm, dropout
 from cdetr_kernels import sine_query
 
@@ -30,11 +30,11 @@ class ConditionalDetrDecoderLayer(nn.Module):
         super().__init__()
         heads = config.decoder_attention_heads
         self.self_attn = ConditionalDetrDecoderSelfAttention(
-            config.d_model, heads, config.attention_dropout
+            config.d_model, heads, config.attention_dropout, config
         )
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.encoder_attn = ConditionalDetrDecoderCrossAttention(
-            config.d_model, heads, config.attention_dropout, is_first
+            config.d_model, heads, config.attention_dropout, is_first, config
         )
         self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.mlp = ConditionalDetrMLP(config, config.decoder_ffn_dim)
@@ -166,8 +166,13 @@ class ConditionalDetrDecoder(nn.Module):
         batch = memory.shape[0]
         starts_at_zero = queries is None
         if queries is None:
-            # Only dropout and a mask tell the images apart.
-            per_image = (self.training and self.dropout > 0.0) or query_mask is not None
+            # Only dropout and a mask tell the images apart, and whoever reads the gradients of
+            # states and maps.
+            per_image = (
+                (self.training and self.dropout > 0.0)
+                or query_mask is not None
+                or ((output_attentions or output_hidden_states) and records_gradients())
+            )
             queries = self.initial_state(query_position, batch if per_image else 1, memory.dtype)
         hidden_states = queries
         reference_points = self.reference_points(query_position)  # [1, Q, 2]
@@ -273,4 +278,4 @@ class ConditionalDetrDecoder(nn.Module):
 
 
 def _expanded(tensors: list[Tensor], batch: int) -> tuple[Tensor, ...]:
-    return tuple(x.expand(batch, *x.shape[1:]) for x in tensors)
+    return tuple(expand_batch(x, batch) for x in tensors)

@@ -36,7 +36,7 @@ class ConditionalDetrEncoderLayer(nn.Module):
     def __init__(self, config: ConditionalDetrConfig) -> None:
         super().__init__()
         self.self_attn = ConditionalDetrSelfAttention(
-            config.d_model, config.encoder_attention_heads, config.attention_dropout
+            config.d_model, config.encoder_attention_heads, config.attention_dropout, config
         )
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.mlp = ConditionalDetrMLP(config, config.encoder_ffn_dim)

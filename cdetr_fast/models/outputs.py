@@ -9,20 +9,27 @@ from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar, NoReturn
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from cdetr_fast.common.host_classes import inherit_from_hosts
 
-class ModelOutput(OrderedDict[str, Any]):
+
+class _Ordered(OrderedDict[str, Any]):
+    """The base that stays when a base is added: Python adds none beside a built-in class."""
+
+
+class ModelOutput(_Ordered):
     """Base of the outputs: a dictionary of its dataclass fields that are not None, in their order.
 
     `output.logits`, `output["logits"]`, `output[1]`, `output[:2]` and `output.to_tuple()` all work.
+    Where transformers is imported, its `ModelOutput` is a base of this one.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # every subclass is a dataclass
 
     def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
         # torch.export, DDP and functorch look inside containers through this registry.
         pytree.register_pytree_node(
             cls,
@@ -36,12 +43,14 @@ class ModelOutput(OrderedDict[str, Any]):
         )
 
     def __post_init__(self) -> None:
+        if not torch.compiler.is_compiling():
+            inherit_from_hosts()
         first, *rest = (field.name for field in fields(self))
         values = getattr(self, first)
         if isinstance(values, (dict, Iterator)) and all(getattr(self, x) is None for x in rest):
             # Accelerate and transformers' pipelines rebuild a container from a dictionary,
             # DataParallel from an iterator of pairs; pipelines add keys of their own.
-            super().__delitem__(first)
+            OrderedDict.__delitem__(self, first)
             object.__setattr__(self, first, None)
             for name, value in dict(values).items():
                 if value is not None:
@@ -49,16 +58,16 @@ class ModelOutput(OrderedDict[str, Any]):
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, str):
-            return super().__getitem__(key)
+            return OrderedDict.__getitem__(self, key)
         return self.to_tuple()[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(key, value)
+        OrderedDict.__setitem__(self, key, value)
         object.__setattr__(self, key, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if value is not None and (name in self or name in self.__dataclass_fields__):
-            super().__setitem__(name, value)
+            OrderedDict.__setitem__(self, name, value)
         object.__setattr__(self, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,12 +1,14 @@
 """Base of the models: loading, saving, activation checkpointing, the criterion."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import nn
 
+from cdetr_fast.checkpoints.key_maps import to_v5
+from cdetr_fast.common.host_classes import inherit_from_hosts
 from cdetr_fast.config.model import ConditionalDetrConfig
 
 
@@ -32,7 +34,8 @@ class ConditionalDetrPreTrainedModel(nn.Module):
     )
 
     def __init__(self, config: ConditionalDetrConfig) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # alone: not that of a base added by a host library
+        inherit_from_hosts()
         if not isinstance(config, ConditionalDetrConfig):
             got = f"{type(config).__module__}.{type(config).__name__}"
             raise TypeError(f"config: expected cdetr_fast.ConditionalDetrConfig, got {got}")
@@ -59,6 +62,23 @@ class ConditionalDetrPreTrainedModel(nn.Module):
         from cdetr_fast.checkpoints.save import push_to_hub
 
         return push_to_hub(self, repo_id, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Is `torch.nn.Module.state_dict`."""
+        inherit_from_hosts()  # transformers' Trainer asks next what the model is, to save it
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Is `torch.nn.Module.load_state_dict`; takes the names in the files of transformers too.
+
+        `save_pretrained` writes those, and transformers' Trainer reads its checkpoints without
+        translating them.
+        """
+        if state_dict.keys() - super().state_dict().keys():
+            state_dict = to_v5(state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     @property
     def base_model(self) -> nn.Module:

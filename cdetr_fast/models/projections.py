@@ -9,6 +9,7 @@ from typing import TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
 
 _PLAIN_TENSORS = (nn.Parameter, nn.Buffer, Tensor)
 
@@ -65,7 +66,15 @@ def joint_weights(*projections: nn.Linear) -> tuple[Tensor, Tensor]:
 
 
 def _apart(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.is_grad_enabled()
+    return x.device.type == "cpu" and not records_gradients()
+
+
+def records_gradients() -> bool:
+    """Return whether results may be differentiated.
+
+    A graph of `torch.jit.trace` serves with gradients and without, so it is the same in both modes.
+    """
+    return torch.is_grad_enabled() or is_tracing()
 
 
 def joint_linear_of_sums(

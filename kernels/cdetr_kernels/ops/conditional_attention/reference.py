@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
 
 # Bytes of spatial scores at a time, where torch's fused attention takes them as a bias on a CPU:
 # two images of 800x1333. Pieces of 8 to 20 MiB take the same time (Zen 4), one of 24 a tenth more,
@@ -102,12 +103,15 @@ def attend(
     attention = attention.to(value.dtype)
     if dropout_p > 0.0:
         attention = attention * _dropout_multiplier(attention, dropout_p, seed)
-    output = (attention @ value.transpose(1, 2)).transpose(1, 2)
+    any_key = None
     if key_mask is not None:
-        # Such rows are zero. (Elsewhere softmax has made masked keys zero already.)
+        # Without a key the result is zero. (Elsewhere softmax has made masked keys zero already.)
         any_key = key_mask.any(dim=-1)[:, None, None, None].to(value.dtype)
+        if return_attention:  # the output comes from the map that is returned, as gradients do
+            attention = attention * any_key
+    output = (attention @ value.transpose(1, 2)).transpose(1, 2)
+    if any_key is not None and not return_attention:
         output = output * any_key
-        attention = attention * any_key if return_attention else attention
     return output, attention if return_attention else None
 
 
@@ -119,7 +123,7 @@ def _takes_a_bias(
     On CPUs it does, in half of the time or less (300 queries, 850 keys, 8 heads of 32), but it has
     no gradient for the bias.
     """
-    if not q_content.is_cpu:
+    if not q_content.is_cpu or is_tracing():  # a traced graph may be differentiated
         return False
     if not torch.is_grad_enabled():
         return True
