@@ -31,7 +31,7 @@ def make(task):
 
 
 def plain(found):
-    """A result without its masks, which are pictures."""
+    """Return a result without its masks, which are pictures."""
     if isinstance(found, list):
         return [plain(item) for item in found]
     if not isinstance(found, dict):
@@ -68,7 +68,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(folders, image):
-    """What the pipelines say with the classes of transformers."""
+    """Return the results with the classes of transformers."""
     return {
         task: plain(
             transformers.pipeline(task, str(folder), device="cpu")(image, **OPTIONS.get(task, {}))
