@@ -7,9 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import cdetr_fast
 import cdetr_kernels
@@ -110,6 +114,28 @@ def test_version_is_the_same_everywhere(root):
     latest = re.search(r"^## \[?(\d+\.\d+\.\d+)", changelog, flags=re.MULTILINE)
     assert latest is not None
     assert latest.group(1) == cdetr_fast.__version__
+
+
+def test_oldest_packages_are_the_lower_bounds(root):
+    """`make test-oldest` tests what pyproject.toml allows, and it allows nothing older."""
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = project["dependencies"] + [x for name in extras if name != "dev" for x in extras[name]]
+    bounds = {
+        (canonicalize_name(requirement.name), Version(specifier.version))
+        for requirement in map(Requirement, lines)
+        for specifier in requirement.specifier
+        if specifier.operator == ">="
+    }
+    assert {Requirement(line).name for line in lines} - {"cdetr-fast"} == {
+        Requirement(line).name for line in lines if ">=" in line
+    }
+    pins = {}
+    for line in (root / "constraints-oldest.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            name, version = line.split("==")
+            pins[canonicalize_name(name)] = Version(version)
+    assert {(name, pins.get(name)) for name, _ in bounds} == bounds
 
 
 def test_import_needs_no_transformers_and_no_other_extra(root):

@@ -5,15 +5,20 @@ last, and torchvision resizes such uint8 images in a third of the time (0.9 ms i
 from 640x480 to 1066x800, one thread), to the same values.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 
 import torch
+import torchvision
+from PIL import Image
 from torch import Tensor
 
 from cdetr_fast.images.load import image_hw
 from cdetr_fast.images.settings import INTERPOLATION, StoredSettings
 from cdetr_kernels import normalize_and_pad
+
+_HAS_LANCZOS = hasattr(torch.ops.aten, "_upsample_lanczos2d_aa")
 
 
 def resized_hw(height: int, width: int, size: Mapping[str, int]) -> tuple[int, int]:
@@ -69,12 +74,24 @@ def resized(images: Sequence[Tensor], settings: StoredSettings) -> list[Tensor]:
         if len(members) > 1:
             batch = torch.stack([images[i] for i in members])
         new_hw = resized_hw(*image_hw(batch), settings.size)
-        interpolation = INTERPOLATION[settings.resample]
         from torchvision.transforms.v2 import functional as tvF  # 15 ms, once
 
+        interpolation = INTERPOLATION[_available(settings.resample, batch.device)]
         batch = tvF.resize(batch, list(new_hw), interpolation=interpolation, antialias=True)
         results.update(zip(members, batch, strict=True))
     return [results[i] for i in range(len(images))]
+
+
+def _available(resample: Image.Resampling, device: torch.device) -> Image.Resampling:
+    """Return the filter, or bicubic, as transformers does, for a Lanczos that torchvision lacks."""
+    if resample != Image.Resampling.LANCZOS or (_HAS_LANCZOS and device.type == "cpu"):
+        return resample
+    warnings.warn(
+        f"resample: torchvision {torchvision.__version__} has no LANCZOS for tensors on {device}; "
+        "BICUBIC is used, as in transformers. LANCZOS needs torchvision 0.27 and a CPU",
+        stacklevel=2,
+    )
+    return Image.Resampling.BICUBIC
 
 
 def normalized_batch(
