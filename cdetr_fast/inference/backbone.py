@@ -17,11 +17,21 @@ import torch.nn.functional as F
 from timm.models._features_fx import get_notrace_modules
 from torch import Tensor, fx, nn
 
-from cdetr_fast.inference.convolution import FOLDABLE, RELU, FusedConv2d, activation_of
+from cdetr_fast.common.errors import first_line
+from cdetr_fast.inference.convolution import (
+    FOLDABLE,
+    RELU,
+    Activation,
+    FusedConv2d,
+    activation_of,
+)
 from cdetr_fast.inference.workspace import Workspace
 from cdetr_fast.models.backbone import FrozenBatchNorm2d, FrozenBatchNormAct2d
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add}
+
+ModuleOf = Callable[[fx.Node], nn.Module | None]
+"""Returns the module that a node of a graph calls; None if it calls none."""
 
 
 class _Tracer(fx.Tracer):
@@ -41,12 +51,18 @@ class _Tracer(fx.Tracer):
         with self._one_at_a_time:
             return super().trace(*args, **kwargs)
 
-    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -75,15 +91,18 @@ class FusedBackbone(nn.Module):
         self.notes: list[str] = []
         self.output_fmt = getattr(backbone, "output_fmt", "NCHW")
         self.all_maps = all_maps
+        self.body: nn.Module = backbone
         try:
-            graph = _Tracer().trace(backbone)
-            self.body = fx.GraphModule(backbone, graph)
+            traced = fx.GraphModule(backbone, _Tracer().trace(backbone))
             if not all_maps:
-                _return_last(self.body.graph)
-            _fuse(self.body)
+                _return_last(traced.graph)
+            _fuse(traced)
+            self.body = traced
             self._compare(backbone)
         except Exception as error:  # tracing runs the backbone's own code, which may do anything
-            self.notes.append(f"backbone runs as it is: {_first_line(error)}")
+            self.notes.append(
+                f"backbone runs as it is: {type(error).__name__}: {first_line(error)}"
+            )
             self.body = backbone
         self.fused = sum(isinstance(module, FusedConv2d) for module in self.body.modules())
 
@@ -145,15 +164,14 @@ def _fuse(traced: fx.GraphModule) -> None:
         if isinstance(module_of(node), (nn.Identity, nn.Dropout)):
             _replace(node, node.args[0])
     for node in list(graph.nodes):
-        if type(module_of(node)) not in FOLDABLE:
+        layer = module_of(node)
+        if not isinstance(layer, nn.Conv2d) or type(layer) not in FOLDABLE:
             continue
         follower = _only_user(node)
         norm = None if follower is None else module_of(follower)
-        if not isinstance(norm, FrozenBatchNorm2d):
-            norm = None
-        conv = FusedConv2d(module_of(node), norm)
+        conv = FusedConv2d(layer, norm if isinstance(norm, FrozenBatchNorm2d) else None)
         put(node, conv)
-        if norm is None:
+        if follower is None or not isinstance(norm, FrozenBatchNorm2d):
             continue
         activation = None
         if isinstance(norm, FrozenBatchNormAct2d) and not isinstance(norm.act, nn.Identity):
@@ -175,24 +193,27 @@ def _fuse(traced: fx.GraphModule) -> None:
         _fuse_addition(node, module_of, shapes)
         _fuse_activation(node, module_of)
     for node in graph.nodes:
-        if isinstance(conv := module_of(node), FusedConv2d) and len(node.args) > 1:
-            conv.in_place = _may_overwrite(node, module_of)
+        if isinstance(sum_ := module_of(node), FusedConv2d) and len(node.args) > 1:
+            sum_.in_place = _may_overwrite(node, module_of)
     _assign_slots(graph, module_of)
     graph.lint()
     traced.delete_all_unused_submodules()
     traced.recompile()
 
 
-def _fuse_addition(node: fx.Node, module_of, shapes: dict[str, tuple]) -> None:
+def _fuse_addition(
+    node: fx.Node, module_of: ModuleOf, shapes: dict[str, tuple[int, ...] | None]
+) -> None:
     """Make `conv(x) + residual` one call, if nothing else reads the convolution."""
     is_addition = node.op == "call_function" and node.target in _ADDITIONS and not node.kwargs
-    if not is_addition or not all(isinstance(argument, fx.Node) for argument in node.args):
+    operands = [argument for argument in node.args if isinstance(argument, fx.Node)]
+    if not is_addition or not len(operands) == len(node.args) == 2:
         return
-    if shapes[node.args[0].name] != shapes[node.args[1].name]:
+    if shapes[operands[0].name] != shapes[operands[1].name]:
         return
     order = list(node.graph.nodes)
     # the operand that is computed last, so that the other one is there when it runs
-    residual, last = sorted(node.args, key=order.index)
+    residual, last = sorted(operands, key=order.index)
     conv = module_of(last)
     if (
         isinstance(conv, FusedConv2d)
@@ -205,23 +226,23 @@ def _fuse_addition(node: fx.Node, module_of, shapes: dict[str, tuple]) -> None:
         _replace(node, last)
 
 
-def _fuse_activation(node: fx.Node, module_of) -> None:
+def _fuse_activation(node: fx.Node, module_of: ModuleOf) -> None:
     """Make `act(conv(x))` one call, if nothing else reads the convolution."""
     activation = _activation(node, module_of)
-    if activation is None or not isinstance(node.args[0], fx.Node):
+    if activation is None or not isinstance(source := node.args[0], fx.Node):
         return
-    conv = module_of(node.args[0])
+    conv = module_of(source)
     if (
         isinstance(conv, FusedConv2d)
         and conv.activation is None
-        and _only_user(node.args[0]) is node
-        and conv.can_fuse(activation, residual=len(node.args[0].args) > 1)
+        and _only_user(source) is node
+        and conv.can_fuse(activation, residual=len(source.args) > 1)
     ):
         conv.activation = activation
-        _replace(node, node.args[0])
+        _replace(node, source)
 
 
-def _may_overwrite(node: fx.Node, module_of) -> bool:
+def _may_overwrite(node: fx.Node, module_of: ModuleOf) -> bool:
     """Return whether a convolution may write its result over its residual.
 
     That saves a pass over memory, and fresh pages for the largest maps. The residual has to be a
@@ -230,7 +251,8 @@ def _may_overwrite(node: fx.Node, module_of) -> bool:
     source, residual = node.args
     order = list(node.graph.nodes)
     return (
-        isinstance(module_of(residual), (FusedConv2d, nn.MaxPool2d))
+        isinstance(residual, fx.Node)
+        and isinstance(module_of(residual), (FusedConv2d, nn.MaxPool2d))
         and source is not residual
         and all(
             user is node
@@ -244,19 +266,23 @@ def _may_overwrite(node: fx.Node, module_of) -> bool:
     )
 
 
-def _assign_slots(graph: fx.Graph, module_of) -> None:
+def _assign_slots(graph: fx.Graph, module_of: ModuleOf) -> None:
     """Assign slots of one workspace to the convolutions whose maps die within the graph.
 
     Two maps share a slot if the first one is no longer read when the second one is written. A map
     has none if anything but convolutions and pooling reads it, as that may be a view.
     """
-    workspace, free, slots = Workspace(), [], 0
+    workspace, slots = Workspace(), 0
+    free: list[int] = []
     ends: dict[int, list[int]] = {}  # place in the order -> slots that are free after it
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node, place in order.items():
         conv = module_of(node)
-        starts_here = isinstance(conv, FusedConv2d) and len(node.args) == 1
-        if starts_here and conv.activation in (None, RELU):  # as a sum with zeros
+        if (
+            isinstance(conv, FusedConv2d)
+            and len(node.args) == 1
+            and conv.activation in (None, RELU)  # as a sum with zeros
+        ):
             end = _last_read(node, order, module_of)
             if end is not None:
                 slot = free.pop() if free else slots
@@ -266,7 +292,7 @@ def _assign_slots(graph: fx.Graph, module_of) -> None:
         free += ends.pop(place, [])
 
 
-def _last_read(node: fx.Node, order: dict[fx.Node, int], module_of) -> int | None:
+def _last_read(node: fx.Node, order: dict[fx.Node, int], module_of: ModuleOf) -> int | None:
     """Return where a map, and what is written over it, is read last; None if that is unknown."""
     last = order[node]
     for user in node.users:
@@ -282,10 +308,10 @@ def _last_read(node: fx.Node, order: dict[fx.Node, int], module_of) -> int | Non
     return last
 
 
-def _activation(node: fx.Node, module_of):
-    if node.op == "call_module":
-        return activation_of(module_of(node))
-    functions = {F.relu: RELU, torch.relu: RELU}
+def _activation(node: fx.Node, module_of: ModuleOf) -> Activation | None:
+    if (module := module_of(node)) is not None:
+        return activation_of(module)
+    functions: dict[Any, Activation] = {F.relu: RELU, torch.relu: RELU}
     return functions.get(node.target) if node.op == "call_function" else None
 
 
@@ -300,10 +326,10 @@ def _replace(node: fx.Node, by: fx.Node) -> None:
 
 def _shapes(traced: fx.GraphModule) -> dict[str, tuple[int, ...] | None]:
     """Return the shape of every intermediate tensor for a small image."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...] | None] = {}
 
     class Recorder(fx.Interpreter):
-        def run_node(self, node: fx.Node):
+        def run_node(self, node: fx.Node) -> Any:
             result = super().run_node(node)
             shapes[node.name] = tuple(result.shape) if isinstance(result, Tensor) else None
             return result
@@ -312,8 +338,3 @@ def _shapes(traced: fx.GraphModule) -> dict[str, tuple[int, ...] | None]:
     traced.recompile()
     Recorder(traced).run(_probe(traced))
     return shapes
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cdetr_fast.common.cuda_graphs import is_capturing
+from cdetr_fast.inference.known import become, known
 from cdetr_fast.models.attention import ConditionalDetrDecoderCrossAttention
 from cdetr_fast.models.decoder import ConditionalDetrDecoder, ConditionalDetrDecoderLayer
 from cdetr_fast.models.heads import box_origins
@@ -108,10 +109,11 @@ class ModelWithKeptPositions(ConditionalDetrModel):
         return self.positions.get((height, width), make)
 
 
-def keep_positions(model: ConditionalDetrModel) -> None:
-    """Make a model keep the position codes of unpadded maps, in place."""
-    model.__class__ = ModelWithKeptPositions
-    model.positions, model.fixed_position = PositionCache(), None
+def keep_positions(model: ConditionalDetrModel) -> ModelWithKeptPositions:
+    """Make a model keep the position codes of unpadded maps, in place; return it."""
+    result = become(model, ModelWithKeptPositions)
+    result.positions, result.fixed_position = PositionCache(), None
+    return result
 
 
 class FirstCrossAttention(ConditionalDetrDecoderCrossAttention):
@@ -147,7 +149,8 @@ class DecoderWithKeptPrefix(ConditionalDetrDecoder):
     sine: Tensor
 
     def initial_state(self, query_position: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-        return self.layers[0].state  # which is all that the first layer makes of any initial state
+        # This is all that the first layer makes of any initial state.
+        return known(self.layers[0], FirstDecoderLayer).state
 
     def reference_points(self, query_position: Tensor) -> Tensor:
         return self.points
@@ -158,14 +161,14 @@ class DecoderWithKeptPrefix(ConditionalDetrDecoder):
         return (self.sine * self.query_scale(hidden_states)).to(hidden_states.dtype)
 
 
-def keep_prefix(decoder: ConditionalDetrDecoder, query_position: Tensor) -> None:
-    """Replace the image-independent beginning of a plain decoder, in place.
+def keep_prefix(decoder: ConditionalDetrDecoder, query_position: Tensor) -> DecoderWithKeptPrefix:
+    """Replace the image-independent beginning of a plain decoder, in place; return it.
 
     Args:
         decoder: The decoder.
         query_position: Object-query embedding `[1, Q, C]`.
     """
-    first = decoder.layers[0]
+    first = known(decoder.layers[0], ConditionalDetrDecoderLayer)
     cross = first.encoder_attn
     points = decoder.reference_points(query_position)
     channels = query_position.shape[-1]
@@ -173,15 +176,16 @@ def keep_prefix(decoder: ConditionalDetrDecoder, query_position: Tensor) -> None
     state, _ = first.attend_to_queries(zeros, query_position, None, False, True)
     sine = sine_query(points, channels, dtype=query_position.dtype)
     content, spatial = cross.project_queries(state, sine, query_position)
-    decoder.__class__ = DecoderWithKeptPrefix
-    decoder.register_buffer("points", points)
+    result = become(decoder, DecoderWithKeptPrefix)
+    result.register_buffer("points", points)
     code_dtype = torch.promote_types(query_position.dtype, torch.float32)
-    decoder.register_buffer("sine", sine_query(points, channels, dtype=code_dtype))
+    result.register_buffer("sine", sine_query(points, channels, dtype=code_dtype))
     first.__class__ = FirstDecoderLayer
     first.register_buffer("state", state.expand_as(query_position).contiguous())
     cross.__class__ = FirstCrossAttention
     cross.register_buffer("content", content.contiguous())
     cross.register_buffer("spatial", spatial.contiguous())
+    return result
 
 
 class DetectorWithKeptOrigins(ConditionalDetrForObjectDetection):
@@ -195,6 +199,6 @@ class DetectorWithKeptOrigins(ConditionalDetrForObjectDetection):
 
 def keep_box_origins(detector: ConditionalDetrForObjectDetection) -> None:
     """Make a detector whose decoder has a kept prefix keep the origins of its boxes, in place."""
-    origins = box_origins(detector.model.decoder.points)
+    origins = box_origins(known(detector.model.decoder, DecoderWithKeptPrefix).points)
     detector.__class__ = DetectorWithKeptOrigins
     detector.register_buffer("origins", origins)

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame
+from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
+from cdetr_fast.common.errors import first_line
 from cdetr_fast.inference.workspace import Workspace, worth_keeping
 from cdetr_fast.models.backbone import FrozenBatchNorm2d
 
@@ -39,7 +40,7 @@ class Activation(NamedTuple):
         """Compute it by torch, in place where torch can."""
         name, scalars, algorithm = self
         if name == "gelu":
-            return F.gelu(x, approximate=algorithm)
+            return F.gelu(x, approximate=algorithm or "none")
         functions = {
             "relu": F.relu_,
             "swish": lambda y: F.silu(y, inplace=True),
@@ -68,9 +69,9 @@ def activation_of(module: nn.Module) -> Activation | None:
         return Activation(simple[kind])
     if kind is nn.ReLU6:
         return Activation("hardtanh", (0.0, 6.0))
-    if kind is nn.LeakyReLU:
+    if type(module) is nn.LeakyReLU:
         return Activation("leaky_relu", (module.negative_slope,))
-    if kind is nn.GELU:
+    if type(module) is nn.GELU:
         return Activation("gelu", (), module.approximate)
     return None
 
@@ -90,6 +91,9 @@ class FusedConv2d(nn.Module):
     the packed form of one makes others up to three times slower (ResNet-50, last stage).
     """
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d | None) -> None:
         super().__init__()
         weight = conv.weight.detach().double()
@@ -104,13 +108,7 @@ class FusedConv2d(nn.Module):
         self.stride, self.dilation = list(conv.stride), list(conv.dilation)
         self.groups = conv.groups
         self.same = type(conv) is Conv2dSame
-        self.padding = [0, 0] if self.same else conv.padding
-        if self.padding == "valid":
-            self.padding = [0, 0]
-        elif self.padding == "same":  # of torch: symmetric, where stride is 1
-            sizes = zip(conv.dilation, conv.kernel_size, strict=True)
-            self.padding = [d * (k - 1) // 2 for d, k in sizes]
-        self.padding = list(self.padding)
+        self.padding = [0, 0] if self.same else _padding(conv)
         self.kernel_size = list(conv.kernel_size)
         self.activation: Activation | None = None
         self.in_place = False
@@ -150,7 +148,7 @@ class FusedConv2d(nn.Module):
         where = (self.padding, self.stride, self.dilation, self.groups)
         weight = self._weight_for(x.shape)
         in_place = self.in_place
-        if residual is None and self.slot is not None:
+        if residual is None and self.slot is not None and self.workspace is not None:
             shape = self._result_shape(x)
             if worth_keeping(shape, x.dtype):  # the operator takes no `out`, but writes over a sum
                 residual, in_place = self.workspace.zeros(self.slot, shape, x.dtype), True
@@ -212,6 +210,16 @@ class FusedConv2d(nn.Module):
         return f"no fused convolution on {self.weight.device.type}"
 
 
+def _padding(conv: nn.Conv2d) -> list[int]:
+    """Return how many rows and columns a convolution pads on either side."""
+    if not isinstance(conv.padding, str):
+        return list(conv.padding)
+    if conv.padding == "valid":
+        return [0, 0]
+    # "same" of torch is symmetric where the stride is 1.
+    return [d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+
+
 def has_onednn(dtype: torch.dtype) -> bool:
     """Return whether torch has oneDNN's fused convolutions for a dtype on this CPU."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops, "mkldnn")):
@@ -255,7 +263,7 @@ def _try(conv: FusedConv2d, implementation: str) -> str | None:
                 return f"the {implementation} convolution is off by {error.item():.1e}"
     except RuntimeError as error:
         conv.implementation = "torch"
-        return f"{implementation}: {str(error).splitlines()[0]}"
+        return f"{implementation}: {first_line(error)}"
     finally:
         conv.in_place = in_place
         conv._last_shape = conv._packed = None

@@ -98,7 +98,7 @@ class Original:
     def __init__(self, model: nn.Module, result: nn.Module) -> None:
         self._model = weakref.ref(model, self._forget)
         self._taken = dict(named_tensors(result))
-        self._watch = _watch_for(model, result)
+        self._watch: Watch | None = _watch_for(model, result)
         for part in result.modules():
             setattr(part, _FOLLOWS, True)
 

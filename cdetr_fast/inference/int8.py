@@ -77,6 +77,9 @@ class Int8Conv2d(nn.Module):
     """
 
     implementation = "int8"
+    scale: Tensor
+    zero: Tensor
+    bias: Tensor
 
     def __init__(
         self, conv: FusedConv2d, source: Codes, residual: Codes | None, result: Codes | None
@@ -86,9 +89,7 @@ class Int8Conv2d(nn.Module):
         scale = weight.abs().amax((1, 2, 3)).clamp_min(torch.finfo(torch.float32).tiny) / 127
         codes = (weight / scale[:, None, None, None]).round().to(torch.int8)
         self.where = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        shape = list(source.shape)
-        if conv.same:  # padded beforehand
-            shape = None
+        shape = None if conv.same else list(source.shape)  # None: padded beforehand
         self.packed = torch.ops.onednn.qconv_prepack(codes, scale, *source.line, *self.where, shape)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", torch.zeros(len(scale), dtype=torch.int32))
@@ -112,10 +113,10 @@ class Int8Conv2d(nn.Module):
             return torch.ops.onednn.qconv_pointwise(
                 *images, self.bias, *self.where, *result, name, list(scalars), ""
             )
-        if residual is not None and self.result is not None:
+        if residual is not None and self.residual is not None and self.result is not None:
             if not self.in_place:
                 residual = residual.clone()
-            addition = (*self.residual.line, "sum", 1.0, name, [], "")
+            addition: tuple[Any, ...] = (*self.residual.line, "sum", 1.0, name, [], "")
             return torch.ops.onednn.qconv2d_pointwise.binary(
                 *images, residual, self.bias, *self.where, *result, *addition
             )
@@ -198,11 +199,11 @@ def _rewrite(body: fx.GraphModule, codes: dict[str, Codes]) -> int:
         return module if isinstance(module, FusedConv2d) else None
 
     leaves: dict[str, Codes] = {}  # the convolutions whose maps stay codes
-    nodes = [node for node in graph.nodes if conv_of(node) is not None]
-    if not nodes:
+    convs = {node: conv for node in graph.nodes if (conv := conv_of(node)) is not None}
+    if not convs:
         raise RuntimeError("int8_calibration: this backbone has no convolution that runs in int8")
-    for node in nodes:
-        conv, own = conv_of(node), codes[node.name]
+    for node, conv in convs.items():
+        own = codes[node.name]
         residual = node.args[1].name if len(node.args) > 1 else None
         takes = all(conv_of(user) is not None or user.op == "output" for user in node.users)
         returned_alone = all(user.op == "output" for user in node.users)
@@ -211,18 +212,18 @@ def _rewrite(body: fx.GraphModule, codes: dict[str, Codes]) -> int:
         # A sum starts from the residual's codes, and leaves codes that count from 0.
         if residual is None or (residual in leaves and conv.activation == RELU and own.zero == 0):
             leaves[node.name] = own
-    for node in nodes:
+    for node, conv in convs.items():
         residual = leaves.get(node.args[1].name) if len(node.args) > 1 else None
         source = codes[node.args[0].name]
         name = f"int8_{node.name}"
-        body.add_submodule(name, Int8Conv2d(conv_of(node), source, residual, leaves.get(node.name)))
+        body.add_submodule(name, Int8Conv2d(conv, source, residual, leaves.get(node.name)))
         node.target = name
         if node.name in leaves:
             _return_numbers(body, node, leaves[node.name])
     graph.lint()
     body.delete_all_unused_submodules()
     body.recompile()
-    return len(nodes)
+    return len(convs)
 
 
 def _return_numbers(body: fx.GraphModule, node: fx.Node, codes: Codes) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdetr_fast.inference.constants import DecoderWithKeptPrefix, KeptPosition
+from cdetr_fast.inference.known import all_known, become
 from cdetr_fast.inference.linear import FusedLinear
 from cdetr_fast.models.attention import (
     ConditionalDetrDecoderSelfAttention,
@@ -22,6 +23,7 @@ from cdetr_fast.models.attention import (
     MemoryKeys,
     SeparableKeys,
 )
+from cdetr_fast.models.decoder import ConditionalDetrDecoderLayer
 from cdetr_fast.models.position import MapPosition
 from cdetr_fast.models.projections import joint_weights
 
@@ -107,10 +109,12 @@ class JointDecoder(DecoderWithKeptPrefix):
     Attributes:
         memory: Content keys of all layers, then values of all layers.
         position_keys: Position keys of all layers.
+        num_heads: Heads of each layer.
     """
 
     memory: FusedLinear
     position_keys: FusedLinear
+    num_heads: int
 
     def project_memory(self, memory: Tensor, position: MapPosition) -> Sequence[MemoryKeys]:
         layers = len(self.layers)
@@ -126,7 +130,7 @@ class JointDecoder(DecoderWithKeptPrefix):
 
     def _layers(self, joint: Tensor, count: int) -> tuple[Tensor, ...]:
         """Split a joint projection, `[B, S, count * C]` -> `[B, S, N, D]` each."""
-        return joint.unflatten(-1, (count, self.layers[0].encoder_attn.num_heads, -1)).unbind(2)
+        return joint.unflatten(-1, (count, self.num_heads, -1)).unbind(2)
 
     def _project_position(self, position: MapPosition) -> Sequence[Tensor | SeparableKeys]:
         layers = len(self.layers)
@@ -139,11 +143,13 @@ class JointDecoder(DecoderWithKeptPrefix):
 
 def join_decoder(decoder: DecoderWithKeptPrefix) -> None:
     """Join the projections of memory and positions of all layers of a plain decoder, in place."""
-    attentions = [layer.encoder_attn for layer in decoder.layers]
+    layers = all_known(decoder.layers, ConditionalDetrDecoderLayer)
+    attentions = [layer.encoder_attn for layer in layers]
     keys = [attention.k_content_proj for attention in attentions]
     values = [attention.v_proj for attention in attentions]
-    decoder.memory = FusedLinear(*joint_weights(*keys, *values))
-    decoder.position_keys = FusedLinear(*joint_weights(*(a.k_pos_proj for a in attentions)))
-    decoder.__class__ = JointDecoder
+    joint = become(decoder, JointDecoder)
+    joint.memory = FusedLinear(*joint_weights(*keys, *values))
+    joint.position_keys = FusedLinear(*joint_weights(*(a.k_pos_proj for a in attentions)))
+    joint.num_heads = attentions[0].num_heads
     for attention in attentions:
         del attention.k_content_proj, attention.v_proj, attention.k_pos_proj

@@ -105,5 +105,5 @@ def fuse_linears(part: nn.Module) -> int:
     return sum(layer.implementation == "onednn" for layer in fused_layers)
 
 
-def _has_plain_relu(block: nn.Module) -> bool:
+def _has_plain_relu(block: ConditionalDetrMLP) -> bool:
     return is_plain_linear(block.fc1) and is_plain(block.activation_fn, nn.ReLU)

@@ -6,12 +6,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from cdetr_fast.common.devices import usable_device
 from cdetr_fast.common.model_families import family_of
 from cdetr_fast.common.validation import PositiveInt, checked
 from cdetr_fast.config.model import Dtype
 from cdetr_fast.inference import optimized
 from cdetr_fast.inference.following import Original, count_fused_steps, stop_following
 from cdetr_fast.inference.int8 import int8_unsupported_reason
+from cdetr_fast.inference.known import become, known
 from cdetr_fast.inference.plain import unsupported_reason
 from cdetr_fast.inference.prepare import shallow_copy
 from cdetr_fast.inference.runner import Family, Options, Runner
@@ -84,9 +86,9 @@ def optimize(
     """
     family = _recognise(model)
     _check_state(model, family)
-    dtype = checked(Dtype | None, dtype, "dtype")
+    wanted: torch.dtype | None = checked(Dtype | None, dtype, "dtype")
     target = _device(device) if device is not None else next(model.parameters()).device
-    _check_dtype(dtype or next(p.dtype for p in model.parameters()), target)
+    _check_dtype(wanted or next(p.dtype for p in model.parameters()), target)
     options = Options(
         compile=_compile_mode(compile),
         cuda_graphs=_use_graphs(cuda_graphs, target, compile),
@@ -94,19 +96,18 @@ def optimize(
         max_batch=checked(PositiveInt | None, max_batch, "max_batch"),
         max_graphs=checked(PositiveInt, max_graphs, "max_graphs"),
         static_outputs=checked(bool, static_outputs, "static_outputs"),
-        int8_calibration=_calibration(int8_calibration, model, dtype, target, compile),
+        int8_calibration=_calibration(int8_calibration, model, wanted, target, compile),
     )
     inplace = checked(bool, inplace, "inplace")
     result = _alias(model)
-    runner = _prepared(result, target, dtype, Runner(options, family))
+    runner = _prepared(result, target, wanted, Runner(options, family))
     if inplace:  # all that could fail has been tried on the alias, so this is done in full
         result = model
-        runner = _prepared(result, target, dtype, Runner(options, family))
+        runner = _prepared(result, target, wanted, Runner(options, family))
     else:
         count_fused_steps()
         runner.original = Original(model, result)
-    result.__class__ = family.optimized_class
-    result.runner = runner
+    known(become(result, family.optimized_class), optimized.OptimizedModel).runner = runner
     return result
 
 
@@ -116,7 +117,8 @@ def _prepared(
     """Convert a model and prepare its copy."""
     model.to(device=device, dtype=dtype)
     if dtype is not None:
-        model.config.dtype = dtype
+        config: Any = model.config
+        config.dtype = dtype
     if (reason := runner.prepare(model)) is not None:
         raise ValueError(f"cannot optimize: {reason}")
     return runner
@@ -150,13 +152,8 @@ def _check_state(model: nn.Module, family: Family) -> None:
         raise ValueError(f"model: expected one device, got {sorted(map(str, devices))}")
 
 
-def _device(device: Any) -> torch.device:
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        first = str(error).splitlines()[0]
-        raise RuntimeError(f"device: {device!r} cannot be used: {first}") from error
+def _device(device: str | torch.device) -> torch.device:
+    target = usable_device("device", device)
     if target.type == "meta":
         raise ValueError("device: expected one that computes, got meta")
     return target
@@ -212,7 +209,8 @@ def _calibration(
     if images is None:
         return ()
     name = "int8_calibration"
-    channels = model.config.num_channels
+    config: Any = model.config
+    channels = config.num_channels
     if isinstance(images, torch.Tensor) or not isinstance(images, Sequence) or not images:
         raise TypeError(
             f"{name}: expected a list of batches of images, got {type(images).__name__}"

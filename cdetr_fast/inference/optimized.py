@@ -18,13 +18,14 @@ from cdetr_fast.models.outputs import (
 )
 
 
-class OptimizedModel:
+class OptimizedModel(nn.Module):
     """Mixin that `optimize` puts in front of a model's class.
 
     Calls with images and a mask run the prepared copy; all others (labels, attention maps, hidden
     states, an encoder output ...) run the model's own forward with the same weights.
     """
 
+    config: Any
     runner: Runner
     _output_class: type
 
@@ -71,8 +72,9 @@ class OptimizedModel:
         weight = next(p for p in self.parameters() if p.is_floating_point())
         if (reason := self.runner.prepare(self)) is not None:
             raise RuntimeError(f"warmup: the model's own forward would run, as {reason}")
+        assert self.runner.prepared is not None, "prepare() has given no reason"
+        channels = self.runner.prepared.num_channels
         for batch, height, width in shapes:
-            channels = self.runner.prepared.num_channels
             pixel_values = torch.zeros(
                 batch, channels, height, width, device=weight.device, dtype=weight.dtype
             )
@@ -115,12 +117,12 @@ def _checked(shapes: Any) -> list[tuple[int, int, int]]:
     return shapes
 
 
-def forward_of(base: type[nn.Module]) -> Callable:
+def forward_of(base: type[nn.Module]) -> Callable[..., Any]:
     """Return an optimised forward with the signature and documentation of a model's own."""
     names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
 
     @functools.wraps(base.forward)
-    def forward(self, *args, **kwargs):
+    def forward(self: OptimizedModel, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(names, args, strict=False)) | kwargs
         output = self._run(arguments)
         return base.forward(self, *args, **kwargs) if output is None else output

@@ -22,14 +22,16 @@ from cdetr_fast.inference.joint import (
     join_decoder_self_attention,
     join_self_attention,
 )
+from cdetr_fast.inference.known import all_known, known
 from cdetr_fast.inference.linear import FusedLinear, fuse_linears
 from cdetr_fast.inference.plain import first_difference
-from cdetr_fast.models.decoder import ConditionalDetrDecoder
-from cdetr_fast.models.encoder import ConditionalDetrEncoder
+from cdetr_fast.models.decoder import ConditionalDetrDecoder, ConditionalDetrDecoderLayer
+from cdetr_fast.models.encoder import ConditionalDetrEncoder, ConditionalDetrEncoderLayer
 from cdetr_fast.models.heads import ConditionalDetrMLPPredictionHead
 from cdetr_fast.models.modeling import (
     ConditionalDetrForObjectDetection,
     ConditionalDetrForSegmentation,
+    ConditionalDetrModel,
 )
 from cdetr_fast.models.projections import is_plain, is_plain_linear
 from cdetr_fast.models.residual import ResidualLayerNorm
@@ -59,7 +61,7 @@ class PreparedModel(nn.Module):
         self._own = {name for name, x in named_tensors(self.model) if x.data_ptr() not in shared}
 
     @property
-    def detector(self) -> nn.Module | None:
+    def detector(self) -> ConditionalDetrForObjectDetection | None:
         """The part with class and box heads; None if the model has none."""
         if isinstance(self.model, ConditionalDetrForSegmentation):
             return self.model.conditional_detr
@@ -68,7 +70,13 @@ class PreparedModel(nn.Module):
     @property
     def base(self) -> ModelWithKeptPositions:
         """The part below the heads."""
-        return self.model if self.detector is None else self.detector.model
+        return known(self._unprepared_base, ModelWithKeptPositions)
+
+    @property
+    def _unprepared_base(self) -> ConditionalDetrModel:
+        return known(
+            self.model if self.detector is None else self.detector.model, ConditionalDetrModel
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,7 +94,7 @@ class PreparedModel(nn.Module):
         return self.base.backbone.num_channels
 
     def _replace_parts(self, int8_calibration: Sequence[Tensor]) -> None:
-        base = self.base
+        base = keep_positions(self._unprepared_base)
         has_masks = isinstance(self.model, ConditionalDetrForSegmentation)
         backbone = FusedBackbone(base.backbone.model, all_maps=has_masks)
         self._left += backbone.notes
@@ -94,27 +102,27 @@ class PreparedModel(nn.Module):
             self.int8 = quantize(backbone, int8_calibration)
         base.backbone.model = backbone
         if is_plain(base.input_projection, *FOLDABLE):
-            base.input_projection = FusedConv2d(base.input_projection, None)
-            base.input_projection.choose_implementation()
+            projection = FusedConv2d(base.input_projection, None)
+            projection.choose_implementation()
+            base.register_module("input_projection", projection)
         else:
             self._leave("input_projection", base.input_projection)
-        keep_positions(base)
         self._prepare_encoder(base.encoder)
         has_prefix = self._prepare_decoder(base)
         if self.detector is not None:
             self._prepare_heads(self.detector, has_prefix)
 
-    def _prepare_encoder(self, encoder: nn.Module) -> None:
+    def _prepare_encoder(self, encoder: ConditionalDetrEncoder) -> None:
         difference = first_difference(encoder, ConditionalDetrEncoder, self.model.config)
         if difference is None:
-            for layer in encoder.layers:
+            for layer in all_known(encoder.layers, ConditionalDetrEncoderLayer):
                 join_self_attention(layer.self_attn)
             fuse_norms(encoder)
         else:
             self._left.append(f"encoder: {difference}")
         fuse_linears(encoder)
 
-    def _prepare_decoder(self, base: nn.Module) -> bool:
+    def _prepare_decoder(self, base: ModelWithKeptPositions) -> bool:
         decoder = base.decoder
         difference = first_difference(decoder, ConditionalDetrDecoder, self.model.config)
         if difference is None and not is_plain(base.query_position_embeddings, nn.Embedding):
@@ -126,17 +134,17 @@ class PreparedModel(nn.Module):
             fuse_linears(decoder)
             return False
         query_position = base.query_position_embeddings.weight[None]
-        keep_prefix(decoder, query_position)
-        for layer in decoder.layers[1:]:
+        join_decoder(keep_prefix(decoder, query_position))
+        first, *others = all_known(decoder.layers, ConditionalDetrDecoderLayer)
+        for layer in others:
             join_decoder_self_attention(layer.self_attn, query_position)
-        join_decoder(decoder)
-        first = decoder.layers[0]  # what only its constants needed
+        # What only the constants needed.
         del first.self_attn, first.self_attn_layer_norm, decoder.ref_point_head
         fuse_norms(decoder)
         fuse_linears(decoder)
         return True
 
-    def _prepare_heads(self, detector: nn.Module, has_prefix: bool) -> None:
+    def _prepare_heads(self, detector: ConditionalDetrForObjectDetection, has_prefix: bool) -> None:
         kinds = (nn.Linear, nn.ModuleList, ConditionalDetrMLPPredictionHead)
         for name in ("class_labels_classifier", "bbox_predictor"):
             for path, module in getattr(detector, name).named_modules(prefix=name):
@@ -147,10 +155,9 @@ class PreparedModel(nn.Module):
             keep_box_origins(detector)
         _compute_in_fp32(detector.bbox_predictor)
         fuse_linears(detector.bbox_predictor)
-        heads_alone = nn.Module()  # for the class head, which has no other parent
-        heads_alone.classifier = detector.class_labels_classifier
-        fuse_linears(heads_alone)
-        detector.class_labels_classifier = heads_alone.classifier
+        parent = nn.ModuleList([detector.class_labels_classifier])  # the detector is no part of it
+        fuse_linears(parent)
+        detector.register_module("class_labels_classifier", parent[0])
 
     def _leave(self, name: str, module: nn.Module) -> None:
         self._left.append(f"{name} is a {type(module).__name__}, which runs as it is")

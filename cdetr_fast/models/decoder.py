@@ -255,9 +255,10 @@ class ConditionalDetrDecoder(nn.Module):
         on their own: None stands for that.
         """
         deferred = self.gradient_checkpointing and self.training
-        if deferred or any(type(x) is not ConditionalDetrDecoderLayer for x in self.layers):
+        own = [layer for layer in self.layers if type(layer) is ConditionalDetrDecoderLayer]
+        if deferred or len(own) < len(self.layers):
             return [None] * len(self.layers)
-        attentions = [layer.encoder_attn for layer in self.layers]
+        attentions = [layer.encoder_attn for layer in own]
         content_and_value = joint_linear(
             memory,
             *(attention.k_content_proj for attention in attentions),
@@ -266,8 +267,8 @@ class ConditionalDetrDecoder(nn.Module):
         spatial = project_position(position, *(attention.k_pos_proj for attention in attentions))
         count = len(attentions)
         return [
-            attention.keys(*projections)
-            for attention, *projections in zip(
+            attention.keys(content, position_keys, value)
+            for attention, content, position_keys, value in zip(
                 attentions,
                 content_and_value[:count],
                 spatial,

@@ -96,7 +96,7 @@ class ConditionalDetrEncoder(nn.Module):
         """
         hidden_states = dropout(features, self.dropout, self.training)
         all_states = [hidden_states]
-        attentions: list[Tensor | None] = []
+        attentions: list[Tensor] = []
         for layer in self.layers:
             if skip_layer(self.training, self.layerdrop):
                 continue

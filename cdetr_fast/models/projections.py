@@ -4,7 +4,7 @@ That is only right for a plain `nn.Linear`. Layers that do more (an adapter, a q
 hook, a patched `forward`) are always called.
 """
 
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,10 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but no
 
 _PLAIN_TENSORS = (nn.Parameter, nn.Buffer, Tensor)
 
+Plain = TypeVar("Plain", bound=nn.Module)
 
-def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+
+def is_plain(module: nn.Module, *classes: type[Plain]) -> TypeGuard[Plain]:
     """Return whether calling `module` does what its class says, with its tensors, and nothing else.
 
     It is of exactly one of the classes, runs the class's own `forward`, has no hooks, and its
