@@ -27,6 +27,7 @@ def peak_mib_of_process(make: Callable[..., Callable[[], Any]], *arguments: Any)
     Args:
         make: A function of a module, called with `arguments` in the process; what it returns is
             measured.
+        *arguments: Arguments of `make`; the process gets them pickled.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

@@ -230,7 +230,7 @@ def _number_segments(
     labels_to_fuse: Collection[int],
     compat: str,
 ) -> tuple[list[int], list[dict[str, Any]], list[list[int]]]:
-    """Number the segments from 1 in query order; the parts of a fused class share one number.
+    """Assign ids from 1 to the segments in query order; the parts of a fused class share one.
 
     Returns:
         The id of each query (0 where it has no segment); the `segments_info`; and for each of its

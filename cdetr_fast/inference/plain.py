@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # unlisted
 
-_KNOWN_TENSORS = (nn.Parameter, nn.Buffer, Tensor)
+from cdetr_fast.models.projections import PLAIN_TENSORS
+
 _KNOWN_PACKAGES = ("torch", "timm", "cdetr_fast", "transformers")
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -37,7 +38,7 @@ def unsupported_reason(model: nn.Module, is_harmless: Callable[[Any], bool]) -> 
         for tensor in (*part._parameters.values(), *part._buffers.values()):
             if isinstance(tensor, UninitializedTensorMixin):
                 return f"{name} has a weight that is not initialised; call the model once"
-            if tensor is not None and type(tensor) not in _KNOWN_TENSORS:
+            if tensor is not None and type(tensor) not in PLAIN_TENSORS:
                 return f"{name} has a weight of type {type(tensor).__name__}; use a plain tensor"
     return None
 

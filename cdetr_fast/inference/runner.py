@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from cdetr_fast.common import cuda_graphs
+from cdetr_fast.common.masks import is_unpadded
 from cdetr_fast.inference.following import Original, Watch
 from cdetr_fast.inference.graphs import GraphCache
 from cdetr_fast.inference.plain import forward_hooks, unsupported_reason
 from cdetr_fast.inference.prepare import PreparedModel
-from cdetr_fast.models.modeling import is_unpadded
 
 Outputs = dict[str, Tensor]
 

@@ -21,6 +21,7 @@ from cdetr_fast.loss.criterion import detection_loss, segmentation_loss
 from cdetr_fast.loss.targets import Labels
 from cdetr_fast.models.backbone import frozen_batch_norm
 from cdetr_fast.models.mask_head import mask_logits
+from cdetr_fast.models.projections import has_attachments
 from cdetr_kernels import sine_position_2d, sine_query
 
 Function = Callable[..., Any]
@@ -204,11 +205,6 @@ def _without_overflow(x: Tensor) -> Tensor:
 
 def _is_untouched(module: nn.Module) -> bool:
     """Return whether a module is torch's or transformers' own and nothing hooks into it."""
-    return (
-        type(module).__module__.startswith(("torch.nn.", "transformers."))
-        and "forward" not in vars(module)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )
+    return type(module).__module__.startswith(
+        ("torch.nn.", "transformers.")
+    ) and not has_attachments(module)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
 
+from cdetr_fast.common.masks import is_unpadded
 from cdetr_kernels import conditional_attention
 
 Function = Callable[..., Any]
@@ -150,7 +150,7 @@ def registered_mask(original: Function | None, modeling: ModuleType) -> Function
                 and kv_offset == 0
                 and attention_mask.shape == (batch_size, kv_length)
             ):
-                return None if _is_trivial(attention_mask) else _expanded(attention_mask, q_length)
+                return None if is_unpadded(attention_mask) else _expanded(attention_mask, q_length)
             allow_is_bidirectional_skip = attention_mask.device.type == "cpu"
         mask: Tensor | None = sdpa_mask(
             batch_size=batch_size,
@@ -339,7 +339,7 @@ def _padding(
     if mask is None or mask.ndim != 2 or states is None or implementation not in _IMPLEMENTATIONS:
         return mask, {}
     key_mask = mask.to(states.device, torch.bool)
-    if _is_trivial(key_mask):
+    if is_unpadded(key_mask):
         return None, {}
     if implementation == "eager":
         zero = states.new_zeros(())
@@ -351,10 +351,3 @@ def _padding(
 
 def _expanded(mask: Tensor, queries: int) -> Tensor:
     return mask[:, None, None, :].expand(-1, 1, queries, -1)
-
-
-def _is_trivial(mask: Tensor) -> bool:
-    """Return whether nothing is masked, where the answer costs no synchronisation, else False."""
-    if torch.compiler.is_compiling() or is_tracing() or mask.device.type != "cpu":
-        return False
-    return bool(mask.all())

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cdetr_fast.common.masks import is_unpadded
 from cdetr_fast.common.scores import kept_queries, upcast
 from cdetr_fast.config.model import ConditionalDetrConfig
 from cdetr_fast.loss.criterion import Labels, detection_loss, segmentation_loss
@@ -243,13 +244,6 @@ def _as_encoder_output(given: Any) -> EncoderOutput:
         got = type(given).__name__
         raise TypeError(f"encoder_outputs: expected a tuple or an encoder's output, got {got}")
     return EncoderOutput(*given[:3])
-
-
-def is_unpadded(pixel_mask: Tensor) -> bool:
-    """Return whether nothing is padded, where that can be seen without waiting for a device."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or pixel_mask.device.type != "cpu":
-        return False
-    return bool(pixel_mask.numpy().all())  # no tensor operation, so nothing is dispatched
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

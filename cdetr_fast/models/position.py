@@ -6,6 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from cdetr_fast.common.masks import is_readable
 from cdetr_kernels import sine_position_2d
 
 
@@ -54,8 +55,7 @@ class ConditionalDetrSinePositionEmbedding(nn.Module):
         """
         if mask is None:
             return True
-        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # unlisted
-        if torch.compiler.is_compiling() or tracing or mask.device.type != "cpu":
+        if not is_readable(mask):
             return False
         values = mask.numpy()  # no tensor operation, so nothing is dispatched
         return bool((values == (values[:, :, :1] & values[:, :1])).all())

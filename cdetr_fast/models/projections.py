@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
 
-_PLAIN_TENSORS = (nn.Parameter, nn.Buffer, Tensor)
+PLAIN_TENSORS = (nn.Parameter, nn.Buffer, Tensor)
+"""Exact types of the parameters and buffers of a plain module."""
 
 Plain = TypeVar("Plain", bound=nn.Module)
 
@@ -26,7 +27,7 @@ def is_plain(module: nn.Module, *classes: type[Plain]) -> TypeGuard[Plain]:
         type(module) in classes
         and not has_attachments(module)
         and all(
-            tensor is None or type(tensor) in _PLAIN_TENSORS
+            tensor is None or type(tensor) in PLAIN_TENSORS
             for tensor in (*module._parameters.values(), *module._buffers.values())
         )
     )

@@ -229,7 +229,7 @@ class ScalarReads(TorchDispatchMode):
 
 
 def test_padding_is_not_looked_at(monkeypatch):
-    monkeypatch.setattr(attention, "_is_trivial", lambda mask: False)  # as on a GPU
+    monkeypatch.setattr(attention, "is_unpadded", lambda mask: False)  # as on a GPU
     model = make_theirs("detection", "cdetr_fast").eval()
     with torch.no_grad(), ScalarReads() as mode:
         model(*padded_images())

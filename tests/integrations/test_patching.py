@@ -373,7 +373,7 @@ class ScalarReads(TorchDispatchMode):
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "cdetr_fast"])
 def test_no_host_synchronisation(implementation, monkeypatch):
     """As on a GPU, where nobody looks at a mask."""
-    monkeypatch.setattr(attention, "_is_trivial", lambda mask: False)
+    monkeypatch.setattr(attention, "is_unpadded", lambda mask: False)
     with cdetr_fast.patch_transformers(**only("attention_interface")):
         model = make_theirs("segmentation", implementation, auxiliary_loss=True)
     with ScalarReads() as theirs, contextlib.suppress(KeyError):

@@ -1,0 +1,15 @@
+"""Masks that the host reads, where that costs no wait for a device and no dispatch."""
+
+import torch
+from torch import Tensor
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
+
+
+def is_readable(mask: Tensor) -> bool:
+    """Return whether a mask's values are on the host, and not part of a graph that is traced."""
+    return not torch.compiler.is_compiling() and not is_tracing() and mask.device.type == "cpu"
+
+
+def is_unpadded(mask: Tensor) -> bool:
+    """Return whether nothing is masked, as far as that can be seen (`is_readable`)."""
+    return is_readable(mask) and bool(mask.numpy().all())  # no operator of torch
