@@ -29,7 +29,7 @@ class Gate(Protocol):
     name, which go into the row, or raises GateFailed.
     """
 
-    def __call__(self, provider: str, got: Any, expected: Any) -> dict[str, float]: ...
+    def __call__(self, provider: str, got: Any, expected: Any) -> Mapping[str, float | None]: ...
 
 
 @dataclasses.dataclass(frozen=True)

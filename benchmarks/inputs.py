@@ -33,7 +33,7 @@ def add_dtype_option(parser: argparse.ArgumentParser) -> None:
 
 def model_pair(
     implementation: str = "sdpa", compat: str = "paper", **settings: Any
-) -> tuple[nn.Module, nn.Module]:
+) -> tuple[Any, Any]:
     """Return transformers' model and ours with equal weights, in eval mode.
 
     Weights are the initial ones of the paper, as those of transformers make all queries alike,
@@ -51,7 +51,7 @@ def model_pair(
                 nn.init.uniform_(parameter, 0.5, 1.5)
             elif "bbox_predictor.layers.2" in name:
                 nn.init.normal_(parameter, std=0.05)
-    config = transformers.ConditionalDetrConfig(**settings)
+    config: Any = transformers.ConditionalDetrConfig(**settings)
     config._attn_implementation = implementation
     theirs = transformers.ConditionalDetrForObjectDetection(config)
     theirs.load_state_dict(ours.state_dict())

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _rarely_used(device: torch.device) -> None:
-    """Yield dropout, the attention map, keys split into parts; detections in tiles, and many."""
+    """Run dropout, the attention map, keys split into parts; detections in tiles, and many."""
     generator = torch.Generator().manual_seed(0)
     if native.UNAVAILABLE[device.type] is None:
         logits = torch.randn(2, 111, 91, generator=generator).to(device)
@@ -56,9 +56,11 @@ def _rarely_used(device: torch.device) -> None:
         torch.randn(1, rows, 2, 32, generator=generator).to(device).requires_grad_()
         for rows in (21, 21, keys, keys, keys)
     ]
+    q_content, q_spatial, k_content, k_spatial, value = tensors
     output, attention = conditional_attention(
-        *tensors, dropout_p=0.1, seed=1, return_attention=True, backend="triton"
-    )
+        q_content, q_spatial, k_content, k_spatial, value,
+        dropout_p=0.1, seed=1, return_attention=True, backend="triton",
+    )  # fmt: skip
     assert output.isfinite().all()
     assert attention.isfinite().all()
     for gradient in torch.autograd.grad(output.sum(), tensors):

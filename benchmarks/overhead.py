@@ -44,7 +44,12 @@ def make_calls(operator: Operator) -> tuple[Case, Call, Call]:
     # The reference is called with what the public function hands on.
     handed_on: list[Any] = []
     reference = operator.implementations["torch"]
-    recorder = dataclasses.replace(reference, run=lambda *args: handed_on.append(args) or ())
+
+    def record(*arguments: Any) -> tuple[()]:
+        handed_on.append(arguments)
+        return ()
+
+    recorder = dataclasses.replace(reference, run=record)
     with (
         mock.patch.dict(operator.implementations, {"torch": recorder}),
         contextlib.suppress(Exception),

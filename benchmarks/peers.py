@@ -70,7 +70,7 @@ def _matching_cost(case: Case) -> Function:
     from transformers.loss import loss_deformable_detr as module
 
     matcher = module.DeformableDetrHungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)
-    nothing = ([], [])
+    nothing: tuple[list[int], list[int]] = ([], [])
 
     def costs(
         logits: Tensor,
@@ -216,7 +216,8 @@ def cross_attention_module(
         import transformers
         from transformers.models.conditional_detr import modeling_conditional_detr as modeling
 
-        config = transformers.ConditionalDetrConfig(backbone="resnet18")
+        make_config: Any = transformers.ConditionalDetrConfig  # its fields come by inheritance
+        config = make_config(backbone="resnet18")
         config._attn_implementation = implementation
         module = modeling.ConditionalDetrDecoderCrossAttention(config, channels, heads)
         missing, unexpected = module.load_state_dict(weights, strict=False)

@@ -267,7 +267,9 @@ def make_matching_and_loss() -> Callable[[], Any]:
     try:
         from cdetr_fast.loss.criterion import detection_loss
     except ImportError:  # before the modules moved
-        from cdetr_fast.losses import detection_loss
+        from cdetr_fast.losses import (  # type: ignore[import-not-found,no-redef]  # old name
+            detection_loss,
+        )
 
     config = cdetr_fast.ConditionalDetrConfig(num_labels=91, auxiliary_loss=True)
     generator = torch.Generator().manual_seed(0)
@@ -293,8 +295,10 @@ def make_folder() -> Callable[[], Any]:
         from cdetr_fast.demo import DEMO
         from cdetr_fast.demo.scenes import draw_scene
     except ImportError:  # before the modules moved
-        from cdetr_fast.assets import DEMO
-        from cdetr_fast.scenes import draw_scene
+        from cdetr_fast.assets import DEMO  # type: ignore[import-not-found,no-redef]  # old name
+        from cdetr_fast.scenes import (  # type: ignore[import-not-found,no-redef]  # old name
+            draw_scene,
+        )
 
     folder = tempfile.TemporaryDirectory()
     files = [Path(folder.name, f"{i}.jpg") for i in range(100)]
@@ -304,7 +308,7 @@ def make_folder() -> Callable[[], Any]:
     model = cdetr_fast.optimize(model.eval())
 
     def run(keep: Any = folder) -> Any:
-        results = model.predict(files, threshold=0.3)
+        results: Any = model.predict(files, threshold=0.3)
         return [(result.scores, result.boxes_xyxy) for result in results]
 
     return run

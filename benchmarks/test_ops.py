@@ -3,6 +3,8 @@
 pytest benchmarks --benchmark-only
 """
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ PATHS = [(name, backend) for name, case in CASES.items() for backend in case.bac
 
 @pytest.mark.parametrize("mode", ops.MODES)
 @pytest.mark.parametrize(("name", "backend"), PATHS)
-def test_cpu(benchmark, name, backend, mode):
+def test_cpu(benchmark: Any, name: str, backend: str, mode: str) -> None:
     case = CASES[name]
     if mode != "forward" and not case.gradients:
         pytest.skip("has no gradient")

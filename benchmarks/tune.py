@@ -14,6 +14,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import multiprocessing
@@ -66,7 +67,7 @@ class Key:
 
     @property
     def pass_(self) -> str:
-        """Return the outputs of the kernel, for either operator."""
+        """Outputs of the kernel, for either operator."""
         return self.kernel.removeprefix("separable_")
 
 
@@ -77,7 +78,7 @@ def candidates(key: Key) -> list[Tile]:
     fills shared memory, so it has no deep pipelines.
     """
     sides = (16, 32, 64) if key.precision == "ieee" else (32, 64, 128)
-    stages = (1, 2) if key.width == 128 or key.precision == "ieee" else (1, 2, 3)
+    stages: tuple[int, ...] = (1, 2) if key.width == 128 or key.precision == "ieee" else (1, 2, 3)
     if key.pass_ == "attention_map":
         stages = (1,)  # it has no loop
     # A warp of an 8-warp program has to have 16 rows or columns of its own; kernels that keep
@@ -107,7 +108,7 @@ def examined(key: Key, tile: Tile, architecture: str) -> dict[str, Any]:
     with with_tile(key.kernel, tile), machine_code.compiling_for(architecture, key.precision):
         launch = key.cases.audited(key.precision, key.width, 0.1)[key.kernel].launch
     try:
-        used = machine_code.examine(launch, architecture)
+        used: dict[str, Any] = {**machine_code.examine(launch, architecture)}
     except Exception as error:  # such as more shared memory than there is
         return {"dropped": f"does not compile: {type(error).__name__}"}
     memory = machine_code.CAPACITY[architecture][0] - (not architecture.startswith("gfx"))
@@ -248,10 +249,10 @@ def parts_table(
         )
         tensors = [x for name, x in case.inputs.items() if name != "key_mask"]
         inputs = (*tensors, None, None, 0.125, 0.0)
-        chosen = []
+        chosen: list[int] = []
         counts = configurations.parts
 
-        def noted(*arguments, chosen=chosen, counts=counts):
+        def noted(*arguments: Any, chosen: Any = chosen, counts: Any = counts) -> Any:
             chosen.append(counts(*arguments))
             return chosen[-1]
 
@@ -260,15 +261,14 @@ def parts_table(
         times = {}
         for count in (1, 2, 3, 4, 6, 8):
             with mock.patch.object(configurations, "parts", return_value=count):
-                call = timing.call_times(
-                    lambda i=inputs: fused.ATTENTION.forward(*i), device, repeats, 0.2
-                )
+                forward = functools.partial(fused.ATTENTION.forward, *inputs)
+                call = timing.call_times(forward, device, repeats, 0.2)
             times[count] = call["ms"]
         rows.append(
             {
                 "keys": height * width,
                 "chosen": chosen[0],
-                "best": min(times, key=times.get),
+                "best": min(times, key=times.__getitem__),
                 **{f"{count} parts": ms for count, ms in times.items()},
             }
         )
@@ -279,7 +279,8 @@ def _target(architecture: str) -> None:
     """Let the audit compile for an architecture that it does not know, as for its kin."""
     if architecture not in machine_code.TARGETS:
         kin = "gfx942" if architecture.startswith("gfx") else "sm_" + architecture[3:-1] + "0"
-        for table in (machine_code.TARGETS, machine_code.CAPACITY, machine_code.TENSOR_CORE):
+        tables: Any = (machine_code.TARGETS, machine_code.CAPACITY, machine_code.TENSOR_CORE)
+        for table in tables:
             table[architecture] = table.get(kin, table["sm_80"])
 
 

@@ -37,7 +37,8 @@ class PlainDetr(DetrForObjectDetection):
     def __init__(self, config: DetrConfig) -> None:
         config.auxiliary_loss = False  # of the decoder; the states are collected below
         super().__init__(config)
-        backbone = config.backbone_config.to_dict() | {"use_pretrained_backbone": False}
+        given: Any = config.backbone_config
+        backbone = given.to_dict() | {"use_pretrained_backbone": False}
         self.paper = cdetr_fast.ConditionalDetrConfig(
             **{name: getattr(config, name) for name in SHARED},
             backbone_config=backbone,
@@ -115,7 +116,7 @@ class PlainDetrFocal(PlainDetr):
 
     def reset_to_authors(self) -> None:
         """Also give the class head, without "no object", the prior of the focal loss."""
-        self.class_labels_classifier = nn.Linear(self.config.d_model, self.config.num_labels)
+        self.class_labels_classifier = nn.Linear(self.config.d_model, self.config.num_labels or 0)
         super().reset_to_authors()
         nn.init.constant_(self.class_labels_classifier.bias, -math.log(99))
 
@@ -138,7 +139,7 @@ def plain_counterpart(ours: nn.Module, kind: type[PlainDetr], seed: int) -> Plai
         kind: `PlainDetr` or `PlainDetrFocal`.
         seed: Of the other weights.
     """
-    source = ours.config
+    source: Any = ours.config
     backbone = {
         "model_type": "timm_backbone",
         "backbone": source.backbone_config.backbone,
@@ -150,7 +151,8 @@ def plain_counterpart(ours: nn.Module, kind: type[PlainDetr], seed: int) -> Plai
     shared = {name: getattr(source, name) for name in SHARED}
     torch.manual_seed(seed)
     model = kind(DetrConfig(**shared, backbone_config=backbone))
-    own, other = ours.model.backbone.model, model.model.backbone.model
+    detectors: tuple[Any, Any] = (ours, model)
+    own, other = (detector.model.backbone.model for detector in detectors)
     other.load_state_dict(own.state_dict())
     for mine, its in zip(own.parameters(), other.parameters(), strict=True):
         its.requires_grad_(mine.requires_grad)

@@ -71,7 +71,7 @@ def _plain(kind: type[PlainDetr]) -> Builder:
 
 def _zero_bias(config: TrainingConfig, classes: Sequence[str]) -> nn.Module:
     """Return the checkpoint under transformers' numbers, with the class head that it resets."""
-    model = _transformers(config, classes)
+    model: Any = _transformers(config, classes)
     nn.init.normal_(model.class_labels_classifier.weight, std=model.config.init_std)
     nn.init.zeros_(model.class_labels_classifier.bias)
     return model
@@ -184,7 +184,7 @@ def measure_steps(arms: dict[str, tuple[TrainingConfig, Builder]], repeats: int)
             float(sum(len(label["boxes"]) for label in inputs["labels"]))
         ).to(accelerator.device)
 
-        def step(model=model, inputs=inputs):
+        def step(model: Any = model, inputs: Any = inputs) -> Any:
             model.zero_grad()
             outputs = model(**inputs)
             outputs.loss.backward()

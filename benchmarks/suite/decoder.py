@@ -85,7 +85,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 def make_decoders(implementation: str) -> tuple[nn.Module, nn.Module]:
     """Return transformers' decoder and ours with equal weights, in eval mode."""
-    their_config = transformers.ConditionalDetrConfig(backbone="resnet18")
+    make_config: Any = transformers.ConditionalDetrConfig  # its fields come by inheritance
+    their_config = make_config(backbone="resnet18")
     their_config._attn_implementation = implementation
     torch.manual_seed(0)
     theirs = ConditionalDetrDecoder(their_config).eval()

@@ -55,7 +55,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
                 providers={
                     name: functools.partial(_count, loader) for name, loader in loaders.items()
                 },
-                result=lambda name, first=first: first.get(name),
+                result=first.get,
                 gate=lambda name, got, expected: GATE(name, got, expected) if got else {},
                 columns={"loading processes": workers},
                 derive=lambda row: {"images/s": 1e3 * options.images / row["ms"]},
@@ -104,7 +104,8 @@ class Processed(Dataset):
         image = self.images[index]
         picture = Image.open(self.folder / image["file_name"]).convert("RGB")
         target = {"image_id": image["id"], "annotations": self.objects[image["id"]]}
-        encoded = self.processor(images=picture, annotations=target, return_tensors="pt")
+        processor: Any = self.processor  # its call is typed without annotations
+        encoded = processor(images=picture, annotations=target, return_tensors="pt")
         return {"pixel_values": encoded["pixel_values"][0], "labels": encoded["labels"][0]}
 
     @staticmethod
@@ -117,7 +118,8 @@ class Processed(Dataset):
 def write_annotations(folder: Path, images: int) -> Path:
     """Write JPEG files and the COCO file of their annotations."""
     rng = np.random.default_rng(0)
-    records, annotations = [], []
+    records: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for i, path in enumerate(write_photographs(folder, images)):
         records.append({"id": i, "file_name": path.name, "width": 640, "height": 480})
         for corner in rng.uniform(0, 200, (BOXES, 2)).round(1).tolist():
@@ -139,7 +141,7 @@ def make_loaders(path: Path, index: CocoIndex, workers: int) -> dict[str, Iterab
         train_annotations=str(path), batch_size=BATCH, num_workers=workers, device="cpu"
     )
     accelerator = setup.make_accelerator(config)
-    options = {"num_workers": workers, "persistent_workers": workers > 0}
+    options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
     return {
         THEIRS: DataLoader(theirs, BATCH, collate_fn=theirs.collate, **options),
         OURS: setup.evaluation_loader(index, BATCH, SIZE, workers, multiple=1),

@@ -159,10 +159,10 @@ def on_kernels(model: nn.Module, like: Tensor) -> dict[str, Callable]:
     return {"cdetr_fast triton": run}
 
 
-def _folded(model: nn.Module) -> nn.Module:
+def _folded(model: Any) -> Any:
     """Do what a user can do by hand: fold the frozen norms, and make the weights channels-last."""
     modules = dict(model.model.backbone.model.named_modules())
-    previous = None
+    previous: Any = None
     for name, module in list(modules.items()):
         if type(module).__name__ == "ConditionalDetrFrozenBatchNorm2d":
             conv = previous
@@ -176,7 +176,7 @@ def _folded(model: nn.Module) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def _with_backbone(model: nn.Module, fused: bool) -> nn.Module:
+def _with_backbone(model: Any, fused: bool) -> Any:
     """Give the drop-in the backbone of `optimize()`."""
     backbone = FusedBackbone(model.model.backbone.model)
     for module in backbone.modules():
@@ -186,7 +186,7 @@ def _with_backbone(model: nn.Module, fused: bool) -> nn.Module:
     return model
 
 
-def _without_onednn(model: nn.Module) -> nn.Module:
+def _without_onednn(model: Any) -> Any:
     for module in model.runner.prepared.modules():
         if isinstance(module, FusedLinear):
             module.implementation = "torch"

@@ -36,7 +36,7 @@ BATCH, TARGETS = 4, 20
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    size = {"type": int, "nargs": 2, "metavar": ("H", "W")}
+    size: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("H", "W")}
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--size", default=(800, 1066), **size)
     parser.add_argument("--training-backbone", default="resnet18")
@@ -57,9 +57,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 def training_step(backbone: str, size: tuple[int, int]) -> Callable[[], Any]:
     """Return a training step; its outputs also have all gradients in one vector."""
     torch.manual_seed(0)
-    config = transformers.ConditionalDetrConfig(
-        backbone=backbone, auxiliary_loss=True, dropout=0.0, num_labels=91
-    )
+    make_config: Any = transformers.ConditionalDetrConfig  # its fields come by inheritance
+    config = make_config(backbone=backbone, auxiliary_loss=True, dropout=0.0, num_labels=91)
     model = transformers.ConditionalDetrForObjectDetection(config).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

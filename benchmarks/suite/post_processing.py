@@ -64,7 +64,11 @@ def equal_segments(provider: str, got: Segments, expected: Segments) -> dict[str
     if provider != PAPER:
         if pixels:
             raise GateFailed(f"{pixels} pixels of the map differ")
-        if isinstance(got, dict) and got["segments_info"] != expected["segments_info"]:
+        if (
+            isinstance(got, dict)
+            and isinstance(expected, dict)
+            and got["segments_info"] != expected["segments_info"]
+        ):
             raise GateFailed("the segments differ")
     return {"pixels that differ": float(pixels)}
 

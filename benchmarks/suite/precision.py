@@ -151,7 +151,8 @@ class Comparison(Case):
         return {name: summarised(self.records[name].ms) for name in providers}
 
     def _run(self, name: str, features: Tensor, size_hw: tuple[int, ...]) -> None:
-        model, record = self.providers[name], self.records[name]
+        model: Any = self.providers[name]
+        record = self.records[name]
         pixel_values = features.to(model.device, model.dtype)
         outputs: list[Any] = []
         with torch.inference_mode():
@@ -175,7 +176,7 @@ class Comparison(Case):
 def errors(threshold: float, got: Record, expected: Record) -> dict[str, float]:
     """Return the errors of the queries that the reference finds something with."""
     certain = [scores.amax(-1) > threshold for scores in expected.scores]
-    found = {}
+    found: dict[str, float] = {}
     for name, values, theirs in (
         ("score error", got.scores, expected.scores),
         ("box error, px", got.boxes, expected.boxes),

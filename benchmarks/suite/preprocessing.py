@@ -18,6 +18,7 @@ from PIL import Image
 
 from benchmarks.case import Case, Within, largest_difference
 from benchmarks.inputs import photograph
+from benchmarks.results import Row
 from cdetr_fast.images import ConditionalDetrImageProcessor
 from cdetr_fast.images import resize as transforms
 from cdetr_fast.images.load import load_images
@@ -41,7 +42,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     photo = photograph(options.photo)
     ours = ConditionalDetrImageProcessor()
-    processors = {"transformers": transformers.ConditionalDetrImageProcessor(), "cdetr_fast": ours}
+    processors: dict[str, Any] = {
+        "transformers": transformers.ConditionalDetrImageProcessor(),
+        "cdetr_fast": ours,
+    }
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("PIL", "JPEG file"):
             for batch in options.batch:
@@ -56,10 +60,14 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
                     },
                     gate=GATE,
                     warmup=1,
-                    derive=lambda row, batch=batch: {"ms per image": row["ms"] / batch},
+                    derive=functools.partial(_per_image, batch),
                 )
                 if options.steps:
                     yield case_of_steps(images, shape, ours)
+
+
+def _per_image(batch: int, row: Row) -> Row:
+    return {"ms per image": row["ms"] / batch}
 
 
 def make_inputs(photo: Image.Image, kind: str, batch: int, folder: Path) -> list[Any]:
@@ -76,7 +84,7 @@ def case_of_steps(images: list[Any], shape: str, processor: ConditionalDetrImage
     """Time the steps of our processor; the last one has to give what the processor gives."""
     tensors = load_images(images)
     resized = transforms.resized(tensors, processor)
-    batch_hw = transforms.batch_size_hw([tuple(i.shape[-2:]) for i in resized], None)
+    batch_hw = transforms.batch_size_hw([(i.shape[-2], i.shape[-1]) for i in resized], None)
     expected = processor(images, return_tensors="pt")["pixel_values"]
     steps: dict[str, Callable[[], Any]] = {
         "read": lambda: load_images(images),

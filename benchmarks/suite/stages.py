@@ -126,6 +126,7 @@ class Clock:
         self.works: dict[str, Work] = collections.defaultdict(Work)
         self._starts: list[float] = []
         base, detector = prepared.base, prepared.detector
+        assert detector is not None, "expected a detection model"
         containers = {
             "backbone": base.backbone,
             "encoder": base.encoder,

@@ -44,7 +44,7 @@ def cases_of_size(batch: int, queries: int, classes: int, k: int) -> Iterator[Ca
     """Compare list forms, then selections, of the outputs of a batch."""
     outputs = make_outputs(batch, queries, classes)
     sizes = torch.tensor([[480 + i, 640] for i in range(batch)])
-    arguments = {
+    arguments: dict[str, Any] = {
         "threshold": THRESHOLD,
         "target_sizes": [tuple(size) for size in sizes.tolist()],
         "top_k": k,

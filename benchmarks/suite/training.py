@@ -17,7 +17,7 @@ Launches and waits of the host are counted on a CPU as on a GPU (`cdetr_fast/mod
 import argparse
 import contextlib
 import copy
-import functools
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,21 +70,26 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         device=device,
         providers=steps,
         result=lambda name: steps[name].checked(),
-        gate=functools.partial(_gate, options.autocast),
+        gate=lambda *given: _gate(options.autocast, *given),
         counts=lambda name: steps[name].counts(),
         memory=(lambda name: peak_mib(steps[name], device)) if device.type == "cuda" else None,
         columns=columns,
     )
     outputs = outputs_of(models[OURS], batch)
     case = loss.case(models[OURS].config, *outputs, labels)
-    case.columns["threads"] = options.threads
-    yield case
+    yield dataclasses.replace(case, columns={**case.columns, "threads": options.threads})
 
 
 def make_models(backbone: str, layers: int, device: torch.device) -> dict[str, nn.Module]:
     """Return the models in training mode without dropout, the first two with equal weights."""
-    settings = {"backbone": backbone, "num_labels": 91, "auxiliary_loss": True, "dropout": 0.0,
-                "encoder_layers": layers, "decoder_layers": layers}  # fmt: skip
+    settings: dict[str, Any] = {
+        "backbone": backbone,
+        "num_labels": 91,
+        "auxiliary_loss": True,
+        "dropout": 0.0,
+        "encoder_layers": layers,
+        "decoder_layers": layers,
+    }
     theirs, ours = model_pair(compat="transformers", **settings)
     config = cdetr_fast.ConditionalDetrConfig(**settings, compat="paper")
     paper = cdetr_fast.ConditionalDetrForObjectDetection(config)
@@ -157,9 +162,9 @@ class GraphedStep(Step):
     """
 
     def __init__(self, model: nn.Module, batch: Batch, autocast: str | None) -> None:
-        model = copy.deepcopy(model)
-        self.graphs = use_graphs(model, eager_first=0)
-        super().__init__(model, model, batch, autocast)
+        graphed: Any = copy.deepcopy(model)
+        self.graphs = use_graphs(graphed, eager_first=0)
+        super().__init__(graphed, graphed, batch, autocast)
 
     def checked(self) -> tuple[Tensor, Tensor]:
         found = super().checked()
