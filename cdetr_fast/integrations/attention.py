@@ -4,6 +4,7 @@ transformers' attention functions take queries, keys and values `[B, N, length, 
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,13 +21,14 @@ Function = Callable[..., Any]
 _IMPLEMENTATIONS = ("eager", "sdpa", "cdetr_fast")
 # Keywords that change the result in a way that the operator does not compute.
 _BEYOND_THE_OPERATOR = ("softcap", "position_bias", "cache", "s_aux")
-# Keywords that transformers' sdpa, the fallback of "cdetr_fast", computes.
-_COMPUTED = {"is_causal", "output_attentions", "position_bias", "cache"}
+# Keywords that the operator computes, and sdpa's that it leaves to sdpa where sdpa has them.
+_COMPUTED = {"is_causal", "output_attentions"}
+_COMPUTED_BY_SDPA = {"position_bias", "cache"}
 # Keywords that models hand to every attention function and that change no result.
 _WITHOUT_EFFECT = {
-    # in the mask already: packed sequences, windows, selected blocks
+    # in the mask already: packed sequences and windows
     *("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "max_length_q", "max_length_k", "max_seqlen"),
-    *("position_ids", "seq_idx", "sliding_window", "block_indices", "indices"),
+    *("position_ids", "seq_idx", "sliding_window"),
     # where a cache keeps keys and values
     *("cache_position", "use_cache", "block_table", "read_index", "write_index", "input_ids"),
     # other outputs and the loss
@@ -98,9 +100,13 @@ def registered_attention(original: Function | None, modeling: ModuleType) -> Fun
     """Return the attention function behind `attn_implementation="cdetr_fast"`, for any model.
 
     It raises ValueError for keywords that neither the operator nor sdpa computes, as sdpa ignores
-    what it does not know: a model with attention sinks would be wrong without a word.
+    what it does not know: a model with attention sinks would be wrong without a word, and so would
+    one that puts selected keys into its mask for "eager" and "sdpa" alone.
     """
-    compute = attention_forward(modeling.ALL_ATTENTION_FUNCTIONS["sdpa"], gives_map=True)
+    sdpa = modeling.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    compute = attention_forward(sdpa, gives_map=True)
+    # Releases of transformers differ in what their sdpa takes.
+    computed = _COMPUTED | (_COMPUTED_BY_SDPA & inspect.signature(sdpa).parameters.keys())
 
     def forward(
         module: nn.Module,
@@ -113,9 +119,11 @@ def registered_attention(original: Function | None, modeling: ModuleType) -> Fun
         key_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        for name, given in kwargs.items():
+        # Some eager functions read the sinks off the module.
+        sinks = ("sinks", getattr(module, "sinks", None))
+        for name, given in (sinks, *kwargs.items()):
             is_neutral = given is None or given is False or name in _WITHOUT_EFFECT
-            if not is_neutral and name not in _COMPUTED:
+            if not is_neutral and name not in computed:
                 raise ValueError(
                     f'attn_implementation="cdetr_fast" does not compute {name}, which '
                     f'{type(module).__name__} needs; set attn_implementation="eager"'

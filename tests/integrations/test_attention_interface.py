@@ -1,5 +1,8 @@
 """`attn_implementation="cdetr_fast"`: the operator in any model of transformers that it fits."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from support.oracle import leaves, make_theirs, padded_images
@@ -129,8 +132,10 @@ def call(name, attention_mask, module=None, **kwargs):
         torch.randn(2, 3, length, 4, generator=generator, dtype=torch.float64)
         for length in (5, 6, 6)
     )
-    function = ALL_ATTENTION_FUNCTIONS[name]
-    return function(module or Module(), query, key, value, attention_mask, scaling=0.4, **kwargs)
+    kwargs = {"scaling": 0.4} | kwargs
+    return ALL_ATTENTION_FUNCTIONS[name](
+        module or Module(), query, key, value, attention_mask, **kwargs
+    )
 
 
 KEY_MASK = torch.tensor([[1, 1, 0, 1, 0, 1], [0, 1, 1, 1, 1, 1]], dtype=torch.bool)
@@ -196,12 +201,19 @@ def test_what_the_operator_does_not_compute(arguments, calls):
 
 def test_what_nobody_computes_is_refused():
     """sdpa ignores keywords that it does not know, so it cannot be the fallback for them."""
-    for name in ("s_aux", "sinks", "softcap", "a_new_idea"):
+    for name in ("s_aux", "sinks", "softcap", "indices", "block_indices", "a_new_idea"):
         message = f'"cdetr_fast" does not compute {name}, which Module needs; set .*"eager"'
         with pytest.raises(ValueError, match=message):
             call("cdetr_fast", None, **{name: torch.ones(3)})
         expected, _ = call("sdpa", None)
         torch.testing.assert_close(call("cdetr_fast", None, **{name: None})[0], expected)
+
+
+def test_sinks_of_the_module_are_refused():
+    module = Module()
+    module.sinks = torch.zeros(3)
+    with pytest.raises(ValueError, match="does not compute sinks, which Module needs"):
+        call("cdetr_fast", None, module)
 
 
 def test_keywords_that_change_nothing_reach_the_operator(calls):
@@ -216,8 +228,44 @@ def test_attention_sinks_are_refused_by_the_name_of_their_module():
         **SMALL, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1
     )
     model = transformers.GptOssModel._from_config(config, attn_implementation="cdetr_fast")
-    with pytest.raises(ValueError, match="does not compute s_aux, which GptOssAttention needs"):
+    with pytest.raises(ValueError, match="does not compute sinks, which GptOssAttention needs"):
         model(torch.arange(5)[None])
+
+
+def keywords_of_attention():
+    """Return what the models of transformers hand to their attention functions."""
+    call = re.compile(r"attention_interface\(\n(.*?)\n        \)\n", re.DOTALL)
+    found = set()
+    for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        for arguments in call.findall(path.read_text(encoding="utf-8")):
+            found |= set(re.findall(r"^            (\w+)=", arguments, re.MULTILINE))
+    return sorted(found - {"module", "query", "key", "value", "attention_mask"})
+
+
+CHANGES = {  # how a keyword of sdpa changes the result
+    "dropout": 0.5,
+    "scaling": 2.0,
+    "is_causal": True,
+    "position_bias": torch.arange(30.0, dtype=torch.float64).view(1, 1, 5, 6),
+}
+NEUTRAL = attention._WITHOUT_EFFECT | {"output_attentions"}
+
+
+@pytest.mark.parametrize("name", keywords_of_attention())
+def test_every_keyword_of_a_model_is_honoured_or_refused(name):
+    expected, _ = call("sdpa", None)
+    if name in CHANGES:
+        given = {name: CHANGES[name]}
+        torch.manual_seed(0)
+        got, _ = call("cdetr_fast", None, **given)
+        assert not torch.allclose(got, expected)
+        if name != "dropout":
+            torch.testing.assert_close(got, call("sdpa", None, **given)[0])
+    elif name in NEUTRAL:
+        torch.testing.assert_close(call("cdetr_fast", None, **{name: 3})[0], expected)
+    else:
+        with pytest.raises(ValueError, match=f"does not compute {name}"):
+            call("cdetr_fast", None, **{name: torch.ones(3)})
 
 
 class ScalarReads(TorchDispatchMode):

@@ -1,5 +1,6 @@
 """transformers' Trainer and pipeline run our model, with our image processor."""
 
+import copy
 import json
 import re
 
@@ -175,26 +176,78 @@ def test_trains_with_checkpointing_and_accumulation(model, data, tmp_path):
     assert_trained(model, before)
 
 
-def test_saves_resumes_and_loads(model, data, processor, tmp_path):
-    """Trainer writes no config.json for a model that is not transformers'."""
-    trainer = make_trainer(model, data, tmp_path, save_strategy="steps", save_steps=1)
-    trainer.train()
-    checkpoint = tmp_path / "checkpoint-2"
-    assert (checkpoint / "model.safetensors").is_file()
-    loaded = cdetr_fast.ConditionalDetrForObjectDetection.from_pretrained(
-        checkpoint, config=model.config, strict=True
-    )
-    model.eval()
-    images = torch.stack([torch.linspace(-1, 1, 64 * 64).view(64, 64)] * 3)[None]
-    assert torch.equal(loaded(images).logits, model(images).logits)
-    stored = cdetr_fast.ConditionalDetrImageProcessor.from_pretrained(checkpoint)
-    assert stored.size == processor.size
+def weights_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    before = snapshot(model)
-    resumed = make_trainer(model, data, tmp_path, max_steps=3)
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert resumed.state.global_step == 3
-    assert_trained(model, before)
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
+
+
+READERS = {
+    "ours": cdetr_fast.ConditionalDetrForObjectDetection,
+    "theirs": transformers.ConditionalDetrForObjectDetection,
+    "auto": transformers.AutoModelForObjectDetection,
+}
+
+
+def test_everybody_loads_what_trainer_writes(model, data, processor, tmp_path):
+    model.config.compat = "transformers"  # with auxiliary loss they differ otherwise
+    trainer = make_trainer(model, data, tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model(tmp_path / "model")
+    images = torch.stack([torch.linspace(-1, 1, 64 * 64).view(64, 64)] * 3)[None]
+    model.eval()
+    with torch.no_grad():
+        expected = model(images).logits
+    for folder in (tmp_path / "model", tmp_path / "checkpoint-2"):
+        assert (folder / "config.json").is_file()
+        for cls in READERS.values():
+            with torch.no_grad():
+                got = cls.from_pretrained(folder).eval()(images).logits
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+        stored = cdetr_fast.ConditionalDetrImageProcessor.from_pretrained(folder)
+        assert stored.size == processor.size
+        pipeline = transformers.pipeline("object-detection", str(folder), device="cpu")
+        assert pipeline(Image.new("RGB", (64, 48)), threshold=0.0)
+
+
+def test_a_resumed_run_equals_an_unbroken_one(model, data, tmp_path):
+    model.config.dropout = 0.1
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    first = copy.deepcopy(model)
+    for part in (first, model):
+        part.train()
+    make_trainer(first, data, tmp_path, **settings).train()
+    trainer = make_trainer(model, data, tmp_path / "resumed", **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 4
+    assert_same(weights_of(model), weights_of(first))
+
+
+def test_the_best_model_is_loaded_at_the_end(model, data, tmp_path):
+    scores = iter((2.0, 1.0))
+    trainer = make_trainer(
+        model,
+        data,
+        tmp_path,
+        lambda evaluation: {"score": next(scores)},
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    stored = [READERS["ours"].from_pretrained(tmp_path / f"checkpoint-{i}") for i in (1, 2)]
+    best, last = map(weights_of, stored)
+    assert_same(weights_of(model), best)
+    assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
 def test_detection_pipeline(model, processor, folder):
