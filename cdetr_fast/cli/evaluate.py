@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from cdetr_fast.training.evaluation.detection import Evaluation
 
 _COLUMNS = ("AP", "AP50", "AR100")
-_PANOPTIC_COLUMNS = ("PQ", "SQ", "RQ")
+_SEGMENT_COLUMNS = ("PQ", "SQ", "RQ", "mask_AP", "mask_AP50")
 
 
 def evaluate(
     model: Annotated[
         str, typer.Option(metavar="TEXT", help="Folder, hub name or the authors' .pth.")
     ],
-    annotations: Annotated[str, typer.Option(metavar="PATH", help="COCO JSON file.")],
+    annotations: Annotated[
+        str, typer.Option(metavar="PATH", help="COCO JSON file, or a split's folder of an export.")
+    ],
     images: Annotated[
         str | None,
         typer.Option(metavar="PATH", help="Folder of its images, if they are not found beside it."),
@@ -87,11 +89,11 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = _COLUMNS + (_PANOPTIC_COLUMNS if "PQ" in evaluation.stats else ())
+    columns = _COLUMNS + tuple(name for name in _SEGMENT_COLUMNS if name in evaluation.stats)
     table = Table("class", "objects", *columns, box=None, pad_edge=False)
     for one in evaluation.classes:
         table.add_row(one["class"], str(one["objects"]), *(f"{one[k]:.3f}" for k in columns))
     console = Console(highlight=False, markup=False)
     console.print(table)
     for name, value in evaluation.stats.items():
-        console.print(f"{name:10} {value:.3f}")
+        console.print(f"{name:14} {value:.3f}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import typer
@@ -14,6 +14,9 @@ from cdetr_fast.common.validation import did_you_mean
 
 LIST = "..."
 """End of the metavar of an option that takes a list of values."""
+
+METAVARS: dict[type, str] = {int: "INTEGER", float: "FLOAT", str: "TEXT"}
+"""Names of types in the help."""
 
 _FLAG = re.compile(r"--?[a-zA-Z]")
 
@@ -50,6 +53,18 @@ ExifOption = Annotated[
         "turns it, as it is stored, or as the other images show (else upright)."
     ),
 ]
+
+
+def list_of(item: type) -> Callable[[str], list[Any]]:
+    """Return the parser of an option that takes a list of values of a type."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            return [item(value) for value in shlex.split(text)]
+        except ValueError as error:
+            raise typer.BadParameter(f"expected {METAVARS[item]}{LIST}, got {text!r}") from error
+
+    return parse
 
 
 class Command(TyperCommand):

@@ -7,18 +7,15 @@ import inspect
 import shlex
 import types
 import typing
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import typer
 
 from cdetr_fast.cli.errors import require_packages
-from cdetr_fast.cli.options import LIST
+from cdetr_fast.cli.options import LIST, METAVARS, list_of
 from cdetr_fast.cli.training import prepare_training
 from cdetr_fast.common.validation import field_types
 from cdetr_fast.training.config import Setting, TrainingConfig, parse_yaml, read_yaml
-
-_METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT"}
 
 
 def train(config: str | None = None, **given: Any) -> None:
@@ -36,7 +33,9 @@ def train(config: str | None = None, **given: Any) -> None:
     try:
         result = run(merged)
         if PartialState().is_main_process:
-            figures = "".join(f", {k} {result[k]:.3f}" for k in ("AP", "AP50", "PQ") if k in result)
+            figures = "".join(
+                f", {k} {result[k]:.3f}" for k in ("AP", "AP50", "PQ", "mask_AP") if k in result
+            )
             print(f"{result['step']} steps{figures}: {merged.output}")
     finally:
         end_process_group()
@@ -59,10 +58,10 @@ def _flag(setting: dataclasses.Field[Any], annotation: Any) -> inspect.Parameter
         kind = str
     elif origin is tuple:
         item = _plain(typing.get_args(kind)[0])
-        options |= {"metavar": f"{_METAVARS[item]}{LIST}", "parser": _values(item)}
+        options |= {"metavar": f"{METAVARS[item]}{LIST}", "parser": list_of(item)}
         kind = str
     elif origin is not Literal:
-        options["metavar"] = _METAVARS[kind]
+        options["metavar"] = METAVARS[kind]
     return inspect.Parameter(
         setting.name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -89,16 +88,6 @@ def _shown(default: Any) -> str:
     elif isinstance(default, tuple):
         default = " ".join(map(str, default)) or "none"
     return f" (default: {default})"
-
-
-def _values(item: type) -> Callable[[str], list[Any]]:
-    def parse(text: str) -> list[Any]:
-        try:
-            return [item(value) for value in shlex.split(text)]
-        except ValueError as error:
-            raise typer.BadParameter(f"expected {_METAVARS[item]}{LIST}, got {text!r}") from error
-
-    return parse
 
 
 def _pairs(text: str) -> dict[str, Any]:

@@ -66,16 +66,21 @@ class TrainingConfig(Checked):
     train_annotations: Annotated[
         Text,
         _data(
-            "COCO JSON file of the training set; or shards: shards.json, or train-{000..099}.tar"
+            "COCO JSON file of the training set; or a folder with train and valid as Roboflow "
+            "exports it (COCO, YOLO, VOC); or shards: shards.json, or train-{000..099}.tar"
         ),
     ] = ""
     train_images: Annotated[
         Text | None, _data("folder of its images, if they are not found beside the JSON file")
     ] = None
-    val_annotations: Annotated[Text | None, _data("COCO JSON file of the validation set")] = None
+    val_annotations: Annotated[
+        Text | None,
+        _data("COCO JSON file of the validation set, or a split's folder of an export"),
+    ] = None
     val_images: Annotated[Text | None, _data("folder of its images")] = None
     train_masks: Annotated[
-        Text | None, _data("folder of the training set's panoptic PNG files (segmentation)")
+        Text | None,
+        _data("folder of the training set's panoptic PNG files; without, COCO's instance masks"),
     ] = None
     val_masks: Annotated[
         Text | None, _data("folder of the validation set's panoptic PNG files")
@@ -219,8 +224,6 @@ class TrainingConfig(Checked):
         smallest_first = len(self.crop_sizes) == 2 and self.crop_sizes[0] <= self.crop_sizes[1]
         self._require("crop_sizes", smallest_first, "two positive integers, the smaller one first")
         self._require("ema_decay", self.ema_decay < 1, "a number from 0 to below 1")
-        if self.task == "segmentation" and not self.train_masks and self.train_annotations:
-            raise DataError("train_masks: expected the folder of panoptic PNG files, got None")
         if self.cuda_graphs:
             required: dict[str, object] = {"task": "detection", "device": "auto"}
             required |= dict.fromkeys(("compile", "gradient_checkpointing", "fsdp"), False)

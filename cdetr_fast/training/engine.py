@@ -23,9 +23,9 @@ from cdetr_fast.training.data.label_checks import LabelReport
 from cdetr_fast.training.data.loader import grouped
 from cdetr_fast.training.errors import DataError, TrainingStopped
 from cdetr_fast.training.evaluation.detection import evaluate_detections, predict
-from cdetr_fast.training.evaluation.panoptic import PanopticScorer
 from cdetr_fast.training.evaluation.pictures import draw_curves
 from cdetr_fast.training.evaluation.report import draw_samples, write_evaluation
+from cdetr_fast.training.evaluation.segments import segment_scorer
 from cdetr_fast.training.graphs import use_graphs
 from cdetr_fast.training.initial_weights import build_model
 from cdetr_fast.training.optim import LearningRates, WeightAverage, make_optimizer
@@ -63,7 +63,7 @@ def train(config: TrainingConfig, build: ModelBuilder = build_model) -> dict[str
 
     Writes to `config.output`: config.yaml, labels.txt, metrics.jsonl, curves.png, `checkpoints`
     (to resume from), `model` (the newest weights, for `from_pretrained`), `best` (those of highest
-    AP, or panoptic quality) and `evaluation` (tables and pictures).
+    AP, panoptic quality or mask AP) and `evaluation` (tables and pictures).
 
     Args:
         config: All settings.
@@ -356,9 +356,7 @@ class Engine:
             )
             # Sharded parameters must be gathered by the wrapper; another one only costs time.
             model = self.model if self.config.fsdp else self.accelerator.unwrap_model(self.model)
-            segments = None
-            if self.config.task == "segmentation":
-                segments = PanopticScorer(self.val_index)
+            segments = segment_scorer(self.val_index)
             found = predict(model, loader, *self.statistics, self.accelerator, observe=segments)
             if found.failures and self.config.bad_images == "stop":  # on all processes
                 raise TrainingStopped(f"{found.described_failures()}\n{self._saved()}")
@@ -371,8 +369,8 @@ class Engine:
                 if found.failures:
                     print(f"{found.described_failures()}\nthey are left out of the figures")
                 self.log.write_evaluation(self.epoch, self.step, evaluation.stats)
-                figure = self.result["AP" if segments is None else "PQ"]
-                # The newest of equals: PQ stays 0 for a while. NaN is a set without objects.
+                figure = self.result["AP" if segments is None else segments.figure]
+                # The newest of equals: PQ and mask AP stay 0 for a while. NaN: no objects.
                 is_best = math.isnan(figure) or figure >= self.best
                 path = Path("samples", f"epoch_{self.epoch:04d}.jpg")
                 count = self.config.sample_pictures

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from cdetr_fast import ConditionalDetrConfig, ConditionalDetrImageProcessor
 from cdetr_fast.training.config import TrainingConfig
-from cdetr_fast.training.data.coco import read_coco
 from cdetr_fast.training.data.dataset import DetectionDataset
+from cdetr_fast.training.data.exports import has_validation, read_set
 from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.label_checks import LabelReport, check_labels
 from cdetr_fast.training.data.loader import make_loader
@@ -101,23 +101,34 @@ def read_data(
     if not config.train_annotations:
         raise DataError("train_annotations: expected a COCO JSON file, got none")
     train: CocoIndex | ShardSet
+    segments = config.task == "segmentation"
     if is_shards(config.train_annotations):
         if config.task == "segmentation":
-            raise DataError("task: segmentation needs a panoptic JSON file; shards hold boxes only")
+            raise DataError("task: segmentation needs a JSON file; shards hold boxes only")
         train = read_shards(config.train_annotations)
         report = train.report()
     else:
         queries = config.model_options.get("num_queries")
         train, report = check_labels(
-            read_coco(
-                config.train_annotations, config.train_images, config.train_masks, config.exif
+            read_set(
+                config.train_annotations,
+                config.train_images,
+                config.train_masks,
+                config.exif,
+                segments,
+                split="train",
             ),
             config.bad_labels,
             queries if isinstance(queries, int) else None,
         )
-    if config.val_annotations is None:
+    val_annotations = config.val_annotations
+    if val_annotations is None and has_validation(config.train_annotations):
+        val_annotations = config.train_annotations
+    if val_annotations is None:
         return train, None, [report]
-    val = read_coco(config.val_annotations, config.val_images, config.val_masks, config.exif)
+    val = read_set(
+        val_annotations, config.val_images, config.val_masks, config.exif, segments, split="val"
+    )
     val = val.with_classes(train.classes, f"the training set {train.path}")
     val, val_report = check_labels(val, config.bad_labels)
     return train, val, [report, val_report]
@@ -205,7 +216,7 @@ def evaluation_loader(
         rank, processes = accelerator.process_index, accelerator.num_processes
         pin = accelerator.device.type == "cuda"
     sampler = EvaluationSampler(_aspect_ratios(index), batch_size, rank, processes)
-    dataset = DetectionDataset(index, EvaluationTransform(size), with_maps=index.masks is not None)
+    dataset = DetectionDataset(index, EvaluationTransform(size), with_maps=True)
     return make_loader(dataset, sampler, workers, multiple, pin)
 
 

@@ -214,7 +214,7 @@ def test_mask_head_trains(configuration):
 
 def test_bad_masks_are_named(configuration, panoptic, tmp_path):
     with pytest.raises(DataError, match="train_masks: expected the folder of panoptic PNG files"):
-        configuration(train_masks=None)
+        Engine(configuration(train_masks=None), StopSignals())
     folder = tmp_path / "masks"
     folder.mkdir()
     for path in (panoptic / "train" / "masks").iterdir():

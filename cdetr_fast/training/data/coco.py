@@ -24,6 +24,7 @@ from cdetr_fast.training.data.records import (
     parsed,
     parsed_whole,
 )
+from cdetr_fast.training.data.segmentation_text import NO_SEGMENTATION, SegmentationText
 from cdetr_fast.training.errors import DataError
 
 Exif = Literal["auto", "upright", "stored"]
@@ -38,6 +39,7 @@ _PER_OBJECT = [
     ("areas", np.float64, ()),
     ("labels", np.int64, ()),
     ("crowd", np.bool_, ()),
+    ("segmentation_spans", np.int64, (2,)),
 ]
 _OBJECT = np.dtype([("image", np.int64, ()), *_PER_OBJECT])  # image: its position
 
@@ -55,6 +57,7 @@ def read_coco(
     images: str | os.PathLike[str] | None = None,
     masks: str | os.PathLike[str] | None = None,
     exif: Exif = "auto",
+    segments: bool = False,
 ) -> CocoIndex:
     """Read a COCO annotation file, detection or (with `masks`) panoptic.
 
@@ -70,25 +73,54 @@ def read_coco(
         masks: Folder of the panoptic PNG files.
         exif: "upright", "stored", or "auto": as the sizes of other images of the file show (the
             first 200, evenly spread), upright if none does.
+        segments: Whether to read the masks of a detection file too (`segmentation`).
 
     Raises:
         DataError: A file is missing or broken, or ids are not unique.
     """
     path = Path(annotations)
-    content = _read(path)
+    return index_of(load_json(path), path, images, masks, exif, segments)
+
+
+def index_of(
+    json_content: Any,
+    path: Path,
+    images: str | os.PathLike[str] | None,
+    masks: str | os.PathLike[str] | None,
+    exif: Exif,
+    segments: bool,
+) -> CocoIndex:
+    """Return the index of a COCO file's content; see `read_coco`.
+
+    Args:
+        json_content: What `json.loads` returns.
+        path: The file, for messages.
+        images: As in `read_coco`, and so are the others.
+        masks: See there.
+        exif: See there.
+        segments: See there.
+    """
+    content = read_content(json_content, path)
     categories = sorted_categories(
-        parsed(Category, content.categories, str(path), "category"), path
+        _real_categories(
+            list(parsed(Category, content.categories, str(path), "category")), content
+        ),
+        path,
     )
     records = list(parsed(ImageRecord, content.images, str(path), "image"))
     file_names = [record.file_name for record in records]
     _require_unique((record.id for record in records), path, "image id")
-    folder = _find_images(path, images, file_names)
+    folder = find_images(path, images, file_names)
     position = {record.id: i for i, record in enumerate(records)}
     label_of = {category.id: label for label, category in enumerate(categories)}
     unassigned: list[int] = []
     mask_names: dict[int, str] = {}
+    sizes_hw = [_size(record, folder, path, exif) for record in records]
+    text = SegmentationText(sizes_hw) if segments and masks is None else None
     if masks is None:
-        rows = _detection_rows(content.annotations, path, position, label_of, unassigned)
+        if text is not None:
+            _require_no_panoptic(content.annotations, path)
+        rows = _detection_rows(content.annotations, path, position, label_of, unassigned, text)
     else:
         rows = _panoptic_rows(content.annotations, path, position, label_of, unassigned, mask_names)
     objects = np.fromiter(rows, _OBJECT)
@@ -96,7 +128,6 @@ def read_coco(
         if masks is not None and i not in mask_names:
             raise DataError(f"{path}: image {image} has no panoptic annotation")
     objects = objects[np.argsort(objects["image"], kind="stable")]
-    sizes_hw = [_size(record, folder, path, exif) for record in records]
     return CocoIndex(
         path=path,
         images=folder,
@@ -111,19 +142,38 @@ def read_coco(
         mask_names=[mask_names[i] for i in sorted(mask_names)],
         stuff=frozenset(category.name for category in categories if not category.isthing),
         unassigned=unassigned,
+        segmentation_text=None if text is None else text.array(),
         **{name: np.ascontiguousarray(objects[name]) for name, *_ in _PER_OBJECT},
     )
 
 
-def _read(path: Path) -> _CocoFile:
+def load_json(path: Path) -> Any:
+    """Read a JSON file; DataError if it is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; expected a COCO JSON file") from error
     except (ValueError, RecursionError) as error:  # the second for thousands of nested brackets
         raise DataError(f"{path}: broken JSON ({error}); write the file again") from error
+
+
+def read_content(content: Any, path: Path) -> _CocoFile:
+    """Return the lists of a COCO file; DataError if it has others."""
     hint = "a COCO file has the lists 'images', 'annotations' and 'categories'"
     return parsed_whole(_CocoFile, content, str(path), hint)
+
+
+def _real_categories(categories: list[Category], content: _CocoFile) -> list[Category]:
+    """Leave out Roboflow's placeholder: the group of all classes, of which there are no objects.
+
+    It is named after the project, and often like one of the classes.
+    """
+    groups = {category.supercategory for category in categories}
+    suspects = {c.id for c in categories if c.supercategory == "none" and c.name in groups}
+    if suspects:
+        for item in content.annotations:
+            suspects.discard(item.get("category_id") if isinstance(item, dict) else None)
+    return [category for category in categories if category.id not in suspects]
 
 
 def sorted_categories(categories: Iterable[Category], path: Path | str) -> list[Category]:
@@ -144,10 +194,24 @@ def sorted_categories(categories: Iterable[Category], path: Path | str) -> list[
     return found
 
 
-def _row(image: int, record: ObjectRecord, label_of: dict[int, int]) -> tuple[Any, ...]:
+def _require_no_panoptic(items: list[Any], path: Path) -> None:
+    if any(isinstance(item, dict) and "segments_info" in item for item in items):
+        raise DataError(
+            f"{path}: a panoptic file: train_masks: expected the folder of panoptic PNG files (or "
+            "val_masks, masks), got None"
+        )
+
+
+def _row(
+    image: int,
+    record: ObjectRecord,
+    label_of: dict[int, int],
+    span: tuple[int, int] = NO_SEGMENTATION,
+) -> tuple[Any, ...]:
     box = record.bbox
     area = record.area if "area" in record.model_fields_set else box[2] * box[3]
-    return image, record.id, box, area, label_of.get(record.category_id, -1), record.iscrowd
+    label = label_of.get(record.category_id, -1)
+    return image, record.id, box, area, label, record.iscrowd, span
 
 
 def _detection_rows(
@@ -156,6 +220,7 @@ def _detection_rows(
     position: dict[int, int],
     label_of: dict[int, int],
     unassigned: list[int],
+    text: SegmentationText | None,
 ) -> Iterator[tuple[Any, ...]]:
     """Yield the objects of a detection file; ids of those without an image go to `unassigned`."""
     for record in parsed(Annotation, items, str(path), "annotation"):
@@ -163,7 +228,8 @@ def _detection_rows(
         if image is None:
             unassigned.append(record.id)
         else:
-            yield _row(image, record, label_of)
+            span = NO_SEGMENTATION if text is None else text.add(record.segmentation, image)
+            yield _row(image, record, label_of, span)
 
 
 def _panoptic_rows(
@@ -229,7 +295,12 @@ def _shown_orientation(
     return "stored" if shown - {None} == {"stored"} else "upright"
 
 
-def _find_images(path: Path, images: str | os.PathLike[str] | None, file_names: list[str]) -> Path:
+def find_images(path: Path, images: str | os.PathLike[str] | None, file_names: list[str]) -> Path:
+    """Return the folder of a file's images: the one that is given, or one of the usual places.
+
+    Raises:
+        DataError: It is not there.
+    """
     if images is not None:
         if not Path(images).is_dir():
             raise DataError(f"images of {path}: expected a folder, got {images}")

@@ -165,6 +165,13 @@ class DetectionDataset(Dataset[Item | str]):
         if segment_map is not None and not self.with_maps:
             ids = torch.from_numpy(index.object_ids[where][keep])
             masks = (segment_map == ids[:, None, None]).to(torch.uint8)
+        if index.segmentation_text is not None and not self.with_maps:
+            items = np.arange(where.start, where.stop)
+            kept = [index.mask(i, position) for i in items[keep].tolist()]
+            stacked = torch.stack(kept) if kept else torch.zeros(0, *image_hw(image)).bool()
+            seen = stacked.flatten(1).any(1)
+            masks = stacked[seen].to(torch.uint8)
+            keep[items[keep][~seen.numpy()] - where.start] = False
         return make_item(
             image,
             index.boxes_xywh[where][keep],

@@ -7,13 +7,18 @@ reading an object in Python writes its reference count; arrays are not.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from cdetr_fast.images.coco import object_mask
+from cdetr_fast.images.segments import coco_rle
 from cdetr_fast.training.errors import DataError
 
 _SHOWN = 12  # names of classes in an error
@@ -41,6 +46,9 @@ class CocoIndex:
         category_ids: int64 `[K]`.
         mask_names: N names relative to `masks`; empty without masks.
         stuff: Names of classes that are stuff (`isthing` 0), not things.
+        segmentation_spans: int64 `[M, 2]`, start and end of an object's segmentation in
+            `segmentation_text`; (0, 0) without one, (-1, -1) if it is no mask.
+        segmentation_text: uint8, JSON of the segmentations; None if they were not read.
         exif: Which picture labels are on, where the size of an image does not show it: "upright",
             as its EXIF orientation turns it, or "stored".
         unassigned: Ids of annotations whose image is not in the file; in panoptic files, ids of
@@ -59,12 +67,14 @@ class CocoIndex:
     areas: np.ndarray
     labels: np.ndarray
     crowd: np.ndarray
+    segmentation_spans: np.ndarray
     classes: tuple[str, ...]
     category_ids: np.ndarray
     mask_names: list[str] = field(default_factory=list)
     stuff: frozenset[str] = frozenset()
     exif: Literal["upright", "stored"] = "upright"
     unassigned: list[int] = field(default_factory=list)
+    segmentation_text: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -82,6 +92,25 @@ class CocoIndex:
         """Return the part of the arrays of objects that belongs to an image."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
+    def mask(self, item: int, image: int) -> Tensor:
+        """Return the mask of an object whose segmentation was read, bool `[H, W]`."""
+        assert self.segmentation_text is not None
+        height, width = self.sizes_hw[image].tolist()
+        start, end = self.segmentation_spans[item].tolist()
+        if end <= start:  # a crowd may have none
+            return torch.zeros(height, width, dtype=torch.bool)
+        content = json.loads(self.segmentation_text[start:end].tobytes())
+        return object_mask(content, (height, width))
+
+    @property
+    def has_segmentations(self) -> bool:
+        """Whether any object has a segmentation that was read."""
+        return self.segmentation_text is not None and bool((self.segmentation_spans != 0).any())
+
+    def without_segmentations(self) -> CocoIndex:
+        """Return the index of the boxes alone."""
+        return dataclasses.replace(self, segmentation_text=None)
+
     def image_of_object(self) -> np.ndarray:
         """Return the image index of every object, int64 `[M]`."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
@@ -92,7 +121,7 @@ class CocoIndex:
         objects = objects & images[owner]
         counts = np.bincount(owner[objects], minlength=len(self))[images]
         kept = np.flatnonzero(images).tolist()
-        per_object = ("object_ids", "boxes_xywh", "areas", "labels", "crowd")
+        per_object = ("object_ids", "boxes_xywh", "areas", "labels", "crowd", "segmentation_spans")
         return dataclasses.replace(
             self,
             **{name: getattr(self, name)[objects] for name in per_object},
@@ -129,17 +158,28 @@ class CocoIndex:
             self, labels=order[self.labels], classes=tuple(classes), category_ids=ids
         )
 
-    def coco_dictionary(self) -> dict[str, Any]:
+    def coco_dictionary(self, with_masks: bool = False) -> dict[str, Any]:
         """Return a COCO dictionary for evaluation; ids of images and categories are our indices.
 
         Evaluation takes ids as fp64, which does not hold all that a file may have.
+
+        Args:
+            with_masks: Whether annotations have a `segmentation`, as run lengths.
         """
+        owners = self.image_of_object().tolist()
+        masks: list[dict[str, Any]] = [{}] * self.num_objects
+        if with_masks:
+            masks = [
+                {"segmentation": coco_rle(self.mask(item, image).to(torch.uint8), [1])[0]}
+                for item, image in enumerate(owners)
+            ]
         rows = zip(
-            self.image_of_object().tolist(),
+            owners,
             self.labels.tolist(),
             self.boxes_xywh.tolist(),
             self.areas.tolist(),
             self.crowd.tolist(),
+            masks,
             strict=True,
         )
         return {
@@ -156,8 +196,9 @@ class CocoIndex:
                     "bbox": box,
                     "area": area,
                     "iscrowd": int(crowd),
+                    **mask,
                 }
-                for k, (image, label, box, area, crowd) in enumerate(rows, 1)
+                for k, (image, label, box, area, crowd, mask) in enumerate(rows, 1)
             ],
             "categories": [{"id": i, "name": name} for i, name in enumerate(self.classes)],
         }

@@ -83,6 +83,13 @@ def check_labels(
         "boxes outside of their image": outside,
         "annotations with an id that came before": _repeated(index),
     }
+    spans = index.segmentation_spans
+    if index.segmentation_text is not None:
+        defects["objects without a segmentation"] = (spans == 0).all(1) & ~index.crowd
+        defects[
+            "segmentations that are neither polygons of three points or more nor run lengths of "
+            "their image"
+        ] = (spans < 0).all(1)
     present = np.array([os.path.isfile(index.image_path(i)) for i in range(len(index))])
     sized = (index.sizes_hw > 0).all(1)
 
@@ -150,10 +157,16 @@ def _repeated(index: CocoIndex) -> np.ndarray:
 
 
 def _names(index: CocoIndex, objects: np.ndarray) -> list[int | str]:
-    """Return the ids of objects; for those without an id, the id of their image."""
+    """Return the ids of objects; for those without an id, the id of their image.
+
+    Where segmentations were read, both.
+    """
     images = index.image_ids[index.image_of_object()[objects]].tolist()
     ids = index.object_ids[objects].tolist()
+    both = index.segmentation_text is not None
     return [
-        f"one of image {image}" if number == NO_ID else number
+        f"one of image {image}"
+        if number == NO_ID
+        else f"{number} of image {image}" * both or number
         for number, image in zip(ids, images, strict=True)
     ]

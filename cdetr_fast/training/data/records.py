@@ -16,7 +16,7 @@ from pydantic import (
     ValidationError,
 )
 
-from cdetr_fast.common.validation import Expected, first_problem
+from cdetr_fast.common.validation import Expected, first_problem, shortened
 from cdetr_fast.training.errors import DataError
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class Category(BaseModel):
     id: Whole
     name: Name
     isthing: Flag = True
+    supercategory: Any = None
 
 
 class ObjectRecord(BaseModel):
@@ -96,9 +97,10 @@ class ObjectRecord(BaseModel):
 
 
 class Annotation(ObjectRecord):
-    """An object of a detection file."""
+    """An object of a detection file; its segmentation is checked only if masks are read."""
 
     image_id: Whole
+    segmentation: Any = None
 
 
 class Segment(ObjectRecord):
@@ -191,7 +193,9 @@ def parsed(kind: type[Record], items: Iterable[Any], source: str, what: str) -> 
             if isinstance(number, bool) or not isinstance(number, int):
                 number = f"at position {position} (from 0) of its list"
             problem = first_problem(error, kind, item)
+            owner = item.get("image_id") if isinstance(item, dict) else None
+            where = f"image {shortened(owner)}, " if owner is not None else ""
             raise DataError(
-                f"{problem.line(f'{source}: {what} {number}')}; correct the file"
+                f"{problem.line(f'{source}: {where}{what} {number}')}; correct the file"
             ) from error
         yield record

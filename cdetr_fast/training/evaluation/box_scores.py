@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,13 +29,18 @@ class BoxScores:
     recall: np.ndarray
 
 
-def score_boxes(truth: dict[str, Any], results: list[dict[str, Any]] | np.ndarray) -> BoxScores:
+def score_boxes(
+    truth: dict[str, Any],
+    results: list[dict[str, Any]] | np.ndarray,
+    kind: Literal["bbox", "segm"] = "bbox",
+) -> BoxScores:
     """Score detections by COCO's rules: 100 detections per image at most.
 
     Args:
         truth: A COCO detection dictionary.
         results: COCO results; or rows `[n, 7]` of image id, left, top, width, height, score and
             category id, in fp64.
+        kind: "segm" scores masks, for which truth and results have run lengths.
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -44,7 +49,7 @@ def score_boxes(truth: dict[str, Any], results: list[dict[str, Any]] | np.ndarra
 
     index = COCO(truth, print_function=quiet)
     found = index.loadRes(results if len(results) else np.zeros((0, 7)))
-    evaluation = COCOeval_faster(index, found, "bbox", print_function=quiet)
+    evaluation = COCOeval_faster(index, found, kind, print_function=quiet)
     with contextlib.redirect_stdout(None):
         evaluation.run()
     values = evaluation.stats[: len(_STATS)]

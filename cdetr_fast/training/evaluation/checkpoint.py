@@ -18,13 +18,14 @@ from cdetr_fast.common.validation import NonNegativeInt, PositiveInt, Probabilit
 from cdetr_fast.models.auto import class_of_checkpoint
 from cdetr_fast.models.predict import PredictingModel
 from cdetr_fast.training import setup
-from cdetr_fast.training.data.coco import Exif, read_coco
+from cdetr_fast.training.data.coco import Exif
+from cdetr_fast.training.data.exports import read_set
 from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.label_checks import check_labels
 from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.evaluation.detection import Evaluation, evaluate_detections, predict
-from cdetr_fast.training.evaluation.panoptic import PanopticScorer
 from cdetr_fast.training.evaluation.report import write_evaluation
+from cdetr_fast.training.evaluation.segments import segment_scorer
 from cdetr_fast.training.run.launch import shared_errors
 
 
@@ -47,8 +48,9 @@ def evaluate(
 
     Args:
         model: Folder or hub name, with its image processor; or the authors' .pth file.
-        annotations: COCO JSON file, whose categories the model knows by name; by id if it is one
-            of the authors' files, which have no names.
+        annotations: COCO JSON file, or the folder of a split that Roboflow exported, whose
+            categories the model knows by name; by id if it is one of the authors' files, which have
+            no names. Of a segmentation checkpoint, masks are scored too if the file has them.
         images: Folder of its images; None looks in the usual places.
         output: Folder for tables and pictures; None writes none.
         masks: Folder of panoptic PNG files, to measure panoptic quality too; `annotations` is a
@@ -85,8 +87,12 @@ def evaluate(
     with shared_errors(accelerator):
         if output is not None:  # before an hour of work, not after
             setup.make_output_folder(output)
-        network, processor = _load(model, masks is not None)
-        index = read_coco(annotations, images, masks, exif)
+        network_class = _class_of(model, masks is not None)
+        segments = network_class is ConditionalDetrForSegmentation
+        index = read_set(annotations, images, masks, exif, segments)
+        if segments and masks is None and not index.has_segmentations:
+            index, network_class = index.without_segmentations(), ConditionalDetrForObjectDetection
+        network, processor = _load(model, network_class)
         names = _class_names(network.config, model, index)
         index, report = check_labels(index.with_classes(names, f"the model {model}"), bad_labels)
     if accelerator.is_main_process:
@@ -96,10 +102,10 @@ def evaluate(
     )
     network.to(accelerator.device)
     statistics = setup.pixel_statistics(processor, accelerator.device)
-    segments = None if masks is None else PanopticScorer(index, threshold)
-    found = predict(network, loader, *statistics, accelerator, observe=segments)
-    if segments is not None:
-        segments.gather(accelerator)
+    scorer = segment_scorer(index, threshold)
+    found = predict(network, loader, *statistics, accelerator, observe=scorer)
+    if scorer is not None:
+        scorer.gather(accelerator)
     if found.failures and bad_images == "stop":
         elsewhere = not accelerator.is_main_process
         raise DataError(found.described_failures(), reported_elsewhere=elsewhere)
@@ -109,7 +115,7 @@ def evaluate(
         return None
     if found.failures:
         print(f"{found.described_failures()}\nthey are left out of the figures")
-    evaluation = evaluate_detections(index, found, segments)
+    evaluation = evaluate_detections(index, found, scorer)
     if output is not None:
         try:
             write_evaluation(index, found, evaluation, Path(output), threshold)
@@ -119,26 +125,31 @@ def evaluate(
     return evaluation
 
 
-def _load(
-    model: str | os.PathLike[str], segments: bool
-) -> tuple[PredictingModel, ConditionalDetrImageProcessor]:
-    """Load model and image processor; without `segments` a segmentation model's detector alone."""
-    network_class: type[ConditionalDetrForObjectDetection | ConditionalDetrForSegmentation]
-    network_class = ConditionalDetrForObjectDetection
+def _class_of(
+    model: str | os.PathLike[str], needs_segments: bool
+) -> type[ConditionalDetrForObjectDetection | ConditionalDetrForSegmentation]:
     try:
-        if segments:
-            network_class = class_of_checkpoint(model)
-            if not issubclass(network_class, ConditionalDetrForSegmentation):
-                raise DataError(
-                    f"masks: {model} is not a segmentation checkpoint but one of "
-                    f"{network_class.__name__}; leave masks out to score its boxes"
-                )
+        network_class = class_of_checkpoint(model)
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"model: {error}") from error
+    if needs_segments and network_class is not ConditionalDetrForSegmentation:
+        raise DataError(
+            f"masks: {model} is not a segmentation checkpoint but one of "
+            f"{network_class.__name__}; leave masks out to score its boxes"
+        )
+    return network_class
+
+
+def _load(
+    model: str | os.PathLike[str],
+    network_class: type[ConditionalDetrForObjectDetection | ConditionalDetrForSegmentation],
+) -> tuple[PredictingModel, ConditionalDetrImageProcessor]:
+    """Load model and image processor."""
+    try:
         network = network_class.from_pretrained(model, dtype=torch.float32)
         if os.path.isfile(model):  # the processor beside it, or the default
             return network, network.image_processor
         return network, ConditionalDetrImageProcessor.from_pretrained(model)
-    except DataError:
-        raise
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"model: {error}") from error
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from cdetr_fast.images.batch_feature import BatchFeature
     from cdetr_fast.training.evaluation.panoptic import PanopticScorer
+    from cdetr_fast.training.evaluation.segments import MaskScorer
 
 _PER_IMAGE = 100  # detections, as COCO's rules have it
 _FAILURES_SHOWN = 20
@@ -149,7 +150,7 @@ def predict(
 
 @dataclass
 class Evaluation:
-    """COCO's figures of detections; with PQ, SQ and RQ too where segments were scored.
+    """COCO's figures of detections; with PQ or mask_AP and the like where segments were scored.
 
     Attributes:
         stats: AP, AP50, AP75, AP and AR by size of object and number of detections, in [0, 1]; NaN
@@ -165,14 +166,16 @@ class Evaluation:
 
 
 def evaluate_detections(
-    index: CocoIndex, detections: Detections, panoptic: PanopticScorer | None = None
+    index: CocoIndex,
+    detections: Detections,
+    segments: PanopticScorer | MaskScorer | None = None,
 ) -> Evaluation:
     """Score detections by COCO's rules.
 
     Args:
         index: The truth, with the labels of the detections.
         detections: Detections on images of the index.
-        panoptic: Scores of the segments on the same images.
+        segments: Scores of the segments on the same images.
     """
     left, top, right, bottom = detections.boxes_xyxy.astype(np.float64).T
     rows = np.stack(
@@ -201,9 +204,10 @@ def evaluate_detections(
             }
         )
     stats = scores.stats
-    if panoptic is not None:
-        stats |= panoptic.stats()
-        for name, values in panoptic.quality.per_class().items():
+    if segments is not None:
+        further, per_class = segments.figures()
+        stats |= further
+        for name, values in per_class.items():
             for one, value in zip(classes, values.tolist(), strict=True):
                 one[name] = value
     return Evaluation(stats, classes, scores.precision[0])

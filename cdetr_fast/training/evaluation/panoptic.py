@@ -129,6 +129,9 @@ class PanopticScorer:
         threshold: Score above which a query is a segment.
     """
 
+    figure = "PQ"
+    """The figure that the best model is chosen by."""
+
     def __init__(self, index: CocoIndex, threshold: float = 0.5) -> None:
         self.index = index
         self.threshold = threshold
@@ -192,3 +195,7 @@ class PanopticScorer:
     def stats(self) -> dict[str, float]:
         """Return the figures over all classes, things and stuff."""
         return self.quality.stats(self.is_stuff)
+
+    def figures(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Return the figures of the set, and those of each class `[K]`."""
+        return self.stats(), self.quality.per_class()

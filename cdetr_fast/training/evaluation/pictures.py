@@ -52,7 +52,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
             loss_axes.plot(steps, [row.get(name) for row in training], label=label)
     loss_axes.set_yscale("log")
     loss_axes.set(title="training loss", xlabel="step")
-    for name in ("AP", "AP50", "AP75", "PQ"):
+    for name in ("AP", "AP50", "AP75", "PQ", "mask_AP"):
         if evaluations and name in evaluations[0]:
             points = [(row["step"], row[name]) for row in evaluations]
             ap_axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)

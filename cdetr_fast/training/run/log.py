@@ -19,7 +19,7 @@ from cdetr_fast.training.step import StepReport
 
 logger = logging.getLogger(__name__)
 
-_MAIN_FIGURES = ("AP", "AP50", "AP75", "PQ")  # printed at each evaluation
+_MAIN_FIGURES = ("AP", "AP50", "AP75", "PQ", "mask_AP")  # printed at each evaluation
 _SECONDS_OF_RATE = 5.0  # images per second are an average over so long
 _SECONDS_OF_FIRST_RATE = 0.5  # reports of two steps may come at once
 

@@ -97,7 +97,7 @@ NULL = object()  # None takes the key away
 
 def test_size_of_an_absurdly_large_image(write, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(DataError, match=r"image 7 has no width and height, and .*a.png cannot be"):
+    with pytest.raises(DataError, match=r"image 7 has no width and height, and .*a.png: cannot be"):
         read_coco(write(put("images", 0, "width", None)))
 
 

@@ -117,11 +117,27 @@ def test_voc_image_is_missing(voc, tmp_path):
     ("old", "new", "message"),
     [
         ("</annotation>", "", r"a.xml: expected an annotation of Pascal VOC .*no element found"),
-        ("<width>40</width>", "", r"a.xml: .*\(annotation has no size/width\)"),
-        ("<width>40</width>", "<width>wide</width>", r"a.xml: .*invalid literal"),
-        ("<name>cat</name>", "", r"a.xml: .*\(object has no name\)"),
-        ("<xmax>20</xmax>", "", r"a.xml: .*\(object has no bndbox/xmax\)"),
-        ("<xmax>20</xmax>", "<xmax>x</xmax>", r"a.xml: .*could not convert string to float"),
+        (
+            "<width>40</width>",
+            "",
+            r"a.xml: size.width: expected a whole .*, got nothing",
+        ),
+        (
+            "<width>40</width>",
+            "<width>wide</width>",
+            r"a.xml: size.width: expected a whole number of pixels, got 'wide'",
+        ),
+        (
+            "<name>cat</name>",
+            "",
+            r"a.xml: object\[1\].name: expected the name of a class, got nothing",
+        ),
+        ("<xmax>20</xmax>", "", r"a.xml: object\[1\].bndbox.xmax: expected a number of .*nothing"),
+        (
+            "<xmax>20</xmax>",
+            "<xmax>x</xmax>",
+            r"a.xml: object\[1\].bndbox.xmax: expected a number of .*got 'x'",
+        ),
     ],
 )
 def test_broken_xml(voc, tmp_path, old, new, message):
@@ -149,8 +165,8 @@ def test_voc_folder_lacks_something(voc, tmp_path):
         convert("voc", tmp_path, tmp_path)
     with pytest.raises(DataError, match="source: expected a folder, got nowhere"):
         convert("voc", "nowhere", tmp_path)
-    with pytest.raises(DataError, match="kind: expected 'voc' or 'yolo', got 'coco'"):
-        convert("coco", voc, tmp_path)
+    with pytest.raises(DataError, match="kind: expected 'voc', 'yolo' or 'coco', got 'kitti'"):
+        convert("kitti", voc, tmp_path)
     (voc / "ImageSets" / "Main" / "train.txt").write_text("b\n")
     (voc / "ImageSets" / "Main" / "small_val.txt").unlink()
     with pytest.raises(DataError, match="expected annotations with objects, got none"):
@@ -345,3 +361,66 @@ def test_yolo_names_that_come_twice(tmp_path):
     (tmp_path / "data.yaml").write_text("names: {0: cat, 1: dog, 2: cat}\ntrain: images")
     with pytest.raises(DataError, match=r"data.yaml: names: 'cat' comes twice; give class 2"):
         convert("yolo", tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("shape", "points"),
+    [
+        ([5, 2], ".45 .4 .55 .4 .5 .5 .45 .6 .55 .6"),
+        ([3, 3], ".45 .4 2 .55 .4 1 0 0 0"),  # x, y, visibility
+        ([1, 2], "-3 7"),  # points may lie outside: they are not read
+        ([4, 2], ""),
+    ],
+)
+def test_yolo_poses(yolo, tmp_path, shape, points):
+    settings = yolo / "data.yaml"
+    settings.write_text(settings.read_text() + f"kpt_shape: {shape}\n")
+    for name in ("train/a.txt", "val/d.txt"):
+        (yolo / "labels" / name).write_text(f"0 .5 .5 .2 .3  {points}\n")
+    written = convert("yolo", yolo, tmp_path / "coco")
+    assert boxes(written["val"])["images/val/d.png"] == [("dog", [16, 10.5, 8, 9], 0)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "line", "message"),
+    [
+        ([2, 2], "0 .5 .5 .2 .3 .1 .2 .3", "a.txt, line 1: .* and 4 numbers of keypoints"),
+        ([2, 2], "0 .5 .5 .2 .3 .1 .2 .3 nan", "a.txt, line 1: "),
+        ([2, 2], "0 .5 .5 .2 30 .1 .2 .3 .4", "a.txt, line 1: "),
+        ([2], "0 .5 .5 .2 .3", r"kpt_shape: expected \[points, 2 or 3\], got \[2\]"),
+        ([2, 4], "0 .5 .5 .2 .3", "kpt_shape: expected"),
+        ("two", "0 .5 .5 .2 .3", "kpt_shape: expected"),
+        ([0, 2], "0 .5 .5 .2 .3", "kpt_shape: expected"),
+    ],
+)
+def test_bad_poses(yolo, tmp_path, shape, line, message):
+    settings = yolo / "data.yaml"
+    settings.write_text(settings.read_text() + f"kpt_shape: {shape}\n")
+    (yolo / "labels" / "train" / "a.txt").write_text(line)
+    with pytest.raises(DataError, match=message):
+        convert("yolo", yolo, tmp_path / "coco")
+
+
+def test_polygons_are_kept_for_masks(yolo, tmp_path):
+    path = convert("yolo", yolo, tmp_path / "coco")["train"]
+    first, second = content(path)["annotations"]
+    assert "segmentation" not in first
+    assert second["segmentation"] == [[4, 6, 24, 3, 12, 27, 8, 12]]
+
+
+def test_hidden_files_are_no_data(yolo, voc, tmp_path):
+    expected = {k: v.read_text() for k, v in convert("yolo", yolo, tmp_path / "a").items()}
+    checkpoints = yolo / "images" / "train" / ".ipynb_checkpoints"
+    checkpoints.mkdir()
+    for path in (checkpoints / "a-checkpoint.png", yolo / "images" / "train" / "._a.png"):
+        path.write_bytes(b"no picture")
+    found = {k: v.read_text() for k, v in convert("yolo", yolo, tmp_path / "b").items()}
+    assert found == expected
+    expected = {k: v.read_text() for k, v in convert("voc", voc, tmp_path / "c").items()}
+    (voc / "ImageSets" / "Main" / "._train.txt").write_bytes(b"\xff")
+    found = {k: v.read_text() for k, v in convert("voc", voc, tmp_path / "d").items()}
+    assert found == expected
+    for path in (voc / "ImageSets" / "Main").iterdir():
+        path.unlink()
+    (voc / "Annotations" / "._a.xml").write_bytes(b"no XML")
+    assert len(boxes(convert("voc", voc, tmp_path / "e")["all"])) == 2
