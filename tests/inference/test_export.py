@@ -4,25 +4,15 @@ import sys
 
 import pytest
 import torch
-from support.oracle import make_ours, randomise
+from support.oracle import SMALL_MODEL, make_ours, randomise
 
 from cdetr_fast import cli
 from cdetr_fast.inference import export as module
 from cdetr_fast.inference.export import export
 
-SMALL = {
-    "backbone": "test_resnet",
-    "d_model": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "num_queries": 5,
-}
-
 
 def random_model(task="detection"):
-    model = make_ours(task, **SMALL)
+    model = make_ours(task, **SMALL_MODEL)
     randomise(model)
     return model.eval()
 

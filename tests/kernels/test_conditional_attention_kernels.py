@@ -26,7 +26,6 @@ from support.kernels import (
     differentiate,
     in_this_process,
     needs_kernels,
-    poisoned_memory,
     scattered,
 )
 from torch import Tensor
@@ -39,6 +38,7 @@ from cdetr_kernels.ops.conditional_attention.reference import conditional_attent
 from cdetr_kernels.testing.case import RandomTensors
 
 triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 NAMES = ("q_content", "q_spatial", "k_content", "k_spatial", "value")
 CASES = {
@@ -53,12 +53,6 @@ CASES = {
     "widest": {"queries": 33, "height": 5, "width": 8, "heads": 1, "size": 128,
                "value_size": 100, "mask": "holes"},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    with poisoned_memory():
-        yield
 
 
 def draw(case, dtype=torch.float32):

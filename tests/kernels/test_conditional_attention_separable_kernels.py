@@ -20,7 +20,6 @@ from support.kernels import (
     differentiate,
     in_this_process,
     needs_kernels,
-    poisoned_memory,
     scattered,
 )
 from torch import Tensor
@@ -30,6 +29,7 @@ from cdetr_kernels.ops.conditional_attention_separable import cases
 from cdetr_kernels.testing.case import RandomTensors
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 NAMES = ("q_content", "q_spatial", "k_content", "k_rows", "k_columns", "value")
 
@@ -53,12 +53,6 @@ CASES = {
     "widest": {"queries": 33, "height": 5, "width": 8, "heads": 1, "size": 128,
                "value_size": 100, "shared": CODES, "mask": "holes"},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    with poisoned_memory():
-        yield
 
 
 def draw(case, dtype=torch.float32):

@@ -6,15 +6,16 @@ process of its own: whether a kernel is interpreted is decided when triton is im
 
 import pytest
 import torch
+from support.criterion_sizes import SIZES
 from support.interpreter import run_in_the_interpreter
 from support.kernels import (
     DEVICE,
     DTYPES,
     assert_accurate,
     assert_close,
+    in_double,
     in_this_process,
     needs_kernels,
-    poisoned_memory,
     scattered,
 )
 
@@ -22,13 +23,10 @@ from cdetr_kernels import matching_cost
 from cdetr_kernels.ops.matching_cost import cases
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of exp and log
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    with poisoned_memory():
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of exp and log
+]
 
 
 @in_this_process
@@ -37,23 +35,9 @@ def test_in_the_interpreter(root):
     run_in_the_interpreter(root, __file__)
 
 
-# layers, queries, classes, number of targets of each image
-SIZES = {
-    "one of each": (1, 1, 1, (1,)),
-    "several tiles": (2, 70, 5, (3, 17, 0)),
-    "many classes": (1, 7, 140, (2, 5)),
-    "more targets than queries": (1, 3, 4, (5, 1)),
-    "nothing to find": (2, 5, 3, (0, 0)),
-}
-
-
 def draw(case, dtype=torch.float32):
     """Predictions and padded targets; padding is NaN, and a label that exists."""
     return cases.make(dtype, DEVICE, *SIZES[case]).inputs
-
-
-def in_double(inputs):
-    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def check_cost(inputs, **options):

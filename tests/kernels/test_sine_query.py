@@ -19,7 +19,6 @@ from support.kernels import (
     compiled_only,
     in_this_process,
     needs_kernels,
-    poisoned_memory,
     scattered,
 )
 
@@ -29,12 +28,7 @@ from cdetr_kernels.ops.sine_query import cases
 from cdetr_kernels.testing.case import RandomTensors, key_mask
 
 pytest.importorskip("triton")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    with poisoned_memory():
-        yield
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @in_this_process

@@ -5,20 +5,11 @@ import logging
 import pytest
 import torch
 import transformers
-from support.oracle import CLASSES, make_ours, make_pair, random_labels
+from support.oracle import CLASSES, SMALL_MODEL, make_ours, make_pair, random_labels
 
 import cdetr_fast
 
-SMALL = {
-    "backbone": "test_resnet",
-    "d_model": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "num_queries": 5,
-    "num_labels": 7,
-}
+SMALL = SMALL_MODEL | {"num_labels": 7}
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 NAN, INF = float("nan"), float("inf")
 

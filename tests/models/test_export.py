@@ -2,19 +2,10 @@
 
 import pytest
 import torch
-from support.oracle import make_ours, randomise
+from support.oracle import SMALL_MODEL, make_ours, randomise
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
 
-SMALL = {
-    "backbone": "test_resnet",
-    "d_model": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "num_queries": 5,
-}
 DYNAMIC = {
     "pixel_values": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},
     "pixel_mask": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC, 2: Dim.DYNAMIC},
@@ -40,7 +31,7 @@ def without_traces_of_other_tests():
 
 
 def random_model(task, **config):
-    model = make_ours(task, **(SMALL | config))
+    model = make_ours(task, **(SMALL_MODEL | config))
     randomise(model)
     return model.eval()
 

@@ -1,8 +1,7 @@
 """Helpers of the kernel tests: where they run, awkward inputs, the twice-the-error rule, checks."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -23,12 +22,9 @@ in_this_process = pytest.mark.skipif(INTERPRETED, reason="is the process that th
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fill `torch.empty` with NaN: what a kernel does not write is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+def in_double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return inputs with those in floating point as fp64."""
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def differentiate(

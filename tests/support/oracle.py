@@ -8,6 +8,16 @@ from torch import Tensor, nn
 
 import cdetr_fast
 
+SMALL_MODEL = {
+    "backbone": "test_resnet",
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "num_queries": 5,
+}
+"""Settings of a model that takes no time."""
 CLASSES = {
     "base": "ConditionalDetrModel",
     "detection": "ConditionalDetrForObjectDetection",
