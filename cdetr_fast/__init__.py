@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdetr_fast._moved import keep_old_names
 from cdetr_fast.common.host_classes import inherit_from_hosts, register_host
-from cdetr_fast.common.model_families import register_family
+from cdetr_fast.common.model_families import register_family, register_service
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,7 @@ _MODULES = {
     "ConditionalDetrForSegmentation": "models.modeling",
     "ConditionalDetrImageProcessor": "images",
     "ConditionalDetrImageProcessorFast": "images",
+    "ConditionalDetrImageProcessorPil": "images",
     "ConditionalDetrModel": "models.modeling",
     "ConditionalDetrPreTrainedModel": "models.pretrained",
     "optimize": "inference",
@@ -38,6 +39,7 @@ __all__ = [
     "ConditionalDetrForSegmentation",
     "ConditionalDetrImageProcessor",
     "ConditionalDetrImageProcessorFast",
+    "ConditionalDetrImageProcessorPil",
     "ConditionalDetrModel",
     "ConditionalDetrPreTrainedModel",
     "__version__",
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
         ConditionalDetrFeatureExtractor,
         ConditionalDetrImageProcessor,
         ConditionalDetrImageProcessorFast,
+        ConditionalDetrImageProcessorPil,
     )
     from cdetr_fast.inference import optimize
     from cdetr_fast.integrations.auto_classes import (
@@ -89,6 +92,8 @@ _find_kernels_in_checkout()
 keep_old_names(__name__)
 register_family("transformers", "cdetr_fast.integrations.transformers")
 register_host("transformers", "cdetr_fast.integrations.inheritance")
+register_service("adapters", "cdetr_fast.integrations.peft")
+register_service("backbones", "cdetr_fast.integrations.backbones")
 
 
 def __getattr__(name: str) -> Any:

@@ -3,14 +3,14 @@
 - "v5": the state_dict of transformers 5 in memory; ours is the same.
 - "v4": what transformers 4 and 5 both write to disk.
 - "authors": the .pth files of the authors.
-- "HF ResNet": a backbone of transformers' own ResNet class; ours is timm's.
+- "HF ResNet": a backbone of transformers' own ResNet class, where a checkpoint has timm's names.
 
 Source: transformers/conversion_mapping.py and models/conditional_detr/convert_*.py; the authors'
 models/transformer.py, models/conditional_detr.py and models/backbone.py.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -142,22 +142,36 @@ HF_RESNET_TABLE: Table = [
 
 # Prefix of the base model's weights in itself, in the detection and in the segmentation model.
 _LEVELS = ("", "model.", "conditional_detr.model.")
+_CLASSES = (
+    "ConditionalDetrModel",
+    "ConditionalDetrForObjectDetection",
+    "ConditionalDetrForSegmentation",
+)
 
 
 def to_v5(state_dict: Mapping[str, Tensor]) -> StateDict:
-    """Rename the keys of v4, of any model, and of an HF ResNet; those of v5 stay as they are."""
-    return _renamed(state_dict, V4_TABLE + _V4_READ_ONLY, HF_RESNET_TABLE)
+    """Rename the keys of v4, of any model; those of v5 stay as they are."""
+    return rename_keys(state_dict, V4_TABLE + _V4_READ_ONLY)
 
 
-def to_v4(state_dict: Mapping[str, Tensor], hf_resnet: bool = False) -> StateDict:
-    """Rename the keys of v5 to those on disk.
+def to_v4(state_dict: Mapping[str, Tensor]) -> StateDict:
+    """Rename the keys of v5, of any model, to those on disk."""
+    return rename_keys(state_dict, inverse(V4_TABLE))
+
+
+def match_resnet(state_dict: StateDict, wanted: Collection[str]) -> StateDict:
+    """Rename a ResNet backbone between timm's names and transformers', as a model has them.
 
     Args:
-        state_dict: Of any of the models.
-        hf_resnet: The configuration names the backbone "resnet": write the keys of HF ResNet.
+        state_dict: Weights, v5 names.
+        wanted: Names of the model's weights.
     """
-    tables = [_inverse(HF_RESNET_TABLE)] if hf_resnet else []
-    return _renamed(state_dict, *tables, _inverse(V4_TABLE))
+    theirs, ours = (re.compile(rf"(^|.*\.){re.escape(row)}") for row in HF_RESNET_TABLE[0])
+    if any(map(theirs.match, wanted)) and any(map(ours.match, state_dict)):
+        return rename_keys(state_dict, inverse(HF_RESNET_TABLE))
+    if any(map(ours.match, wanted)) and any(map(theirs.match, state_dict)):
+        return rename_keys(state_dict, HF_RESNET_TABLE)
+    return state_dict
 
 
 def is_authors(keys: Iterable[str]) -> bool:
@@ -181,7 +195,7 @@ def from_authors(state_dict: Mapping[str, Tensor]) -> StateDict:
             }
         else:
             parts = {bare: tensor}
-        for name, part in _renamed(parts, AUTHORS_TABLE).items():
+        for name, part in rename_keys(parts, AUTHORS_TABLE).items():
             renamed[prefix + name] = part
     return to_v5(renamed)
 
@@ -191,7 +205,7 @@ def to_authors(state_dict: Mapping[str, Tensor]) -> StateDict:
     renamed: StateDict = {}
     for key, tensor in to_v4(state_dict).items():
         bare = key.removeprefix("conditional_detr.")
-        name = next(iter(_renamed({bare: tensor}, _inverse(AUTHORS_TABLE))))
+        name = next(iter(rename_keys({bare: tensor}, inverse(AUTHORS_TABLE))))
         renamed[("" if bare == key else "detr.") + name] = tensor
     for key in [key for key in renamed if re.search(r"encoder\..*\.q_proj\.(weight|bias)$", key)]:
         stem, kind = key.split("q_proj.")
@@ -204,6 +218,11 @@ def level_of(keys: Iterable[str]) -> str:
     """Return the prefix of the base model's weights, "", "model." or "conditional_detr.model."."""
     found = [level for key in keys for level in _LEVELS[1:] if key.startswith(level)]
     return found[0] if found else ""
+
+
+def class_of_level(level: str) -> str:
+    """Return the name of the class whose weights have a prefix that `level_of` returns."""
+    return dict(zip(_LEVELS, _CLASSES, strict=True))[level]
 
 
 def to_level(state_dict: Mapping[str, Tensor], target: str) -> StateDict:
@@ -277,11 +296,12 @@ def _count(state_dict: StateDict, pattern: str) -> int:
     return len({match[0] for key in state_dict if (match := re.match(pattern, key))})
 
 
-def _inverse(table: Table) -> Table:
+def inverse(table: Table) -> Table:
+    """Return a table for the other direction."""
     return [(here, there) for there, here in table]
 
 
-def _renamed(state_dict: Mapping[str, Tensor], *tables: Table) -> StateDict:
+def rename_keys(state_dict: Mapping[str, Tensor], *tables: Table) -> StateDict:
     """Apply tables one after the other; the first row of each that fits a key counts."""
     rules = [[_rule(there, here) for there, here in table] for table in tables]
     renamed = {}

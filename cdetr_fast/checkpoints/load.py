@@ -5,45 +5,47 @@ These are folders and hub repositories of transformers 4 and 5 and of this packa
 """
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cdetr_fast.checkpoints.authors import config_of_authors
+from cdetr_fast.checkpoints.devices import place
 from cdetr_fast.checkpoints.files import find_weights, read_weights
 from cdetr_fast.checkpoints.key_maps import (
     StateDict,
+    class_of_level,
     fields_of,
     from_authors,
     is_authors,
     level_of,
+    match_resnet,
     to_level,
     to_v5,
 )
-from cdetr_fast.common.files import ADDED_BY_CALLERS
+from cdetr_fast.common.files import ADDED_BY_CALLERS, read_json
+from cdetr_fast.common.model_families import service
 from cdetr_fast.common.validation import checked, refuse
 from cdetr_fast.config.attention import check_attn_implementation
 from cdetr_fast.config.model import CONFIG_NAME, ConditionalDetrConfig, Dtype
 
 Model = TypeVar("Model", bound=nn.Module)
 
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+
 # Options of transformers' from_pretrained, and their values that have no effect here.
 _TRANSFORMERS_OPTIONS: dict[str, tuple[Any, ...]] = {
     "disable_mmap": (None, False, True),
     "distributed_config": (None,),
     "gguf_file": (None,),
-    "key_mapping": (None,),
     "kernel_config": (None,),
-    "max_memory": (None,),
-    "offload_buffers": (None, False),
-    "offload_folder": (None,),
     "proxies": (None,),
     "quantization_config": (None,),
-    "state_dict": (None,),
     "tp_plan": (None,),
     "tp_size": (None,),
     "use_kernels": (None, False),
@@ -53,9 +55,11 @@ _TRANSFORMERS_OPTIONS: dict[str, tuple[Any, ...]] = {
 
 def load_pretrained(
     model_class: Callable[[ConditionalDetrConfig], Model],
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str] | None,
     *,
     config: ConditionalDetrConfig | str | os.PathLike[str] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    key_mapping: Mapping[str, str] | None = None,
     revision: str | None = None,
     subfolder: str = "",
     cache_dir: str | os.PathLike[str] | None = None,
@@ -68,7 +72,10 @@ def load_pretrained(
     strict: bool = False,
     dtype: torch.dtype | str | None = None,
     torch_dtype: torch.dtype | str | None = None,
-    device_map: torch.device | str | int | None = None,
+    device_map: torch.device | str | int | Mapping[str, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+    offload_buffers: bool = False,
     output_loading_info: bool = False,
     attn_implementation: str | dict[str, str] | None = None,
     low_cpu_mem_usage: bool | None = None,
@@ -80,8 +87,13 @@ def load_pretrained(
         model_class: Class to build.
         name_or_path: A folder, the id of a model on the hub, or one file of weights. The authors'
             .pth files need no configuration, but as keyword arguments what neither weights nor
-            the command line inside them determine (the number of heads, `dilation`, ...).
+            the command line inside them determine (the number of heads, `dilation`, ...). A folder
+            of an adapter that PEFT has saved loads the model it was trained on, and the adapter.
+            None with `config` and `state_dict`.
         config: Configuration, or where to read it; default the config.json beside the weights.
+        state_dict: Weights instead of those in files, by any of the names that files have.
+        key_mapping: Regular expressions for names of weights and their replacements, applied before
+            anything else.
         revision: Branch, tag or commit on the hub.
         subfolder: Folder inside the folder or repository.
         cache_dir: Folder for downloads; default the cache of `huggingface_hub`.
@@ -96,7 +108,10 @@ def load_pretrained(
         dtype: dtype of the weights; "auto" or None, as in transformers 5: the one in config.json,
             else that of the first floating-point weight.
         torch_dtype: Old name of dtype.
-        device_map: One device to move the model to; "auto" is CUDA where there is one.
+        device_map: As in `cdetr_fast.checkpoints.devices.place`; so are the three that follow.
+        max_memory: Largest size per device.
+        offload_folder: Folder for what is on "disk".
+        offload_buffers: Offload buffers with the parameters.
         output_loading_info: Return (model, dict of missing_keys, unexpected_keys, mismatched_keys).
         attn_implementation: As in `cdetr_fast.config.attention`; by default the operators choose.
         low_cpu_mem_usage: Accepted for callers of transformers, where it has no effect either.
@@ -107,9 +122,12 @@ def load_pretrained(
     Raises:
         OSError: A file is missing or broken; the message names it.
         ValueError: An argument does not fit, or weights have other shapes than the configuration.
-        TypeError: An unknown keyword.
+        TypeError: An unknown keyword, or neither files nor weights.
         RuntimeError: The model would be on the meta device, without weights.
     """
+    if name_or_path is None and (config is None or state_dict is None):
+        missing = "config" if config is None else "state_dict"
+        raise TypeError(f"{missing}: expected one, as the name of the model is None, got None")
     download = {
         "revision": revision,
         "subfolder": subfolder,
@@ -128,57 +146,98 @@ def load_pretrained(
         if value not in neutral:
             refuse(name, f"one of {', '.join(map(repr, neutral))}", value)
     dtype = torch_dtype if dtype is None else dtype
-    is_file = os.path.isfile(name_or_path)
+    adapter = None if state_dict is not None else find_adapter(name_or_path, download)
+    if adapter is not None:
+        adapter_path, name_or_path = name_or_path, adapter
+    source = "the state_dict" if name_or_path is None else name_or_path
+    is_file = name_or_path is not None and os.path.isfile(name_or_path)
     if config is not None or not is_file:
         config = _find_config(config, name_or_path, download, config_overrides)
-    files = [Path(name_or_path)]
-    if not is_file:
-        files = find_weights(name_or_path, variant, use_safetensors, **download)
-    state_dict = read_weights(files)
+    files = [Path(name_or_path)] if is_file else []
+    if state_dict is None:
+        files = files or find_weights(name_or_path, variant, use_safetensors, **download)
+        state_dict = read_weights(files)
+    state_dict = _mapped(state_dict, key_mapping)
     if is_authors(state_dict):
         try:
             state_dict = from_authors(state_dict)
             known = fields_of(state_dict)
         except (RuntimeError, TypeError, ValueError) as error:
             raise OSError(
-                f"{name_or_path}: the weights have the names of the authors, but not their shapes "
+                f"{source}: the weights have the names of the authors, but not their shapes "
                 f"({error})"
             ) from error
         config = config or config_of_authors(files[0], known, config_overrides)
-        _compare(config, known, name_or_path, ignore_mismatched_sizes)
+        _compare(config, known, source, ignore_mismatched_sizes)
     else:
-        state_dict = to_v5(state_dict)
         config = config or _find_config(None, name_or_path, download, config_overrides)
-    config.name_or_path = os.fspath(name_or_path)
+        if config.backbone_config.is_foreign:
+            library, name = service("backbones"), class_of_level(level_of(state_dict))
+            state_dict = library.names_in_memory(name, config.to_dict(), state_dict)
+        state_dict = to_v5(state_dict)
+    config.name_or_path = os.fspath(name_or_path or "")
     if attn_implementation is not None:
         config._attn_implementation = check_attn_implementation(attn_implementation)
 
     model = _build(model_class, config)
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise RuntimeError(
-            f"{name_or_path}: weights cannot be loaded on the meta device, which has none; call "
+            f"{source}: weights cannot be loaded on the meta device, which has none; call "
             "from_pretrained outside of torch.device('meta') and of init_empty_weights(), or build "
             "an empty model with the constructor"
         )
-    # `predict` finds the image processor there; a token is not kept.
-    cast("Any", model)._processor_source = (
-        name_or_path,
-        {k: v for k, v in download.items() if k not in ("token", "force_download")},
-    )
+    if name_or_path is not None:
+        # `predict` finds the image processor there; a token is not kept.
+        cast("Any", model)._processor_source = (
+            name_or_path,
+            {k: v for k, v in download.items() if k not in ("token", "force_download")},
+        )
     chosen = _choose_dtype(dtype, config, state_dict)
     report = _fill(model, state_dict)
-    report.complain(name_or_path, type(model).__name__, ignore_mismatched_sizes, strict)
+    report.complain(source, type(model).__name__, ignore_mismatched_sizes, strict)
     config.dtype = chosen
-    model.to(dtype=chosen, device=_device(device_map))
+    model.to(dtype=chosen)
     model.eval()
+    if adapter is not None:
+        cast("Any", model).load_adapter(adapter_path)
+    offload = None if offload_folder is None else os.fspath(offload_folder)
+    place(model, device_map, max_memory, offload, offload_buffers)
     if output_loading_info:
         return model, report._asdict() | {"error_msgs": []}
     return model
 
 
+def find_adapter(
+    name_or_path: str | os.PathLike[str] | None, download: dict[str, Any]
+) -> str | None:
+    """Return the model that an adapter in a folder was trained on; None if there is no adapter."""
+    if name_or_path is None or not os.path.isdir(name_or_path):
+        return None
+    folder = Path(name_or_path) / download["subfolder"]
+    if (folder / CONFIG_NAME).is_file() or not (folder / ADAPTER_CONFIG_NAME).is_file():
+        return None
+    base = read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+    if not base:
+        expected = "the model that the adapter was trained on"
+        refuse(f"{folder / ADAPTER_CONFIG_NAME}: base_model_name_or_path", expected, base, OSError)
+    return str(base)
+
+
+def _mapped(state_dict: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) -> StateDict:
+    renamed: StateDict = {}
+    for key, tensor in state_dict.items():
+        name = key
+        for pattern, replacement in (key_mapping or {}).items():
+            name = re.sub(pattern, replacement, name)
+        if name in renamed:
+            refuse("key_mapping", "different names for different weights", name)
+        renamed[name] = tensor
+    return renamed
+
+
 def _find_config(
     config: ConditionalDetrConfig | str | os.PathLike[str] | None,
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str] | None,
     download: dict[str, Any],
     overrides: dict[str, Any],
 ) -> ConditionalDetrConfig:
@@ -188,6 +247,7 @@ def _find_config(
         # `to_dict`, like config.json, is without the choice of an attention.
         overrides.setdefault("attn_implementation", config._attn_implementation)
         return ConditionalDetrConfig.from_dict(config.to_dict(), **overrides)
+    assert name_or_path is not None  # the caller has checked it
     if not os.path.isfile(name_or_path):
         return ConditionalDetrConfig.from_pretrained(name_or_path, **download, **overrides)
     beside = Path(name_or_path).with_name(CONFIG_NAME)
@@ -274,7 +334,7 @@ def _fill(model: nn.Module, state_dict: StateDict) -> LoadingReport:
     here = model.state_dict()
     there = {
         key: tensor
-        for key, tensor in to_level(state_dict, level_of(here)).items()
+        for key, tensor in match_resnet(to_level(state_dict, level_of(here)), here).items()
         # frozen batch norm does not count batches
         if not key.endswith(".num_batches_tracked")
     }
@@ -302,16 +362,3 @@ def _choose_dtype(
         return config.dtype
     floats = (tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point())
     return next(floats, torch.get_default_dtype())
-
-
-def _device(device_map: Any) -> torch.device | None:
-    if isinstance(device_map, Mapping) and set(device_map) == {""}:
-        device_map = device_map[""]
-    if device_map is None:
-        return None
-    if device_map == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(device_map)
-    except (RuntimeError, TypeError):
-        refuse("device_map", 'None, "auto" or one device', device_map)

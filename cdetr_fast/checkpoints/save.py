@@ -5,7 +5,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +15,10 @@ from huggingface_hub import CommitInfo, HfApi, split_torch_state_dict_into_shard
 from torch import Tensor, nn
 
 from cdetr_fast.checkpoints.files import weight_names
-from cdetr_fast.checkpoints.key_maps import to_v4
+from cdetr_fast.checkpoints.key_maps import class_of_level, level_of, to_v4
 from cdetr_fast.common.files import make_folder, replace_all, write_json
+from cdetr_fast.common.hub import upload
+from cdetr_fast.common.model_families import service
 from cdetr_fast.common.validation import refuse
 from cdetr_fast.config.model import CONFIG_NAME, ConditionalDetrConfig
 
@@ -36,6 +38,8 @@ def save_pretrained(
     **push_options: Any,
 ) -> None:
     """Save weights and configuration in a folder that transformers 4 and 5 and this package read.
+
+    Of a model with adapters (`add_adapter`), those alone are saved, in the format of PEFT.
 
     All files are written beside the old ones first and then replace them, so an interrupted write
     leaves the old files.
@@ -78,8 +82,20 @@ def save_pretrained(
             f"{reason}. Models that are used in both need compat='transformers'.",
             stacklevel=3,
         )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        with replace_all(folder) as stage:
+            service("adapters").save_adapters(model, stage(""), state_dict)
+            written = [path.name for path in stage("").iterdir()]
+        if push_to_hub:
+            push_options.setdefault("repo_id", folder.resolve().name)
+            _upload(model, folder, written, token=token, **push_options)
+        return
     weights = model.state_dict() if state_dict is None else state_dict
-    weights = to_v4(weights, hf_resnet=config.backbone_config.model_type == "resnet")
+    if config.backbone_config.is_foreign:
+        name = class_of_level(level_of(weights))
+        weights = service("backbones").names_on_disk(name, config.to_dict(), dict(weights))
+    else:
+        weights = to_v4(weights)
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
 
     part = f".{variant}" if variant else ""
@@ -104,7 +120,7 @@ def save_pretrained(
     _remove_stale(folder, variant, written)
     if push_to_hub:
         push_options.setdefault("repo_id", folder.resolve().name)
-        _upload(folder, written, token=token, **push_options)
+        _upload(model, folder, written, token=token, **push_options)
 
 
 def _remove_stale(folder: Path, variant: str | None, written: list[str]) -> None:
@@ -136,6 +152,7 @@ def push_to_hub(
     max_shard_size: int | str = "50GB",
     variant: str | None = None,
     safe_serialization: bool = True,
+    tags: list[str] | str | None = None,
 ) -> CommitInfo:
     """Upload weights and configuration to a repository on the hub, created if necessary.
 
@@ -151,6 +168,7 @@ def push_to_hub(
         max_shard_size: As in `save_pretrained`.
         variant: As in `save_pretrained`.
         safe_serialization: As in `save_pretrained`.
+        tags: Tags to add to the model card, besides those of `model.add_model_tags`.
 
     Returns:
         The commit, with its URL.
@@ -164,6 +182,7 @@ def push_to_hub(
             safe_serialization=safe_serialization,
         )
         return _upload(
+            model,
             Path(folder),
             os.listdir(folder),
             repo_id,
@@ -173,31 +192,15 @@ def push_to_hub(
             token=token,
             revision=revision,
             create_pr=create_pr,
+            tags=tags,
         )
 
 
 def _upload(
-    folder: Path,
-    names: list[str],
-    repo_id: str,
-    *,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
+    model: nn.Module, folder: Path, names: Iterable[str], repo_id: str, **options: Any
 ) -> CommitInfo:
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        allow_patterns=names,
-        commit_message=commit_message or "Upload model",
-        commit_description=commit_description,
-        revision=revision,
-        create_pr=create_pr,
-    )
+    tags = options.pop("tags", None) or []
+    own = getattr(model, "model_tags", None) or []
+    tags = [*own, *([tags] if isinstance(tags, str) else tags)]
+    commit: CommitInfo = upload(folder, names, repo_id, tags=tags, api=HfApi, **options)
+    return commit

@@ -1,6 +1,7 @@
-"""Registry of the libraries besides this package whose models `optimize()` and `export()` take.
+"""Registry of the libraries besides this package whose models and backbones it takes.
 
-It is where an integration plugs in: inference looks up the library of a model it was given, and the
+It is where an integration plugs in: `optimize()` and `export()` look up the library of a model they
+were given, models look up what builds backbones that are neither timm's nor their own, and the
 package registers its integrations by name, so that neither imports a library nobody uses.
 """
 
@@ -24,3 +25,18 @@ def family_of(model: object) -> ModuleType | None:
     """Import and return the module registered for a model's library, None if there is none."""
     module = _MODULES.get(type(model).__module__.partition(".")[0])
     return None if module is None else importlib.import_module(module)
+
+
+def register_service(name: str, module: str) -> None:
+    """Name the module that does what needs another library.
+
+    Args:
+        name: "backbones" (those that are neither timm's nor this package's own) or "adapters".
+        module: Module with the functions of `cdetr_fast.integrations`' module for it.
+    """
+    _MODULES[f"service {name}"] = module
+
+
+def service(name: str) -> ModuleType:
+    """Import and return the module registered under a name."""
+    return importlib.import_module(_MODULES[f"service {name}"])

@@ -29,17 +29,90 @@ ActivationName = Literal[
 ]
 ACTIVATION_NAMES: tuple[str, ...] = get_args(ActivationName)
 
+# Fields that transformers 4 and 5 give every configuration: in a timm backbone's file, they are not
+# arguments of timm.
+_OF_EVERY_CONFIG = frozenset(
+    [
+        "model_type",
+        "transformers_version",
+        "architectures",
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "dtype",
+        "torch_dtype",
+        "chunk_size_feed_forward",
+        "problem_type",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "_name_or_path",
+        "name_or_path",
+        "stage_names",
+        "is_encoder_decoder",
+        "_attn_implementation",
+        "attn_implementation",
+        "_attn_implementation_autoset",
+        "torchscript",
+        "use_bfloat16",
+        "tf_legacy_loss",
+        "pruned_heads",
+        "tie_word_embeddings",
+        "is_decoder",
+        "cross_attention_hidden_size",
+        "add_cross_attention",
+        "tie_encoder_decoder",
+        "finetuning_task",
+        "tokenizer_class",
+        "prefix",
+        "bos_token_id",
+        "pad_token_id",
+        "eos_token_id",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "task_specific_params",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "return_dict_in_generate",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+    ]
+)
+
 
 class BackboneConfig(Checked):
-    """The convolutional backbone: a timm model, or the ResNet that transformers has itself.
+    """The backbone: a timm model, transformers' ResNet, or another backbone of transformers.
 
     Args:
-        model_type: "timm_backbone" or "resnet".
+        model_type: "timm_backbone", "resnet", or any other that transformers has a backbone for
+            ("swin", "convnext", "dinov2", ...), which needs transformers when a model is built.
         **fields: For "timm_backbone": backbone (a timm name), num_channels, features_only,
-            use_pretrained_backbone, out_indices, out_features, output_stride, freeze_batch_norm_2d.
+            use_pretrained_backbone, out_indices, out_features, output_stride,
+            freeze_batch_norm_2d; others (`img_size`, `strict_img_size`, ...) are arguments of timm.
             For "resnet": num_channels, embedding_size, hidden_sizes, depths, layer_type,
             hidden_act, downsample_in_first_stage, downsample_in_bottleneck, out_features,
-            out_indices, stage_names. Others are kept as attributes and written back.
+            out_indices, stage_names. For the others: those of transformers' configuration, which
+            are checked there. All are kept as attributes and written back.
 
     transformers 5 ignores `use_pretrained_backbone`; here it is honoured when a model is built from
     a configuration (never when a checkpoint is loaded).
@@ -50,10 +123,10 @@ class BackboneConfig(Checked):
 
     _prefix: ClassVar[str] = "backbone_config."
 
-    model_type: Literal["timm_backbone", "resnet"]
-    num_channels: PositiveInt
-    out_indices: IntList | None
-    out_features: StrList | None
+    model_type: str
+    num_channels: PositiveInt = 3
+    out_indices: IntList | None = None
+    out_features: StrList | None = None
     # Of timm's; a "resnet" does not have these in its file, but they can be read.
     backbone: str | None = None
     features_only: Literal[True] = True
@@ -95,15 +168,16 @@ class BackboneConfig(Checked):
         },
     }
 
-    def __init__(
-        self, model_type: Literal["timm_backbone", "resnet"] = "timm_backbone", **fields: Any
-    ) -> None:
+    def __init__(self, model_type: str = "timm_backbone", **fields: Any) -> None:
         self.model_type = model_type
-        for name, value in (copy.deepcopy(self._DEFAULTS[model_type]) | fields).items():
-            setattr(self, name, value)
+        for name, value in (copy.deepcopy(self._DEFAULTS.get(model_type, {})) | fields).items():
+            if model_type in self._DEFAULTS:
+                setattr(self, name, value)
+            else:  # of another class, in which a name may mean something else
+                self.__dict__[name] = value
         if model_type == "resnet":
             self._align_stages()
-        elif self.backbone is None:
+        elif model_type == "timm_backbone" and self.backbone is None:
             refuse("backbone_config.backbone", "the name of a timm model", None, TypeError)
 
     @classmethod
@@ -112,7 +186,10 @@ class BackboneConfig(Checked):
         fields = value.to_dict() if hasattr(value, "to_dict") else value
         if not isinstance(fields, dict):
             refuse("backbone_config", "a dict or a configuration object", value, TypeError)
-        return cls(**{"model_type": None, **copy.deepcopy(fields)})
+        if fields.get("model_type") is None:
+            kinds = "'timm_backbone', 'resnet' or a backbone of transformers"
+            refuse("backbone_config.model_type", kinds, None)
+        return cls(**copy.deepcopy(fields))
 
     def _align_stages(self) -> None:
         """Set stage_names, and derive out_features from out_indices or the reverse."""
@@ -140,16 +217,33 @@ class BackboneConfig(Checked):
                 self.out_indices,
             )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "model_type" and value != self.__dict__.get(name, value):
+            refuse("backbone_config.model_type", f"{self.model_type!r}, as it was made", value)
+        super().__setattr__(name, value)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the backbone is one of transformers', neither timm's nor this package's."""
+        return self.model_type not in self._DEFAULTS
+
+    @property
+    def timm_arguments(self) -> dict[str, Any]:
+        """Arguments for timm besides name, channels and indices, as far as they are given."""
+        fields = self._DEFAULTS["timm_backbone"].keys() | _OF_EVERY_CONFIG
+        given = {k: v for k, v in self.__dict__.items() if k not in fields}
+        stride = {} if self.output_stride is None else {"output_stride": self.output_stride}
+        return stride | given
+
     @property
     def timm_kwargs(self) -> dict[str, Any] | None:
         """Keyword arguments for timm (`backbone_kwargs` in transformers 4); None for a ResNet."""
         if self.model_type != "timm_backbone":
             return None
-        stride = {} if self.output_stride is None else {"output_stride": self.output_stride}
         return {
             "out_indices": list(self.out_indices or ()),
             "in_chans": self.num_channels,
-            **stride,
+            **self.timm_arguments,
         }
 
     def merged(self, changes: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, overload
@@ -13,6 +14,7 @@ from cdetr_fast.common.files import (
     resolve_file,
     write_text,
 )
+from cdetr_fast.common.hub import upload
 from cdetr_fast.common.validation import Checked
 
 CONFIG_NAME = "config.json"
@@ -125,12 +127,34 @@ class ConfigFile(Checked):
         """Write one JSON file; an interrupted write leaves the old file."""
         write_text(Path(json_file_path), self.to_json_string(use_diff))
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        push_to_hub: bool = False,
+        **push_options: Any,
+    ) -> None:
         """Write config.json into a folder, which is created if necessary.
 
+        Args:
+            save_directory: The folder.
+            push_to_hub: Upload it too.
+            **push_options: As in `push_to_hub`; `repo_id` is the folder's name unless given.
+
         Raises:
+            TypeError: Options for an upload without push_to_hub=True.
             ValueError: The values of the fields do not fit each other.
         """
+        if push_options and not push_to_hub:
+            raise TypeError(f"save_pretrained: unknown keyword {next(iter(push_options))!r}")
         self.validate()
         folder = make_folder(save_directory)
         self.to_json_file(folder / CONFIG_NAME)
+        if push_to_hub:
+            push_options.setdefault("repo_id", folder.resolve().name)
+            upload(folder, [CONFIG_NAME], what="config", **push_options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload config.json to a repository on the hub; see `cdetr_fast.common.hub.upload`."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(Path(folder), [CONFIG_NAME], repo_id, what="config", **options)

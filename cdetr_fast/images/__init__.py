@@ -11,6 +11,7 @@ from cdetr_fast.images.processor import (
     ConditionalDetrFeatureExtractor,
     ConditionalDetrImageProcessor,
     ConditionalDetrImageProcessorFast,
+    ConditionalDetrImageProcessorPil,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "ConditionalDetrFeatureExtractor",
     "ConditionalDetrImageProcessor",
     "ConditionalDetrImageProcessorFast",
+    "ConditionalDetrImageProcessorPil",
 ]

@@ -411,6 +411,7 @@ def _to_batch(
 
 # transformers 4 had a slower and a faster implementation; here both names are one class.
 ConditionalDetrImageProcessorFast = ConditionalDetrImageProcessor
+ConditionalDetrImageProcessorPil = ConditionalDetrImageProcessor
 
 
 class ConditionalDetrFeatureExtractor(ConditionalDetrImageProcessor):

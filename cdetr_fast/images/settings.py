@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from cdetr_fast.common.files import (
     write_text,
 )
 from cdetr_fast.common.host_classes import inherit_from_hosts
+from cdetr_fast.common.hub import upload
 from cdetr_fast.common.validation import (
     Before,
     Bounds,
@@ -313,33 +315,60 @@ class StoredSettings(Checked):
         """Write `to_json_string` to a file; an interrupted write leaves the old file."""
         write_text(Path(json_file_path), self.to_json_string())
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> list[str]:
-        """Write preprocessor_config.json into a folder (created if necessary); return its path."""
-        path = make_folder(save_directory) / PREPROCESSOR_NAME
-        self.to_json_file(path)
-        return [str(path)]
-
-    def push_to_hub(
+    def save_pretrained(
         self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload image processor",
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-    ) -> str:
-        """Upload preprocessor_config.json to a hub repository (created if needed); return a URL."""
-        from huggingface_hub import HfApi  # 0.2 s to import
+        save_directory: str | os.PathLike[str],
+        push_to_hub: bool = False,
+        **push_options: Any,
+    ) -> list[str]:
+        """Write preprocessor_config.json into a folder (created if necessary); return its path.
 
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return api.upload_file(
-            path_or_fileobj=self.to_json_string().encode(),
-            path_in_repo=PREPROCESSOR_NAME,
-            repo_id=repo_id,
-            revision=revision,
-            commit_message=commit_message,
-        ).commit_url
+        Args:
+            save_directory: The folder.
+            push_to_hub: Upload it too.
+            **push_options: As in `push_to_hub`; `repo_id` is the folder's name unless given.
+
+        Raises:
+            TypeError: Options for an upload without push_to_hub=True.
+        """
+        if push_options and not push_to_hub:
+            raise TypeError(f"save_pretrained: unknown keyword {next(iter(push_options))!r}")
+        folder = make_folder(save_directory)
+        self.to_json_file(folder / PREPROCESSOR_NAME)
+        if push_to_hub:
+            push_options.setdefault("repo_id", folder.resolve().name)
+            upload(folder, [PREPROCESSOR_NAME], what="image processor", **push_options)
+        return [str(folder / PREPROCESSOR_NAME)]
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload preprocessor_config.json to a repository on the hub; return the commit's URL.
+
+        Args:
+            repo_id: Name of the repository, created if necessary.
+            **options: As in `cdetr_fast.common.hub.upload`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            commit = upload(
+                Path(folder), [PREPROCESSOR_NAME], repo_id, what="image processor", **options
+            )
+        return str(commit.commit_url)
+
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the settings of a processor as they are in the file.
+
+        Args:
+            pretrained_model_name_or_path: As in `from_pretrained`.
+            **kwargs: Download options of `from_pretrained`; all others are returned.
+
+        Returns:
+            The settings, and the unused keyword arguments.
+        """
+        download = {name: kwargs.pop(name) for name in DOWNLOAD_OPTIONS if name in kwargs}
+        return dict(_read_settings(pretrained_model_name_or_path, download)), kwargs
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"

@@ -1,6 +1,6 @@
 """The backbone with norms folded, and convolutions fused with what follows them.
 
-Replaces: the timm model that returns feature maps. Its forward is traced, and convolutions take
+Replaces: the module that returns feature maps. Its forward is traced, and convolutions take
 what follows them along (`FusedConv2d`). Everything that is not a plain layer stays in the traced
 graph and runs its own forward; a backbone that cannot be traced runs as it is.
 
@@ -27,6 +27,7 @@ from cdetr_fast.inference.convolution import (
 )
 from cdetr_fast.inference.workspace import Workspace
 from cdetr_fast.models.backbone import FrozenBatchNorm2d, FrozenBatchNormAct2d
+from cdetr_fast.models.feature_maps import maps_of
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add}
 
@@ -76,7 +77,7 @@ class FusedBackbone(nn.Module):
     """A backbone that computes the same maps in fewer passes over them.
 
     Args:
-        backbone: timm model that returns feature maps, its batch norms frozen; it is left as it is,
+        backbone: Module that returns feature maps, its batch norms frozen; it is left as it is,
             and weights that are not folded are shared with it.
         all_maps: Return all maps; otherwise only the coarsest one, and the memory of the others is
             free as soon as the backbone itself has read them.
@@ -108,8 +109,8 @@ class FusedBackbone(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """Return feature maps of images `[B, C, H, W]`, fine to coarse, in `output_fmt`."""
-        maps = self.body(pixel_values.contiguous(memory_format=torch.channels_last))
-        return list(maps) if self.all_maps else [maps[-1]]
+        maps = maps_of(self.body(pixel_values.contiguous(memory_format=torch.channels_last)))
+        return maps if self.all_maps else maps[-1:]
 
     def _compare(self, backbone: nn.Module) -> None:
         """Check the rewritten backbone, then its fused operators, against the original."""

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers.models.conditional_detr import modeling_conditional_detr as modeling
 
-from cdetr_fast.checkpoints.key_maps import to_v5
 from cdetr_fast.config.model import ConditionalDetrConfig
 from cdetr_fast.inference.optimized import OptimizedModel, forward_of, recogniser
 from cdetr_fast.inference.plain import first_difference
@@ -48,7 +47,6 @@ def convert(model: nn.Module) -> nn.Module:
             what its configuration builds.
     """
     theirs = copy.deepcopy(cast(Any, model).config)
-    theirs.backbone_config.use_pretrained_backbone = False
     if (difference := first_difference(model, type(model), theirs)) is not None:
         raise ValueError(
             f"cannot optimize: {difference}; replace it by the module that the configuration names"
@@ -60,7 +58,7 @@ def convert(model: nn.Module) -> nn.Module:
         converted: nn.Module = getattr(ours, type(model).__name__)(config)
     weights = {
         name: tensor
-        for name, tensor in to_v5(model.state_dict(keep_vars=True)).items()
+        for name, tensor in model.state_dict(keep_vars=True).items()
         if not name.endswith(".num_batches_tracked")
     }
     try:

@@ -1,26 +1,17 @@
-"""The convolutional backbone: a timm model that returns feature maps, its batch norms frozen."""
+"""The backbone of a model: feature maps of images, with frozen batch norms."""
 
 from typing import NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
-from timm.models.efficientnet import EfficientNetFeatures
-from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
+from cdetr_fast.common.model_families import service
 from cdetr_fast.config.model import BackboneConfig, ConditionalDetrConfig
-
-# (layer_type, depths) of transformers' ResNet -> the timm model with the same weights.
-_RESNETS = {
-    ("basic", (2, 2, 2, 2)): "resnet18",
-    ("basic", (3, 4, 6, 3)): "resnet34",
-    ("bottleneck", (2, 2, 2, 2)): "resnet26",
-    ("bottleneck", (3, 4, 6, 3)): "resnet50",
-    ("bottleneck", (3, 4, 23, 3)): "resnet101",
-    ("bottleneck", (3, 8, 36, 3)): "resnet152",
-}
+from cdetr_fast.models.feature_maps import FeatureBackbone, maps_of
+from cdetr_fast.models.resnet import build_resnet
+from cdetr_fast.models.timm_backbone import build_timm
 
 
 class _FrozenNorm(torch.autograd.Function):
@@ -54,7 +45,7 @@ class _FrozenNorm(torch.autograd.Function):
 def frozen_batch_norm(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
-    """Normalises `[B, C, H, W]` by fixed numbers `[C]`; gradients go to `x` alone."""
+    """Normalise `[B, C, H, W]` by fixed numbers `[C]`; gradients go to `x` alone."""
     differentiates = x.requires_grad and torch.is_grad_enabled()
     # Neither a compiler nor `torch.jit.trace` looks into the function.
     if differentiates and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
@@ -108,7 +99,7 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
 
 
 def freeze_batch_norm(module: nn.Module, faithful: bool = True) -> None:
-    """Replaces every `nn.BatchNorm2d` inside `module` by its frozen form, in place.
+    """Replace every `nn.BatchNorm2d` inside `module` by its frozen form, in place.
 
     Args:
         module: Any module; its own class is left as it is.
@@ -148,132 +139,105 @@ class BackboneFeatures(NamedTuple):
 
 
 class ConditionalDetrConvEncoder(nn.Module):
-    """timm backbone with frozen batch norm.
+    """Backbone of timm, of transformers, or the ResNet that both have, with frozen batch norm.
 
-    Under `compat="paper"` the stem and the stages up to stride 4 do not train, for every backbone,
-    as the authors have it; `unfreeze_backbone()` of the model undoes that. transformers freezes
-    nothing of a timm backbone, and everything of its own ResNet.
+    Under `compat="paper"` the stem and the stages up to stride 4 do not train, for every backbone
+    of timm that has such stages (a plain ViT has not) and for "resnet", as the authors have it;
+    `unfreeze_backbone()` of the model undoes that. transformers freezes nothing, except everything
+    of its own ResNets. Parameters that no gradient reaches do not train in any case.
 
     Args:
         config: The model's configuration; `config.backbone_config` names the backbone.
 
     Raises:
-        ValueError: timm does not know the backbone, or transformers' ResNet has no equal in timm.
+        ValueError: The backbone is not one of timm's or transformers', does not take the arguments,
+            or does not run at any image size.
+        ImportError: It is one of transformers', which is not installed.
     """
 
     def __init__(self, config: ConditionalDetrConfig) -> None:
         super().__init__()
         paper = config.compat == "paper"
-        self.num_channels = config.backbone_config.num_channels
-        self.model = _create_backbone(config.backbone_config, paper)
-        self.intermediate_channel_sizes = self.model.feature_info.channels()
+        settings = config.backbone_config
+        built = _build(settings, paper)
+        self.num_channels = settings.num_channels
+        self.model = built.module
+        self.intermediate_channel_sizes = built.channels
+        self._multiple = built.multiple
+        self._image_size = built.image_size
+        self._unread, self._read_besides = built.unread_by_last, built.unread_by_last - built.unread
         # transformers too is faithful where it leaves the freezing to timm.
-        timm_freezes = getattr(config.backbone_config, "freeze_batch_norm_2d", False)
-        freeze_batch_norm(self.model, faithful=paper or timm_freezes)
+        is_timm = settings.model_type == "timm_backbone"
+        timm_freezes = is_timm and settings.freeze_batch_norm_2d
+        freeze_batch_norm(self.model, faithful=timm_freezes or (paper and is_timm))
         if paper:
-            _drop_unread_blocks(self.model)
-            self._freeze_early_stages()
-        elif config.backbone_config.model_type == "resnet":
+            self._set_trainable(built.early, False)
+        elif "resnet" in settings.model_type:
             self.model.requires_grad_(False)
+        self._set_trainable(self._unread, False)
 
-    def _freeze_early_stages(self) -> None:
-        """Freezes everything up to the end of the last stage at stride 4 or finer."""
-        early = [
-            stage["module"] for stage in self.model.feature_info.info if stage["reduction"] <= 4
-        ]
-        if not early:
-            return
-        # timm flattens some models, which turns the dots of a stage's name into underscores.
-        last = {early[-1], early[-1].replace(".", "_")}
-        modules = list(self.model.named_modules())
-        ends = [i for i, (name, _) in enumerate(modules) if _is_within(name, last)]
-        for _, module in modules[: max(ends, default=-1) + 1]:
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)
+    def read_all_maps(self) -> None:
+        """Train what only the finer maps depend on too, for a model that reads them."""
+        trains = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        self._unread -= self._read_besides
+        if trains:  # not where everything is frozen
+            self._set_trainable(self._read_besides, True)
+
+    def unfreeze(self) -> None:
+        """Train everything that a gradient reaches."""
+        self.model.requires_grad_(True)
+        self._set_trainable(self._unread, False)
+
+    def _set_trainable(self, names: frozenset[str], value: bool) -> None:
+        for name, parameter in self.model.named_parameters():
+            if name in names:
+                parameter.requires_grad_(value)
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> BackboneFeatures:
-        """Computes the feature maps of padded images.
+        """Compute the feature maps of padded images.
 
         Args:
             pixel_values: `[B, num_channels, H, W]`.
             pixel_mask: `[B, H, W]`, nonzero = unpadded; None if nothing is padded.
+
+        Raises:
+            ValueError: The backbone runs at one image size, and this is another.
         """
+        height, width = pixel_values.shape[-2:]
+        if self._image_size not in (None, (height, width)):
+            expected = "x".join(map(str, self._image_size))
+            raise ValueError(
+                f"pixel_values: expected images of {expected} pixels, for which the backbone was "
+                f"built, got {height}x{width}"
+            )
+        if self._multiple > 1:
+            bottom, right = -height % self._multiple, -width % self._multiple
+            pixel_values = F.pad(pixel_values, (0, right, 0, bottom))
         # Convolutions are faster on channels-last images. The weights stay contiguous, for
         # safetensors refuses to save others.
-        maps = self.model(pixel_values.contiguous(memory_format=torch.channels_last))
+        maps = maps_of(self.model(pixel_values.contiguous(memory_format=torch.channels_last)))
         if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
             maps = [feature.permute(0, 3, 1, 2) for feature in maps]
+        if self._multiple > 1:
+            maps = [_without_padding(x, height, width, *pixel_values.shape[-2:]) for x in maps]
         mask = None
         if pixel_mask is not None:
             mask = F.interpolate(pixel_mask[:, None].float(), size=maps[-1].shape[-2:])[:, 0] > 0
-        return BackboneFeatures(list(maps), mask)
+        return BackboneFeatures(maps, mask)
 
 
-def _is_within(name: str, modules: set[str]) -> bool:
-    return any(name == module or name.startswith(module + ".") for module in modules)
+def _build(config: BackboneConfig, paper: bool) -> FeatureBackbone:
+    if config.model_type == "timm_backbone":
+        return build_timm(config, paper)
+    if config.model_type == "resnet":
+        return build_resnet(config)
+    built: FeatureBackbone = service("backbones").build_backbone(config.to_dict())
+    return built
 
 
-def _drop_unread_blocks(model: nn.Module) -> None:
-    """Drops the blocks behind the last feature map, which these classes of timm keep and compute.
-
-    They cost time, and DDP takes parameters without a gradient for an error.
-    """
-    if isinstance(model, (EfficientNetFeatures, MobileNetV3Features)):
-        last = max(info["stage"] for info in model.feature_info.get_dicts())
-        model.blocks = model.blocks[:last]
-
-
-def _create_backbone(backbone: BackboneConfig, paper: bool) -> nn.Module:
-    name, out_indices = backbone.backbone, backbone.out_indices
-    if backbone.model_type == "resnet":
-        name, out_indices = _timm_resnet(backbone)
-    elif not timm.is_model(name):
-        raise ValueError(f"backbone: expected the name of a timm model, got {name!r}")
-    if paper and backbone.model_type != "resnet":
-        out_indices = _available_indices(name, out_indices)
-    kwargs = {}
-    if backbone.output_stride is not None:
-        kwargs["output_stride"] = backbone.output_stride
-    return timm.create_model(
-        name,
-        pretrained=bool(backbone.use_pretrained_backbone),
-        features_only=True,
-        in_chans=backbone.num_channels,
-        out_indices=tuple(out_indices),
-        **kwargs,
-    )
-
-
-def _available_indices(name: str, out_indices: list[int]) -> list[int]:
-    """The default `[1, 2, 3, 4]` counts a stem that ConvNeXt-like backbones do not report."""
-    if list(out_indices) != [1, 2, 3, 4]:
-        return out_indices
-    with torch.device("meta"):
-        stages = len(timm.create_model(name, pretrained=False, features_only=True).feature_info)
-    return [index + stages - 5 for index in out_indices] if stages == 4 else out_indices
-
-
-def _timm_resnet(backbone: BackboneConfig) -> tuple[str, list[int]]:
-    """Maps transformers' own ResNet onto the timm model that its weights fit."""
-    expansion = 4 if backbone.layer_type == "bottleneck" else 1
-    standard = {
-        "embedding_size": 64,
-        "hidden_sizes": [width * expansion for width in (64, 128, 256, 512)],
-        "hidden_act": "relu",
-        "downsample_in_first_stage": False,
-        "downsample_in_bottleneck": False,
-    }
-    for field, expected in standard.items():
-        if (got := getattr(backbone, field)) != expected:
-            raise ValueError(
-                f"backbone_config.{field}: expected {expected!r} (timm's ResNet), got {got!r}"
-            )
-    name = _RESNETS.get((backbone.layer_type, tuple(backbone.depths)))
-    if name is None:
-        raise ValueError(
-            f"backbone_config.depths: expected one of {[list(k[1]) for k in _RESNETS]}, "
-            f"of a layer type timm has, got {list(backbone.depths)} {backbone.layer_type!r}"
-        )
-    stages = ["stem", "stage1", "stage2", "stage3", "stage4"]
-    names = backbone.out_features or ["stage4"]
-    return name, [stages.index(stage) for stage in names]
+def _without_padding(
+    feature: Tensor, height: int, width: int, padded_height: int, padded_width: int
+) -> Tensor:
+    """Cut off the part of a map `[B, C, h, w]` that only padding is behind."""
+    rows, columns = feature.shape[-2:]
+    return feature[..., : -(-height * rows // padded_height), : -(-width * columns // padded_width)]

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cdetr_fast.config.model import ConditionalDetrConfig
 from cdetr_fast.models.attention import (
@@ -19,6 +18,7 @@ from cdetr_fast.models.heads import ConditionalDetrMLPPredictionHead
 from cdetr_fast.models.outputs import DecoderOutput
 from cdetr_fast.models.position import MapPosition
 from cdetr_fast.models.projections import joint_linear, records_gradients
+from cdetr_fast.models.recompute import DEFAULT_OPTIONS, recompute
 from cdetr_fast.models.residual import add_and_norm, dropout
 from cdetr_kernels import sine_query
 
@@ -130,12 +130,15 @@ class ConditionalDetrDecoder(nn.Module):
         self.query_scale = ConditionalDetrMLPPredictionHead(
             config.d_model, config.d_model, config.d_model, 2
         )
+        # The first layer does not read it, and DDP takes parameters without a gradient for an error.
+        self.query_scale.requires_grad_(config.decoder_layers > 1)
         self.ref_point_head = ConditionalDetrMLPPredictionHead(
             config.d_model, config.d_model, 2, 2, fp32=True
         )
         self.config = config
         self.dropout = max(config.dropout, config.attention_dropout, config.activation_dropout)
         self.gradient_checkpointing = False
+        self.checkpoint_options = DEFAULT_OPTIONS
 
     def forward(
         self,
@@ -198,7 +201,7 @@ class ConditionalDetrDecoder(nn.Module):
                 starts_at_zero and index == 0,
             )
             if self.gradient_checkpointing and self.training:
-                result = checkpoint(layer, *arguments, use_reentrant=False)
+                result = recompute(layer, arguments, self.checkpoint_options)
             else:
                 result = layer(*arguments)
             hidden_states, self_attention, cross_attention = result

@@ -2,13 +2,13 @@
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cdetr_fast.config.model import ConditionalDetrConfig
 from cdetr_fast.models.activations import ACTIVATIONS
 from cdetr_fast.models.attention import ConditionalDetrSelfAttention
 from cdetr_fast.models.outputs import EncoderOutput
 from cdetr_fast.models.position import MapPosition
+from cdetr_fast.models.recompute import DEFAULT_OPTIONS, recompute
 from cdetr_fast.models.residual import UpdateBlock, add_and_norm, dropout
 
 
@@ -76,6 +76,7 @@ class ConditionalDetrEncoder(nn.Module):
         self.dropout = config.dropout
         self.layerdrop = config.encoder_layerdrop
         self.gradient_checkpointing = False
+        self.checkpoint_options = DEFAULT_OPTIONS
 
     def forward(
         self,
@@ -100,12 +101,11 @@ class ConditionalDetrEncoder(nn.Module):
         for layer in self.layers:
             if skip_layer(self.training, self.layerdrop):
                 continue
+            arguments = (hidden_states, position, mask, output_attentions)
             if self.gradient_checkpointing and self.training:
-                hidden_states, attention = checkpoint(
-                    layer, hidden_states, position, mask, output_attentions, use_reentrant=False
-                )
+                hidden_states, attention = recompute(layer, arguments, self.checkpoint_options)
             else:
-                hidden_states, attention = layer(hidden_states, position, mask, output_attentions)
+                hidden_states, attention = layer(*arguments)
             all_states.append(hidden_states)
             attentions.append(attention)
         return EncoderOutput(

@@ -78,12 +78,12 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
         initialize_model(self, config)
 
     def freeze_backbone(self) -> None:
-        """Stops training of the backbone."""
+        """Stop training of the backbone."""
         self.backbone.model.requires_grad_(False)
 
     def unfreeze_backbone(self) -> None:
-        """Trains the whole backbone, the stages that the authors freeze included."""
-        self.backbone.model.requires_grad_(True)
+        """Train the whole backbone, the stages that the authors freeze included."""
+        self.backbone.unfreeze()
 
     def forward(
         self,
@@ -96,6 +96,7 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **kwargs: Any,
     ) -> ConditionalDetrModelOutput | tuple:
         """Run the model.
 
@@ -115,11 +116,14 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
                 `config.output_hidden_states`).
             return_dict: Return a `ConditionalDetrModelOutput` (default: `config.return_dict`), else
                 a tuple.
+            **kwargs: What transformers' callers pass to every model, such as `num_items_in_batch`:
+                not read.
 
         Raises:
-            TypeError: A dtype does not fit.
+            TypeError: A dtype does not fit, or a keyword is unknown.
             ValueError: A shape does not fit, or `inputs_embeds` is given.
         """
+        self._check_keywords(kwargs)
         if inputs_embeds is not None:
             raise ValueError(
                 "inputs_embeds: expected None, as the map's size is not known from it, "
@@ -285,6 +289,7 @@ class ConditionalDetrForObjectDetection(DetectingModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_boxes: Tensor | None = None,
+        **kwargs: Any,
     ) -> ConditionalDetrObjectDetectionOutput | tuple:
         """Detect objects; with labels, also compute the loss.
 
@@ -303,11 +308,14 @@ class ConditionalDetrForObjectDetection(DetectingModel):
             return_dict: Return a `ConditionalDetrObjectDetectionOutput`, else a tuple.
             num_boxes: Number of boxes that the losses are divided by, a scalar, for gradient
                 accumulation (see `loss.criterion.detection_loss`); None counts the labels' own.
+            **kwargs: What transformers' callers pass to every model, such as `num_items_in_batch`:
+                not read.
 
         Raises:
-            TypeError: A dtype does not fit.
+            TypeError: A dtype does not fit, or a keyword is unknown.
             ValueError: A shape or label does not fit.
         """
+        self._check_keywords(kwargs)
         outputs = self.model(
             pixel_values,
             pixel_mask,
@@ -426,7 +434,9 @@ class ConditionalDetrForSegmentation(SegmentingModel):
     def __init__(self, config: ConditionalDetrConfig) -> None:
         super().__init__(config)
         self.conditional_detr = ConditionalDetrForObjectDetection(config)
-        channels = self.conditional_detr.model.backbone.intermediate_channel_sizes
+        backbone = self.conditional_detr.model.backbone
+        backbone.read_all_maps()
+        channels = backbone.intermediate_channel_sizes
         if len(channels) < 4:
             raise ValueError(
                 "backbone_config.out_indices: expected four feature maps for segmentation, "
@@ -456,6 +466,7 @@ class ConditionalDetrForSegmentation(SegmentingModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_boxes: Tensor | None = None,
+        **kwargs: Any,
     ) -> ConditionalDetrSegmentationOutput | tuple:
         """Detect and segment; arguments as in `ConditionalDetrForObjectDetection.forward`.
 
@@ -471,7 +482,9 @@ class ConditionalDetrForSegmentation(SegmentingModel):
             output_hidden_states: Return the layers' states.
             return_dict: Return a `ConditionalDetrSegmentationOutput`, else a tuple.
             num_boxes: As for detection.
+            **kwargs: As for detection.
         """
+        self._check_keywords(kwargs)
         detector = self.conditional_detr
         if inputs_embeds is not None:
             raise ValueError(

@@ -113,17 +113,15 @@ def test_detections_of_a_pipeline(photo):
             assert all(abs(x["box"][side] - y["box"][side]) <= 1 for side in y["box"])
 
 
-def test_backbones_that_are_not_here_are_refused():
+def test_backbones_of_transformers_run_as_they_are():
     swin = transformers.SwinConfig(
         image_size=64, embed_dim=8, depths=[1, 1], num_heads=[1, 1], out_features=["stage2"]
     )
-    config = {"use_timm_backbone": False, "backbone": None, "backbone_config": swin}
-    model = transformers.ConditionalDetrForObjectDetection(
-        transformers.ConditionalDetrConfig(**(TINY | config))
-    ).eval()
-    with pytest.raises(ValueError, match=r"backbone_config.model_type: expected"):
-        optimize(model)
-    assert type(model) is transformers.ConditionalDetrForObjectDetection
+    model = their_model(use_timm_backbone=False, backbone=None, backbone_config=swin)
+    images = padded_images()
+    fast = optimize(model)
+    assert_same(fast(*images), model(*images))
+    assert fast.runner.fallback_reason is None
 
 
 def test_own_models_do_not_import_transformers(root):

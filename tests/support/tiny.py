@@ -21,13 +21,12 @@ def tiny_config(**changes: Any) -> ConditionalDetrConfig:
         use_pretrained_backbone=False,
         d_model=32,
         encoder_layers=1,
-        decoder_layers=1,
         encoder_attention_heads=8,
         decoder_attention_heads=8,
         encoder_ffn_dim=32,
         decoder_ffn_dim=32,
         id2label=NAMES,
-        **({"num_queries": 7} | changes),
+        **({"num_queries": 7, "decoder_layers": 1} | changes),
     )
 
 
