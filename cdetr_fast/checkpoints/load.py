@@ -153,9 +153,9 @@ def load_pretrained(
     is_file = name_or_path is not None and os.path.isfile(name_or_path)
     if config is not None or not is_file:
         config = _find_config(config, name_or_path, download, config_overrides)
-    files = [Path(name_or_path)] if is_file else []
+    files = [Path(source)] if is_file else []
     if state_dict is None:
-        files = files or find_weights(name_or_path, variant, use_safetensors, **download)
+        files = files or find_weights(source, variant, use_safetensors, **download)
         state_dict = read_weights(files)
     state_dict = _mapped(state_dict, key_mapping)
     if is_authors(state_dict):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 CARD_NAME = "README.md"
 
@@ -66,7 +66,7 @@ def _tagged_card(repo_id: str, tags: list[str], token: str | bool | None) -> Any
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        card = ModelCard.load(repo_id, token=token)
+        card: Any = ModelCard.load(repo_id, token=cast("Any", token))
     except EntryNotFoundError:
         card = ModelCard(f"---\n{ModelCardData(library_name='transformers').to_yaml()}\n---\n")
     present = list(card.data.tags or ())

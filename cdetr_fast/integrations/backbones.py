@@ -126,6 +126,6 @@ def names_on_disk(
 
 
 def _model_config(fields: dict[str, Any]) -> Any:
-    """Return transformers' configuration, without the weights of losses: it takes integers alone."""
+    """Return transformers' configuration, without loss weights, which may be floats here."""
     kept = {k: v for k, v in fields.items() if not k.endswith(("_cost", "_coefficient"))}
     return transformers.ConditionalDetrConfig.from_dict(kept)

@@ -56,12 +56,13 @@ def load_adapter(
             "peft_model_id: expected a folder or the id of a model on the hub, or peft_config and "
             "adapter_state_dict instead, got None"
         )
+    source: Any = peft_model_id
     if peft_config is None:
-        peft_config = peft.PeftConfig.from_pretrained(peft_model_id, **download)
+        peft_config = peft.PeftConfig.from_pretrained(source, **download)
     elif isinstance(peft_config, Mapping):
         peft_config = peft.PeftConfig.from_peft_type(**peft_config)
     if adapter_state_dict is None:
-        adapter_state_dict = load_peft_weights(peft_model_id, device="cpu", **download)
+        adapter_state_dict = load_peft_weights(source, device="cpu", **download)
     peft_config.inference_mode = not is_trainable
     weights = to_v5({key.removeprefix(_PREFIX): x for key, x in adapter_state_dict.items()})
     trained = {n for n, parameter in model.named_parameters() if parameter.requires_grad}

@@ -130,7 +130,7 @@ class ConditionalDetrDecoder(nn.Module):
         self.query_scale = ConditionalDetrMLPPredictionHead(
             config.d_model, config.d_model, config.d_model, 2
         )
-        # The first layer does not read it, and DDP takes parameters without a gradient for an error.
+        # The first layer does not read it, and DDP refuses parameters without a gradient.
         self.query_scale.requires_grad_(config.decoder_layers > 1)
         self.ref_point_head = ConditionalDetrMLPPredictionHead(
             config.d_model, config.d_model, 2, 2, fp32=True

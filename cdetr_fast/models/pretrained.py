@@ -157,7 +157,7 @@ class ConditionalDetrPreTrainedModel(AdapterMethods, nn.Module):
         """Return a parameter or buffer by its dotted name.
 
         Raises:
-            AttributeError: There is none of this name.
+            AttributeError: The model has no parameter or buffer of this name.
         """
         module, _, name = target.rpartition(".")
         part = self.get_submodule(module)

@@ -170,7 +170,7 @@ def build_resnet(config: BackboneConfig) -> FeatureBackbone:
 
 
 # (layer_type, depths) -> the timm model with weights of the same sizes.
-_TIMM_NAMES = {
+_TIMM_NAMES: dict[tuple[str, tuple[int, ...]], str] = {
     ("basic", (2, 2, 2, 2)): "resnet18",
     ("basic", (3, 4, 6, 3)): "resnet34",
     ("bottleneck", (2, 2, 2, 2)): "resnet26",

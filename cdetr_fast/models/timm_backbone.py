@@ -35,7 +35,7 @@ _EARLY_PARTS = {"hrnet": ("conv1", "bn1", "conv2", "bn2", "layer1")}
 
 
 class _Traits(NamedTuple):
-    """What runs on the meta device tell about a timm model; names are of parameters.
+    """Traits of a timm model, found by runs on the meta device; names are of parameters.
 
     Attributes:
         options: Arguments for other image sizes than the model's own.
@@ -92,7 +92,7 @@ def build_timm(config: BackboneConfig, paper: bool) -> FeatureBackbone:
         raise _cannot_build(name, arguments | {"out_indices": out_indices}, error) from error
     if paper:
         _drop_unread_blocks(module)
-    channels = module.feature_info.channels()
+    channels = _feature_info(module).channels()
     if traits is None:
         unread = _behind_the_last_map(module)
         return FeatureBackbone(module, channels, _early_by_name(module), unread, unread)
@@ -120,7 +120,7 @@ def _available_indices(name: str, out_indices: tuple[int, ...]) -> tuple[int, ..
 
 @functools.cache
 def _stage_count(name: str) -> int:
-    return len(_without_weights(name, 3, None, {}).feature_info.info)
+    return len(_feature_info(_without_weights(name, 3, None, {})).info)
 
 
 def _without_weights(
@@ -150,7 +150,7 @@ def _cannot_build(name: str, arguments: dict[str, Any], error: Exception) -> Val
 
 
 def _told(error: Exception | None) -> str:
-    return f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+    return f"{type(error).__name__}: {first_line(error or '')}".removesuffix(": ")
 
 
 _KNOWN_TRAITS: dict[str, _Traits] = {}
@@ -238,10 +238,8 @@ def _early_by_gradients(
     name: str, channels: int, arguments: dict[str, Any], size: tuple[int, int], device: str
 ) -> frozenset[str]:
     """Return what the last map at stride 4 or finer depends on."""
-    strides = [
-        info["reduction"]
-        for info in _without_weights(name, channels, None, arguments, device).feature_info.info
-    ]
+    blueprint = _without_weights(name, channels, None, arguments, device)
+    strides = [info["reduction"] for info in _feature_info(blueprint).info]
     last = max((index for index, stride in enumerate(strides) if stride <= 4), default=None)
     if last is None:
         return frozenset()
@@ -249,9 +247,13 @@ def _early_by_gradients(
     return dependencies(model, probe(model, channels, size))
 
 
+def _feature_info(module: nn.Module) -> Any:
+    return module.feature_info
+
+
 def _early_by_name(module: nn.Module) -> frozenset[str]:
     """Return the parameters up to the end of the last module that timm names at stride <= 4."""
-    stages = [stage["module"] for stage in module.feature_info.info if stage["reduction"] <= 4]
+    stages = [stage["module"] for stage in _feature_info(module).info if stage["reduction"] <= 4]
     if not stages:
         return frozenset()
     # timm flattens some models, which turns the dots of a stage's name into underscores.

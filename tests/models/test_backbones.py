@@ -114,7 +114,7 @@ def test_arguments_reach_timm():
     assert model.intermediate_channel_sizes == [48]
     fixed = of_timm("levit_128", img_size=(64, 96))
     assert fixed(torch.zeros(1, 3, 64, 96), None).maps[-1].shape[-1] > 0
-    with pytest.raises(ValueError, match="pixel_values: expected images of 64x96 .*got 96x64"):
+    with pytest.raises(ValueError, match=r"pixel_values: expected images of 64x96 .*got 96x64"):
         fixed(torch.zeros(1, 3, 96, 64), None)
 
 

@@ -49,7 +49,7 @@ def test_sizes_and_parts(model):
     norm = "model.backbone.model.bn1.running_mean"
     assert model.get_parameter_or_buffer(norm) is model.model.backbone.model.bn1.running_mean
     for missing in ("class_labels_classifier", "nothing", "model.nothing.weight"):
-        with pytest.raises(AttributeError, match="nothing|class_labels_classifier"):
+        with pytest.raises(AttributeError, match=r"nothing|class_labels_classifier"):
             model.get_parameter_or_buffer(missing)
     assert model.get_encoder() is model.model.get_encoder() is model.model.encoder
     assert model.get_decoder() is model.model.decoder
@@ -111,8 +111,9 @@ def test_re_entrant_checkpointing_has_the_same_gradients(images, learned):
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys() == found[2].keys()
     for other in found[1:]:
+        largest = max(gradient.abs().max().item() for gradient in found[0].values())
         for name, gradient in found[0].items():
-            tolerance = 1e-4 * gradient.abs().max().item() + 1e-6
+            tolerance = 1e-5 * gradient.abs().max().item() + 1e-6 * largest
             torch.testing.assert_close(other[name], gradient, atol=tolerance, rtol=0, msg=name)
 
 
