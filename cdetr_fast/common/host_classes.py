@@ -16,16 +16,20 @@ def register_host(library: str, module: str) -> None:
 
     Args:
         library: Top-level package.
-        module: Module with a function `inherit()`, like `cdetr_fast.integrations.inheritance`.
+        module: Module with a function `inherit()`, like `cdetr_fast.integrations.inheritance`,
+            which returns whether all is done.
     """
     _MODULES[library] = module
 
 
 def inherit_from_hosts() -> None:
     """Let this package's classes inherit from those of registered libraries that are imported."""
-    for library, module in _MODULES.items():
+    # Written for speed, as it runs in every call of a model.
+    for library, name in tuple(_MODULES.items()):
         if library in sys.modules:
-            importlib.import_module(module).inherit()
+            module = sys.modules.get(name) or importlib.import_module(name)
+            if module.inherit():
+                _MODULES.pop(library, None)
 
 
 def add_base(cls: type, host: type) -> None:

@@ -184,6 +184,15 @@ def test_operators_are_called(implementation, monkeypatch):
         }
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_traced_with_gradients_on():
+    model, images = make_theirs("detection", "sdpa").eval(), padded_images()
+    with cdetr_fast.patch_transformers():
+        traced = torch.jit.trace(model, images, strict=False)
+    got, expected = traced(*images)["logits"], model(*images).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
 def test_undone_exactly():
     model = make_theirs(implementation="sdpa")
     before, expected = snapshot(), leaves(predict(model))
