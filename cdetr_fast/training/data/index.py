@@ -67,14 +67,19 @@ class CocoIndex:
     areas: np.ndarray
     labels: np.ndarray
     crowd: np.ndarray
-    segmentation_spans: np.ndarray
     classes: tuple[str, ...]
     category_ids: np.ndarray
     mask_names: list[str] = field(default_factory=list)
     stuff: frozenset[str] = frozenset()
     exif: Literal["upright", "stored"] = "upright"
     unassigned: list[int] = field(default_factory=list)
+    segmentation_spans: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     segmentation_text: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.segmentation_spans) == 0:
+            spans = np.zeros((self.num_objects, 2), np.int64)
+            object.__setattr__(self, "segmentation_spans", spans)
 
     def __len__(self) -> int:
         return len(self.file_names)
