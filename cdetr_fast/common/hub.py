@@ -45,7 +45,7 @@ def upload(
     if revision is not None and not revision.startswith("refs/pr"):
         client.create_branch(repo_id, branch=revision, exist_ok=True)
     names = list(names)
-    tags = [tags] if isinstance(tags, str) else list(tags or ())
+    tags = [tags] if isinstance(tags, str) else list(dict.fromkeys(tags or ()))
     if tags and CARD_NAME not in names:
         _tagged_card(repo_id, tags, token).save(folder / CARD_NAME)
         names.append(CARD_NAME)

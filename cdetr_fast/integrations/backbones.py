@@ -11,6 +11,7 @@ from cdetr_fast.models.feature_maps import FeatureBackbone, dependencies, probe
 
 try:
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING_NAMES
@@ -78,7 +79,7 @@ def _make(fields: dict[str, Any]) -> Any:
     try:
         config = CONFIG_MAPPING[kind].from_dict(fields)
         return transformers.AutoBackbone.from_config(config)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise ValueError(
             f"backbone_config: expected the fields of a backbone of type {kind!r}, for which "
             f"transformers says: {first_line(error)}"

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections import OrderedDict
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
@@ -637,6 +638,142 @@ def test_options(tmp_path):
         load(tmp_path, num_querys=3)
 
 
+def test_weights_that_are_given(tmp_path):
+    model = _ours()
+    load = _class("detection").from_pretrained
+    _assert_equal_outputs(load(None, config=model.config, state_dict=model.state_dict()), model, 0)
+    on_disk = to_v4(model.state_dict())
+    _assert_equal_outputs(load(None, config=model.config, state_dict=on_disk), model, 0)
+    model.save_pretrained(tmp_path)
+    other = _ours(seed=1)
+    _assert_equal_outputs(load(tmp_path, state_dict=other.state_dict()), other, 0)
+    with pytest.raises(TypeError, match="state_dict: expected one"):
+        load(None, config=model.config)
+    with pytest.raises(TypeError, match="config: expected one"):
+        load(None, state_dict=model.state_dict())
+
+
+def test_key_mapping(tmp_path):
+    model = _ours()
+    named = {f"net.{key}".replace("fc1", "first"): x for key, x in model.state_dict().items()}
+    mapping = {r"^net\.": "", r"mlp\.first\.": "mlp.fc1."}
+    for cls in (_class("detection"), transformers.ConditionalDetrForObjectDetection):
+        config = model.config
+        if cls is not _class("detection"):
+            config = transformers.ConditionalDetrConfig.from_dict(config.to_dict())
+        loaded = cls.from_pretrained(
+            None, config=config, state_dict=named, key_mapping=mapping
+        ).eval()
+        _assert_equal_outputs(loaded, model)
+    with pytest.raises(ValueError, match="key_mapping: expected different names"):
+        _class("detection").from_pretrained(
+            None, config=model.config, state_dict=named, key_mapping={r".*": "x"}
+        )
+
+
+def test_device_map(tmp_path):
+    model = _ours()
+    model.save_pretrained(tmp_path)
+    load = _class("detection").from_pretrained
+    parts = {"model": "cpu", "class_labels_classifier": "cpu", "bbox_predictor": "cpu"}
+    for device_map in ("auto", "balanced", "sequential", "cpu", torch.device("cpu"), parts):
+        loaded = load(tmp_path, device_map=device_map)
+        _assert_equal_outputs(loaded, model, 0)
+        assert loaded.hf_device_map.keys() == (parts if device_map is parts else {"": 0}).keys()
+    _assert_equal_outputs(load(tmp_path, device_map="auto", max_memory={"cpu": "4GB"}), model, 0)
+    on_disk = parts | {"bbox_predictor": "disk"}
+    spread = load(tmp_path, device_map=on_disk, offload_folder=tmp_path / "offload")
+    _assert_equal_outputs(spread, model, 0)
+    assert any((tmp_path / "offload").iterdir())
+    for wrong, message in (
+        ("gpu", "device_map: .*'gpu'"),
+        ({"": "cpu", "modell": "cpu"}, "names of modules of .*'modell'"),
+        ({"model": "cpu"}, "a device for every module, also for that of class_labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path, device_map=wrong)
+    with pytest.raises(ValueError, match="max_memory: expected None"):
+        load(tmp_path, max_memory={"cpu": "4GB"})
+
+
+FOREIGN = {
+    "swin": {
+        "model_type": "swin",
+        "image_size": 64,
+        "embed_dim": 8,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 1, 2, 2],
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    },
+    "convnext": {"model_type": "convnext", "hidden_sizes": [8, 16, 24, 32], "depths": [1] * 4},
+    "dinov2": {
+        "model_type": "dinov2",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "image_size": 70,
+        "num_attention_heads": 2,
+        "out_features": ["stage2"],
+    },
+    "dinov3_vit": {
+        "model_type": "dinov3_vit",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "intermediate_size": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_backbones_of_transformers_both_ways(kind, tmp_path):
+    settings = oracle.TINY | SMALL | {"backbone_config": FOREIGN[kind], "backbone": None}
+    theirs = transformers.ConditionalDetrForObjectDetection(
+        transformers.ConditionalDetrConfig(**settings)
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, report = _class("detection").from_pretrained(
+        tmp_path / "theirs", output_loading_info=True
+    )
+    assert not any(report[key] for key in report)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    _assert_equal_outputs(ours, theirs)
+    ours.save_pretrained(tmp_path / "ours")
+    for cls in (_class("detection"), transformers.ConditionalDetrForObjectDetection):
+        again, report = cls.from_pretrained(tmp_path / "ours", output_loading_info=True)
+        assert not any(report[key] for key in report)
+        _assert_equal_outputs(again.eval(), theirs)
+    # What only finer maps than the one that is read depend on does not train.
+    ours.train()(torch.randn(1, 3, 64, 64)).logits.sum().backward()
+    unread = [n for n, p in ours.named_parameters() if p.requires_grad and p.grad is None]
+    assert all("bbox_predictor" in name for name in unread)
+
+
+def test_backbone_of_no_library_is_refused():
+    config = cdetr_fast.ConditionalDetrConfig(backbone_config={"model_type": "swim"})
+    with pytest.raises(ValueError, match=r"model_type: .*'swim'; did you mean 'swin'"):
+        cdetr_fast.ConditionalDetrModel(config)
+    config = cdetr_fast.ConditionalDetrConfig(
+        backbone_config={"model_type": "swin", "depths": "two"}
+    )
+    with pytest.raises(ValueError, match=r"'swin'.*depths"):
+        cdetr_fast.ConditionalDetrModel(config)
+
+
+def test_resnet_by_timms_names_and_back():
+    timm_named = _ours()
+    fields = RESNET | {"use_timm_backbone": False}
+    config = cdetr_fast.ConditionalDetrConfig(**(oracle.TINY | SMALL | fields))
+    load = _class("detection").from_pretrained
+    native = load(None, config=config, state_dict=timm_named.state_dict())
+    _assert_equal_outputs(native, timm_named, 1e-5)
+    back = load(None, config=timm_named.config, state_dict=native.state_dict())
+    _assert_equal_outputs(back, timm_named, 0)
+
+
 def test_files_can_be_read_by_whom_the_umask_allows(tmp_path):
     _ours().save_pretrained(tmp_path)
     (tmp_path / "ordinary").touch()
@@ -718,6 +855,10 @@ class FakeHub:
         return "commit"
 
 
+def _no_card(*args, **kwargs):
+    raise huggingface_hub.errors.EntryNotFoundError("none")
+
+
 def test_push_to_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(FakeHub, "calls", [], raising=False)
     monkeypatch.setattr(save, "HfApi", FakeHub)
@@ -739,6 +880,23 @@ def test_push_to_hub(tmp_path, monkeypatch):
     assert FakeHub.calls[-1][1] == files
     assert FakeHub.calls[-1][2]["repo_id"] == "me/dogs"
     assert FakeHub.calls[-1][2]["commit_message"] == "trained"
+    FakeHub.calls.clear()
+    cards = []
+    monkeypatch.setattr("huggingface_hub.ModelCard.load", _no_card)
+    monkeypatch.setattr("huggingface_hub.ModelCard.save", lambda card, path: cards.append(card))
+    model.add_model_tags("small")
+    model.push_to_hub("cats", tags=["cats", "small"])
+    assert FakeHub.calls[-1][1] == ["README.md", *files]
+    assert cards[-1].data.tags == ["small", "cats"]
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    model.config.push_to_hub("cats")
+    model.config.save_pretrained(tmp_path / "dogs", push_to_hub=True, tags="dogs")
+    assert [call[1] for call in FakeHub.calls if call[0] == "upload"][-2:] == [
+        ["config.json"],
+        ["README.md", "config.json"],
+    ]
+    with pytest.raises(TypeError, match="'comit_message'"):
+        model.config.save_pretrained(tmp_path / "dogs", comit_message="trained")
     with pytest.raises(TypeError, match="'comit_message'"):
         model.save_pretrained(tmp_path / "dogs", comit_message="trained")
 
