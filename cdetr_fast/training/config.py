@@ -188,6 +188,10 @@ class TrainingConfig(Checked):
         _optimisation("bf16 and fp16 are autocast; bf16-pure also holds the weights in bf16"),
     ] = "fp32"
     fsdp: Annotated[bool, _optimisation("shard parameters over the processes")] = False
+    find_unused_parameters: Annotated[
+        bool,
+        _optimisation("let DDP look for parameters without a gradient, as layer drop leaves them"),
+    ] = False
 
     # run
     output: Annotated[Text, _run("folder of the run")] = "output/train"

@@ -43,7 +43,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         PartialState,
     )
     from accelerate.tracking import get_available_trackers
-    from accelerate.utils import GradientAccumulationPlugin
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     plugin = None
     if config.fsdp:
@@ -64,6 +64,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             log_with=list(config.trackers) or None,
             project_dir=config.output,
             fsdp_plugin=plugin,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)
+            ],
             # We scale losses ourselves; without it an environment variable would scale them too.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )

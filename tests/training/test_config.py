@@ -61,3 +61,17 @@ def test_values_are_stored_in_the_type_of_their_setting():
 def test_graphs_exclude_other_settings():
     with pytest.raises(DataError, match="cuda_graphs: expected compile False with it, got True"):
         TrainingConfig(cuda_graphs=True, compile=True)
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_find_unused_parameters_reaches_ddp(value, tmp_path):
+    from support.accelerate_state import forget_accelerate_state
+
+    from cdetr_fast.training.setup import make_accelerator
+
+    config = TrainingConfig(
+        train_images="a", output=str(tmp_path), device="cpu", find_unused_parameters=value
+    )
+    accelerator = make_accelerator(config)
+    assert accelerator.ddp_handler.find_unused_parameters is value
+    forget_accelerate_state()
