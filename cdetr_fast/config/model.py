@@ -173,6 +173,7 @@ class ConditionalDetrConfig(ConfigFile):
     transformers_version: str | None = None
     id2label: LabelsById
     label2id: IdsByLabel
+    _commit_hash = None  # pipelines of transformers 5.17 read it
     _name_or_path: Annotated[str, Before(str)] = ""
     _attn_implementation: Annotated[str | None, Before(check_attn_implementation)] = None
 
