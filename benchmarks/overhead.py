@@ -9,7 +9,6 @@ above the limit is a failure.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import sys
@@ -41,21 +40,8 @@ def make_calls(operator: Operator) -> tuple[Case, Call, Call]:
     case = module.make(sizes.dtypes[0], "cpu", **sizes.smallest)
     backend = "auto" if operator.choice().path == "torch" else "torch"
     call = functools.partial(case.public, **case.inputs, **case.options, backend=backend)
-    # The reference is called with what the public function hands on.
-    handed_on: list[Any] = []
     reference = operator.implementations["torch"]
-
-    def record(*arguments: Any) -> tuple[()]:
-        handed_on.append(arguments)
-        return ()
-
-    recorder = dataclasses.replace(reference, run=record)
-    with (
-        mock.patch.dict(operator.implementations, {"torch": recorder}),
-        contextlib.suppress(Exception),
-    ):
-        call()
-    return case, call, functools.partial(reference.run, *handed_on[0])
+    return case, call, functools.partial(reference.run, *case.handed_on("torch"))
 
 
 def milliseconds(call: Call) -> float:

@@ -10,6 +10,7 @@ from benchmarks import results
 from benchmarks.case import OptionError
 from benchmarks.registry import BENCHMARKS, REGISTRY, TOOLS, Entry
 from cdetr_fast.common.validation import did_you_mean
+from cdetr_kernels.qualification import ensure_qualified
 
 USAGE = "python -m benchmarks NAME [options]   (NAME --help: the options)"
 
@@ -65,6 +66,7 @@ def run(entry: Entry, arguments: Sequence[str]) -> int:
     if options.device.split(":")[0] not in entry.devices:
         parser.error(f"--device: expected {' or '.join(entry.devices)}, got {options.device}")
     torch.set_num_threads(options.threads)
+    ensure_qualified(torch.device(options.device))
     rows: list[results.Row] = []
     failures = 0
     try:

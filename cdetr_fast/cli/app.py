@@ -17,6 +17,7 @@ from cdetr_fast.cli.evaluate import evaluate
 from cdetr_fast.cli.export import export
 from cdetr_fast.cli.info import info
 from cdetr_fast.cli.options import Command
+from cdetr_fast.cli.qualify import qualify
 from cdetr_fast.cli.train import train
 from cdetr_fast.training.errors import DataError, TrainingStopped
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # one-line usage errors
     help="Conditional DETR: detect objects, train and evaluate, see what runs on this machine.",
 )
-for _command in (detect, demo, train, evaluate, convert, export, info, build_native):
+for _command in (detect, demo, train, evaluate, convert, export, info, qualify, build_native):
     app.command(cls=Command)(_command)
 app.command(
     add_help_option=False,

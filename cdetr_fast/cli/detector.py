@@ -36,6 +36,7 @@ class Detector:
         import cdetr_fast
         from cdetr_fast.common.devices import usable_device
         from cdetr_fast.models.auto import class_of_checkpoint
+        from cdetr_kernels.qualification import ensure_qualified
 
         self.name = "embedded" if name is None else name
         source = str(DEMO) if name is None else name
@@ -44,6 +45,7 @@ class Detector:
             self.device = usable_device("--device", device)
         except RuntimeError as error:
             raise UserError(str(error)) from error
+        ensure_qualified(self.device)
         try:
             model_class = class_of_checkpoint(source, **options)
             self.segments = model_class is cdetr_fast.ConditionalDetrForSegmentation

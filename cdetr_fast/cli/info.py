@@ -15,7 +15,7 @@ def info() -> None:
 
     import cdetr_fast
     from cdetr_fast.loss.assignment import solver_choice
-    from cdetr_kernels import native, registry
+    from cdetr_kernels import evidence, native, registry
 
     table = Table("what", "value", box=None, show_header=False, pad_edge=False)
     table.add_row("cdetr_fast", cdetr_fast.__version__)
@@ -41,10 +41,16 @@ def info() -> None:
     for part, state in native.parts().items():
         table.add_row(part, state)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    table.add_row("records", str(evidence.user_folder()))
     table.add_row("assignment", solver_choice(device))
     operators = Table("operator", "path", "reason", box=None, pad_edge=False)
-    for entry in registry.report(device):
-        operators.add_row(entry.op, entry.path, entry.reason)
+    choices = registry.report(device)
+    if any(entry.figure for entry in choices):
+        for column in ("calls", "figure", "date"):
+            operators.add_column(column)
+    for entry in choices:
+        cells = (entry.op, entry.path, entry.reason, entry.calls, entry.figure, entry.date)
+        operators.add_row(*cells[: len(operators.columns)])
     console = Console(highlight=False, markup=False)
     console.print(table)
     console.print()

@@ -17,6 +17,7 @@ from cdetr_fast.inference.known import become, known
 from cdetr_fast.inference.plain import unsupported_reason
 from cdetr_fast.inference.prepare import shallow_copy
 from cdetr_fast.inference.runner import Family, Options, Runner
+from cdetr_kernels.qualification import ensure_qualified
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,6 +38,7 @@ def optimize(
     static_outputs: bool = False,
     int8_calibration: Sequence[torch.Tensor] | None = None,
     inplace: bool = False,
+    qualify: bool | str = "auto",
 ) -> Model:
     """Return a model of the same class name, signature, outputs and weights that runs faster.
 
@@ -76,6 +78,9 @@ def optimize(
             in int8, on CPUs with VNNI; their ranges are found on these images, and again when the
             weights change. What that costs, `python -m benchmarks precision` measures.
         inplace: Change `model` itself, and return it.
+        qualify: "auto" finds out which kernels are right and faster on a GPU without a record, once
+            and in at most 90 seconds, see `cdetr_kernels.qualify`; False leaves it out, as
+            `CDETR_FAST_QUALIFY=0` does.
 
     Raises:
         TypeError: `model` is of another class, or an argument of another type.
@@ -99,6 +104,7 @@ def optimize(
         int8_calibration=_calibration(int8_calibration, model, wanted, target, compile),
     )
     inplace = checked(bool, inplace, "inplace")
+    ensure_qualified(target, qualify)
     result = _alias(model)
     runner = _prepared(result, target, wanted, Runner(options, family))
     if inplace:  # all that could fail has been tried on the alias, so this is done in full

@@ -50,6 +50,7 @@ from cdetr_fast.training.run.state import (
     set_random_state,
 )
 from cdetr_fast.training.step import StepReport, TrainingStep
+from cdetr_kernels.qualification import ensure_qualified
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class Engine:
         self.config = config
         self.signals = signals
         self.accelerator = setup.make_accelerator(config)
+        ensure_qualified(self.accelerator.device)
         self.is_main = self.accelerator.is_main_process
         self.folder = Path(config.output)
         self.agents = launch.agents(self.accelerator)

@@ -2,7 +2,8 @@
 
 Every operator is a plain function of tensors and knows nothing of models. Each is a folder of
 `cdetr_kernels.ops`, with its definition in plain PyTorch and its kernels; `cdetr_kernels.dispatch`
-chooses which of them runs, and `cdetr_kernels.registry` lists all operators.
+chooses which of them runs, and `cdetr_kernels.registry` lists all operators. `qualify` finds out
+which kernels are right and faster on this machine.
 """
 
 from cdetr_kernels.ops.conditional_attention import conditional_attention
@@ -14,6 +15,7 @@ from cdetr_kernels.ops.residual_layer_norm import residual_layer_norm
 from cdetr_kernels.ops.set_loss import set_loss
 from cdetr_kernels.ops.sine_position_2d import sine_position_2d
 from cdetr_kernels.ops.sine_query import sine_query
+from cdetr_kernels.qualification import qualify
 
 __all__ = [
     "conditional_attention",
@@ -21,6 +23,7 @@ __all__ = [
     "detection_topk",
     "matching_cost",
     "normalize_and_pad",
+    "qualify",
     "residual_layer_norm",
     "set_loss",
     "sine_position_2d",

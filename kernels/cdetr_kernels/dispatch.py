@@ -1,20 +1,25 @@
 """Choice of the implementation that runs an operator, with the reason.
 
 An operator has a table of implementations, best first, that ends with its PyTorch reference.
-`backend="auto"` takes the first one that supports the arguments and is not opt-in. An
-implementation that is asked for by name and cannot run raises `RuntimeError` with the reason: a
-request is never answered silently by another implementation.
+`backend="auto"` takes the first one that supports the arguments; one that needs evidence on the
+device is taken where a record says that it is right and faster for such calls, see
+`cdetr_kernels.evidence`. An implementation that is asked for by name and cannot run raises
+`RuntimeError` with the reason: a request is never answered silently by another implementation.
 
-The environment variable `CDETR_FAST_BACKEND` names the implementation, opt-in or not, that "auto"
-takes wherever it can run. It is read once, when this module is imported.
+The environment variable `CDETR_FAST_BACKEND` names the implementation, with or without evidence,
+that "auto" takes wherever it can run. It is read once, when this module is imported.
 """
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from cdetr_kernels import evidence
+from cdetr_kernels.evidence import Finding
 
 BACKENDS = ("auto", "torch", "triton", "native")
 """Values of `backend`. "cuda" is accepted too: "native", for tensors on a GPU only."""
@@ -30,17 +35,37 @@ def _preference() -> str:
 PREFERRED = _preference()
 
 
+# As triton, which decides when it is imported whether it interprets kernels on a CPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @dataclass(frozen=True)
 class Choice:
-    """The implementation that `backend="auto"` takes for one operator, and the reason."""
+    """The implementation that `backend="auto"` takes for one kind of calls, and the reason.
+
+    Args:
+        op: Name of the operator.
+        path: Name of the implementation.
+        reason: Why it is taken.
+        calls: Which calls; all if empty.
+        figure: What was measured, if anything was.
+        date: When.
+    """
 
     op: str
     path: str
     reason: str
+    calls: str = ""
+    figure: str = ""
+    date: str = ""
 
 
 def _supports_everything(*_: Any) -> None:
     return None
+
+
+def _no_classes(*_: Any) -> tuple[int, ...]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -52,14 +77,13 @@ class Implementation:
         unsupported_reason: Returns why it cannot run on the operator's arguments, None if it can.
             It is called in every call, so it has to be cheap. With the first argument alone it
             answers for the device.
-        opt_in_reason: Why "auto" skips it; it then runs only when asked for by name.
-        opt_in_device: Type of the devices that `opt_in_reason` is limited to; None is all.
+        evidence_on: Types of the devices on which "auto" takes it only where a record says that it
+            is right and faster.
     """
 
     run: Callable[..., Any]
     unsupported_reason: Callable[..., str | None] = _supports_everything
-    opt_in_reason: str | None = None
-    opt_in_device: str | None = None
+    evidence_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,10 +93,16 @@ class Operator:
     Args:
         name: Public name of the operator.
         implementations: Implementations by backend name, best first.
+        classify: Returns the class of a call, given the operator's arguments: numbers and flags
+            that decide which path is the faster one. Calls of one class share their evidence.
+        dtype_of: Returns the dtype that a call computes in; None is that of the first tensor.
     """
 
     name: str
     implementations: dict[str, Implementation]
+    classify: Callable[..., tuple[int | bool | str, ...]] = _no_classes
+    dtype_of: Callable[..., torch.dtype] | None = None
+    _taken: dict[int, dict[tuple[Any, ...], str]] = field(default_factory=dict, compare=False)
 
     def __call__(self, backend: str, *args: Any) -> Any:
         """Run the implementation that `backend` names.
@@ -83,7 +113,7 @@ class Operator:
                 or it cannot run on these tensors.
         """
         if backend == "auto":
-            return self.implementations[self._select(*args)].run(*args)
+            return self.implementations[self.select(*args)].run(*args)
         requested = backend
         if backend == "cuda":
             backend = "native"
@@ -93,11 +123,54 @@ class Operator:
             reason: str | None = self._missing_reason(backend)
         else:
             reason = self.implementations[backend].unsupported_reason(*args)
-        if reason is None and requested == "cuda" and _device_type(args[0]) != "cuda":
-            reason = f"the tensors are on {_device_type(args[0])}"
+        device_type = _tensor(args[0]).device.type
+        if reason is None and requested == "cuda" and device_type != "cuda":
+            reason = f"the tensors are on {device_type}"
         if reason is not None:
             raise RuntimeError(f"{self.name}: backend {requested!r} cannot run: {reason}")
         return self.implementations[backend].run(*args)
+
+    def select(self, *args: Any) -> str:
+        """Return the name of the implementation that "auto" takes for these arguments."""
+        preferred = self.implementations.get(PREFERRED)
+        if preferred is not None and preferred.unsupported_reason(*args) is None:
+            return PREFERRED
+        # Written for speed, as it runs in every call.
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        device_type = "cpu" if first.is_cpu else "cuda" if first.is_cuda else first.device.type
+        if device_type == "cuda" or (INTERPRETED and device_type == "cpu"):
+            path = self._by_evidence(first, args)
+            if path is not None and self.implementations[path].unsupported_reason(*args) is None:
+                return path
+        for name, implementation in self.implementations.items():
+            if device_type in implementation.evidence_on:
+                continue
+            if implementation.unsupported_reason(*args) is None:
+                return name
+        raise AssertionError(f"{self.name}: expected the last implementation to run everywhere")
+
+    def _by_evidence(self, first: Tensor, args: tuple[Any, ...]) -> str | None:
+        dtype = first.dtype if self.dtype_of is None else self.dtype_of(*args)
+        if torch.compiler.is_compiling():
+            backward = torch.is_grad_enabled()
+            return _constant_path(self.name, first.device, dtype, backward) or None
+        taken = self._taken.get(first.get_device())
+        if taken is None:
+            taken = self._take(first)
+        if not taken:
+            return None
+        return taken.get((torch.is_grad_enabled(), dtype, self.classify(*args)))
+
+    def _take(self, first: Tensor) -> dict[tuple[Any, ...], str]:
+        """Read the evidence about this operator, at its first call."""
+        known = evidence.of(first.device)
+        _say_without_record(known, first.device)
+        found = {call: x.path for call, x in known.taken(self.name).items()}
+        if not any(x.mode == evidence.BACKWARD for x in known.findings(self.name)):
+            # It has no gradient, so gradients make no difference.
+            found |= {(True, *call): path for (_, *call), path in found.items()}
+        self._taken[first.get_device()] = found
+        return found
 
     def supported(self, tensor: torch.Tensor) -> list[str]:
         """Return the backends that can run where a tensor is."""
@@ -107,46 +180,92 @@ class Operator:
             if implementation.unsupported_reason(tensor) is None
         ]
 
-    def choice(self, device: torch.device | str = "cpu") -> Choice:
-        """Return the implementation that "auto" takes for fp32 tensors on a device, and why."""
+    def needs_evidence(self, device_type: str) -> list[str]:
+        """Return the implementations that "auto" takes on a device only with evidence."""
+        return [x for x, one in self.implementations.items() if device_type in one.evidence_on]
+
+    def choices(self, device: torch.device | str = "cpu") -> list[Choice]:
+        """Return what "auto" takes on a device, and why: a line for each kind of calls measured.
+
+        Files are read, but the evidence of this process is not fixed by it.
+        """
         tensor = torch.empty(0, device=device)
-        selected = self._select(tensor)
-        if selected == PREFERRED:
-            return Choice(self.name, selected, f"CDETR_FAST_BACKEND={PREFERRED}")
+        where = tensor.device
+        preferred = self.implementations.get(PREFERRED)
+        if preferred is not None and preferred.unsupported_reason(tensor) is None:
+            return [Choice(self.name, PREFERRED, f"CDETR_FAST_BACKEND={PREFERRED}")]
+        known = evidence.peek(where) if where.type == "cuda" or INTERPRETED else None
+        findings = known.findings(self.name) if known is not None else []
+        if findings and known is not None:
+            taken = set(map(id, known.taken(self.name).values()))
+            return [_choice_of(x, id(x) in taken) for x in findings]
+        selected = next(
+            name
+            for name, one in self.implementations.items()
+            if where.type not in one.evidence_on and one.unsupported_reason(tensor) is None
+        )
         reasons = []
         for name in BACKENDS[2:]:
             if name == selected:
-                reasons.append(f"{name} runs on {tensor.device.type}")
+                reasons.append(f"{name} runs on {where.type}")
             elif name not in self.implementations:
                 reasons.append(self._missing_reason(name))
             else:
-                implementation = self.implementations[name]
-                reason = implementation.unsupported_reason(tensor)
-                if reason is None and implementation.opt_in_device in (None, tensor.device.type):
-                    reason = implementation.opt_in_reason
+                reason = self.implementations[name].unsupported_reason(tensor)
+                if reason is None and known is not None:
+                    reason = f"{known.source}; `cdetr-fast qualify` makes a record"
                 reasons.append(f"not {name}: {reason or 'slower here'}")
-        return Choice(self.name, selected, "; ".join(reasons))
+        return [Choice(self.name, selected, "; ".join(reasons))]
 
-    def _select(self, *args: Any) -> str:
-        preferred = self.implementations.get(PREFERRED)
-        if preferred is not None and preferred.unsupported_reason(*args) is None:
-            return PREFERRED
-        # Written for speed, as it runs in every call: the device's name is looked up only where
-        # an implementation is opt-in on some devices.
-        for name, implementation in self.implementations.items():
-            if implementation.opt_in_reason is not None and (
-                implementation.opt_in_device is None
-                or implementation.opt_in_device == _device_type(args[0])
-            ):
-                continue
-            if implementation.unsupported_reason(*args) is None:
-                return name
-        raise AssertionError(f"{self.name}: expected the last implementation to run everywhere")
+    def choice(self, device: torch.device | str = "cpu") -> Choice:
+        """Return the first line of `choices`."""
+        return self.choices(device)[0]
 
     def _missing_reason(self, backend: str) -> str:
         return f"this version of cdetr_kernels has no {backend} path for {self.name}"
 
 
-def _device_type(first: torch.Tensor | Sequence[torch.Tensor]) -> str:
-    """Return the device type of an operator's first argument: a tensor, or images."""
-    return (first if isinstance(first, torch.Tensor) else first[0]).device.type
+def _choice_of(finding: Finding, is_taken: bool) -> Choice:
+    speed_up, path = finding.speed_up, finding.path
+    if is_taken:
+        reason = f"{path} is right, and the fastest here"
+    elif finding.verdict != evidence.RIGHT:
+        reason = f"not {path}: {finding.verdict}" + f" ({finding.reason})" * bool(finding.reason)
+    else:
+        reason = f"not {path}: right, but not faster" if speed_up else f"not {path}: not timed"
+    figure = "" if speed_up is None else f"{finding.ms:.4f} ms, {speed_up:.2f} times as fast"
+    calls = f"{finding.dtype} {finding.label}, {finding.mode}"
+    taken = path if is_taken else "torch"
+    return Choice(finding.operator, taken, reason, calls, figure, finding.date)
+
+
+@torch.compiler.assume_constant_result
+def _constant_path(name: str, device: torch.device, dtype: torch.dtype, backward: bool) -> str:
+    """Return the path that a graph takes for calls of any size, "" if evidence names none."""
+    known = evidence.of(device)
+    _say_without_record(known, device)
+    found = known.constant(name, dtype, backward)
+    if found is None and not any(x.mode == evidence.BACKWARD for x in known.findings(name)):
+        found = known.constant(name, dtype, False)
+    return found or ""
+
+
+def _say_without_record(known: evidence.Evidence, device: torch.device) -> None:
+    if known.record is None and device.type == "cuda":
+        evidence.say_once(
+            f"{known.source}, so PyTorch's own operators run on it. "
+            "`cdetr-fast qualify` tries this package's kernels here, in about 90 seconds."
+        )
+
+
+def _tensor(first: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return an operator's first argument: a tensor, or the first of several images."""
+    return first if isinstance(first, Tensor) else first[0]
+
+
+def bucket(value: int, *limits: int) -> int:
+    """Return the smallest limit that a number does not exceed, 0 if it exceeds all."""
+    for limit in limits:
+        if value <= limit:
+            return limit
+    return 0

@@ -37,5 +37,5 @@ def cases(name: str) -> ModuleType:
 
 
 def report(device: torch.device | str = "cpu") -> list[Choice]:
-    """Return the implementation that "auto" takes on a device, and why, for every operator."""
-    return [operator(name).choice(device) for name in NAMES]
+    """Return the implementations that "auto" takes on a device, and why, for every operator."""
+    return [choice for name in NAMES for choice in operator(name).choices(device)]

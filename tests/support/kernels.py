@@ -1,6 +1,5 @@
 """Helpers of the kernel tests: where they run, awkward inputs, the twice-the-error rule, checks."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cdetr_kernels.testing.accuracy import KERNELS_FACTOR, Judge
+from cdetr_kernels.testing.borders import scattered as scattered
 from cdetr_kernels.testing.case import Case
 from support.interpreter import INTERPRETED
 
@@ -79,24 +79,6 @@ def assert_accurate(case: Case, backend: str = "triton") -> None:
     for name, (values, version) in before.items():
         torch.testing.assert_close(present[name], values, rtol=0, atol=0, equal_nan=True)
         assert present[name]._version == version
-
-
-def scattered(
-    x: Tensor, order: tuple[int, ...] | None = None, step: int = 2, offset: int = 1
-) -> Tensor:
-    """Equal to x, but with NaN (True, -1) between and around its elements, stored in `order`.
-
-    None stores the axes in reversed order.
-    """
-    order = tuple(reversed(range(x.ndim))) if order is None else order
-    shape = [x.shape[axis] for axis in order]
-    fill = {torch.bool: True, torch.int64: -1}.get(x.dtype, math.nan)
-    buffer = torch.full([size + 2 for size in shape[:-1]] + [(shape[-1] + 2) * step + offset],
-                        fill, dtype=x.dtype, device=x.device)  # fmt: skip
-    view = buffer[tuple(slice(1, size + 1) for size in shape[:-1])]
-    view = view[..., offset : offset + shape[-1] * step : step]
-    view = view.permute([order.index(axis) for axis in range(x.ndim)])
-    return view.copy_(x)
 
 
 def check_compilation(

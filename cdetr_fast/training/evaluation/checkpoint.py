@@ -27,6 +27,7 @@ from cdetr_fast.training.evaluation.detection import Evaluation, evaluate_detect
 from cdetr_fast.training.evaluation.report import write_evaluation
 from cdetr_fast.training.evaluation.segments import segment_scorer
 from cdetr_fast.training.run.launch import shared_errors
+from cdetr_kernels.qualification import ensure_qualified
 
 
 def evaluate(
@@ -84,6 +85,7 @@ def evaluate(
     except (TypeError, ValueError) as error:
         raise DataError(str(error)) from error
     accelerator = Accelerator(cpu=device == "cpu")
+    ensure_qualified(accelerator.device)
     with shared_errors(accelerator):
         if output is not None:  # before an hour of work, not after
             setup.make_output_folder(output)

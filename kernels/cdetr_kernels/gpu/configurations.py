@@ -37,11 +37,16 @@ def tile(kernel: str, architecture: str, precision: str, size: int) -> Tile:
     """
     if architecture == "interpreter":
         return _INTERPRETED
-    width = next(width for width in WIDTHS if size <= width)
+    entry = precision, width(size), kernel
     architecture = _STAND_INS.get(architecture, architecture)
-    if (architecture, precision, width, kernel) not in TILES:
+    if (architecture, *entry) not in TILES:
         architecture = "gfx942" if architecture.startswith("gfx") else "sm_80"
-    return TILES[architecture, precision, width, kernel]
+    return TILES[(architecture, *entry)]
+
+
+def width(size: int) -> int:
+    """Returns the class of a head's size: the smallest of `WIDTHS` that holds it."""
+    return next(width for width in WIDTHS if size <= width)
 
 
 def is_borrowed(architecture: str, tile: Tile) -> bool:

@@ -35,12 +35,14 @@ def unsupported_dtype(dtype: torch.dtype) -> str | None:
     return f"the kernels are for float16, bfloat16 and float32, not {dtype}"
 
 
-def opt_in(
+def by_evidence(
     run: Callable[..., Any], unsupported_reason: Callable[..., str | None]
 ) -> Implementation:
-    """Return an implementation that "auto" skips until a GPU has run it."""
-    reason = "not run on a GPU yet; ask for it by name, or by CDETR_FAST_BACKEND=triton"
-    return Implementation(run, unsupported_reason, reason)
+    """Return an implementation that "auto" takes where a record says that it is right and faster.
+
+    On CPUs too: there its kernels run in triton's interpreter.
+    """
+    return Implementation(run, unsupported_reason, ("cuda", "cpu"))
 
 
 def unsupported_attention(q_content: Tensor, value: Tensor | None) -> str | None:

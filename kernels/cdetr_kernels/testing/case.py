@@ -1,8 +1,11 @@
 """Calls of the operators: inputs, options, counted work, and others that compute the same."""
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -26,6 +29,8 @@ class Sizes:
         typical: Sizes of the model, the most telling first, for benchmarks.
         dtypes: dtypes in which it is measured, the first one where no other is asked for.
         differentiable: Whether any input has a gradient.
+        called: Sizes that a quick qualification covers: what our models call, the first ones first.
+            None takes all of `typical`.
     """
 
     smallest: dict[str, Any]
@@ -34,6 +39,7 @@ class Sizes:
     typical: list[dict[str, Any]]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     differentiable: bool = True
+    called: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,23 @@ class Case:
             return result if outputs is None else outputs(result)
 
         return call
+
+    def handed_on(self, backend: str) -> tuple[Any, ...]:
+        """Return what the public function hands on to an implementation."""
+        operator = registry.operator(self.op)
+        found: list[tuple[Any, ...]] = []
+
+        def record(*arguments: Any) -> tuple[()]:
+            found.append(arguments)
+            return ()
+
+        recorder = dataclasses.replace(operator.implementations[backend], run=record)
+        with (
+            mock.patch.dict(operator.implementations, {backend: recorder}),
+            contextlib.suppress(Exception),  # of the public function, which gets no result
+        ):
+            self.public(**self.inputs, **self.options, backend=backend)
+        return found[0]
 
     def torchs(self) -> Function:
         """Return the definition, for inputs in the dtype of the case."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cdetr_kernels.checks import check_alike, check_attention_options, check_rank, check_shape
 from cdetr_kernels.dispatch import Implementation, Operator
-from cdetr_kernels.gpu.support import opt_in, unsupported_attention
+from cdetr_kernels.gpu.support import by_evidence, unsupported_attention
 from cdetr_kernels.ops.conditional_attention import reference
 
 
@@ -22,12 +22,39 @@ def _unsupported_by_triton(q_content: Tensor, *rest: Any) -> str | None:
     return unsupported_attention(q_content, rest[3] if rest else None)
 
 
+def _classify(
+    _q_content: Tensor,
+    q_spatial: Tensor | None,
+    _k_content: Tensor,
+    _k_spatial: Tensor | None,
+    value: Tensor,
+    key_mask: Tensor | None,
+    _scale: float,
+    dropout_p: float,
+    _seed: int | None,
+    return_attention: bool,
+) -> tuple[int | bool, ...]:
+    """Return the class of a call: batch, keys, width of a head, and what is there."""
+    # Without a call of a function: it runs in every call of the operator.
+    batch, keys, _, size = value.shape
+    return (
+        1 if batch == 1 else 16 if batch <= 16 else 0,
+        512 if keys <= 512 else 2048 if keys <= 2048 else 0,
+        32 if size <= 32 else 64 if size <= 64 else 128 if size <= 128 else 0,
+        q_spatial is not None,
+        key_mask is not None,
+        dropout_p > 0.0,
+        return_attention,
+    )
+
+
 OPERATOR = Operator(
     "conditional_attention",
     {
-        "triton": opt_in(_triton, _unsupported_by_triton),
+        "triton": by_evidence(_triton, _unsupported_by_triton),
         "torch": Implementation(reference.conditional_attention),
     },
+    _classify,
 )
 
 

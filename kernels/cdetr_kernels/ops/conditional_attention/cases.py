@@ -44,6 +44,7 @@ SIZES = {
         small=_SMALL,
         medium={"batch": 3, "queries": 67, "height": 13, "width": 21, "mask": "padded"},
         typical=typical((1, 8, 32), (1050, 4200)),
+        called=typical((1, 8), (1050,)),
     ),
     "encoder_self_attention": Sizes(
         smallest=_SMALLEST | {"queries": None},
@@ -52,6 +53,14 @@ SIZES = {
         typical=[
             {**sizes, "queries": None}
             for sizes in typical((1, 8), (1050,)) + typical((1,), (4200,))
+        ],
+        # Of the encoder, and of the decoder, whose queries are never padded.
+        called=[
+            *({**sizes, "queries": None} for sizes in typical((1, 8), (1050,))),
+            *(
+                {"batch": batch, "queries": None, "height": 12, "width": 25, "mask": None}
+                for batch in (1, 8)
+            ),
         ],
     ),
 }

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
 
+from cdetr_kernels.ops.conditional_attention import concatenated
+
 # Bytes of spatial scores at a time, where torch's fused attention takes them as a bias on a CPU:
 # two images of 800x1333. Pieces of 8 to 20 MiB take the same time (Zen 4), one of 24 a tenth more,
 # one of 40 half as long again, as glibc gives memory of that size back to the system.
@@ -57,6 +59,9 @@ def conditional_attention(
     return_attention: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Define `cdetr_kernels.conditional_attention`; see there for shapes."""
+    if concatenated.is_taken(q_content, seed, return_attention):
+        halves = (q_content, q_spatial, k_content, k_spatial)
+        return concatenated.conditional_attention(*halves, value, key_mask, scale, dropout_p), None
     if q_spatial is None and not return_attention and seed is None:
         # Without a spatial half this is torch's fused attention, which knows masked rows.
         mask = None if key_mask is None else _over_queries(key_mask)

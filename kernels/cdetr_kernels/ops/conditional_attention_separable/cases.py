@@ -23,6 +23,7 @@ SIZES = {
         small=_GENERAL.small | {"mask": None},
         medium=_GENERAL.medium,
         typical=[sizes for sizes in general.typical((1, 8), (1050,)) if sizes["mask"] is not None],
+        called=general.typical((1, 8), (1050,)),
     )
 }
 

@@ -13,6 +13,7 @@ Source: Meng et al., section 3.3; the authors' models/position_encoding.py.
 import torch
 from torch import Tensor
 
+from cdetr_kernels.ops.conditional_attention import concatenated
 from cdetr_kernels.ops.conditional_attention.reference import SpatialScores, attend, dot
 
 
@@ -30,6 +31,10 @@ def conditional_attention_separable(
     return_attention: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Define `cdetr_kernels.conditional_attention_separable`; see there for shapes."""
+    if concatenated.is_taken(q_content, seed, return_attention):
+        k_spatial = (k_rows[:, :, None] + k_columns[:, None]).flatten(1, 2)
+        halves = (q_content, q_spatial, k_content, k_spatial)
+        return concatenated.conditional_attention(*halves, value, key_mask, scale, dropout_p), None
     if len(k_rows) != len(k_columns):
         k_rows, k_columns = (x.expand(len(value), -1, -1, -1) for x in (k_rows, k_columns))
     keys = torch.cat([k_rows, k_columns], dim=1)

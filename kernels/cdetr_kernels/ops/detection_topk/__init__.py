@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdetr_kernels.dispatch import Implementation, Operator
+from cdetr_kernels.dispatch import Implementation, Operator, bucket
 from cdetr_kernels.ops.detection_topk import reference
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -37,17 +37,23 @@ def _unsupported_by_native(logits: Tensor, *rest: Any) -> str | None:
     return None
 
 
+def _classify(logits: Tensor, _boxes: Tensor, _sizes: Any, k: int, *_: Any) -> tuple[int, ...]:
+    """Return the class of a call: images, logits of one, and detections of one."""
+    batch, queries, classes = logits.shape
+    return 1 if batch == 1 else bucket(batch, 64), bucket(queries * classes, 2**16), bucket(k, 1024)
+
+
 OPERATOR = Operator(
     "detection_topk",
     {
         "native": Implementation(
             _native,
             _unsupported_by_native,
-            opt_in_reason="not run on a GPU yet; ask for it by name",
-            opt_in_device="cuda",
+            evidence_on=("cuda",),
         ),
         "torch": Implementation(reference.detection_topk),
     },
+    _classify,
 )
 
 

@@ -18,6 +18,7 @@ SIZES = {
         typical=[{"batch": 1}, {"batch": 32}],
         dtypes=(torch.float32,),  # halves tie, and then any order of labels is right
         differentiable=False,
+        called=[{"batch": 1}, {"batch": 8}],
     )
 }
 

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from cdetr_kernels.checks import check_predictions, check_targets
-from cdetr_kernels.dispatch import Implementation, Operator
-from cdetr_kernels.gpu.support import opt_in, unsupported_criterion
+from cdetr_kernels.dispatch import Implementation, Operator, bucket
+from cdetr_kernels.gpu.support import by_evidence, unsupported_criterion
 from cdetr_kernels.ops.matching_cost import reference
 
 
@@ -18,12 +18,26 @@ def _triton(*args: Any) -> Any:
     return matching_cost(*args)
 
 
+def _classify(
+    logits: Tensor, _boxes: Tensor, target_labels: Tensor, *rest: Any
+) -> tuple[int | bool, ...]:
+    """Return the class of a call: pairs of layers and images, and targets, and the kind of cost."""
+    layers, batch, _, classes = logits.shape
+    return (
+        bucket(layers * batch, 8, 128),
+        bucket(target_labels.shape[1], 16, 128),
+        bucket(classes, 128),
+        rest[-3] == "focal",
+    )
+
+
 OPERATOR = Operator(
     "matching_cost",
     {
-        "triton": opt_in(_triton, unsupported_criterion),
+        "triton": by_evidence(_triton, unsupported_criterion),
         "torch": Implementation(reference.matching_cost),
     },
+    _classify,
 )
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdetr_kernels.dispatch import Implementation, Operator
-from cdetr_kernels.gpu.support import opt_in, unsupported_device
+from cdetr_kernels.dispatch import Implementation, Operator, bucket
+from cdetr_kernels.gpu.support import by_evidence, unsupported_device
 from cdetr_kernels.ops.normalize_and_pad import reference
 
 _PIXELS = (torch.uint8, torch.float32)
@@ -51,13 +51,27 @@ def _unsupported_by_triton(images: Any, *rest: Any) -> str | None:
     return reason
 
 
+def _classify(
+    images: Sequence[Tensor],
+    shift: Any,
+    _divisor: Any,
+    _factor: float,
+    height: int,
+    width: int,
+) -> tuple[int | bool, ...]:
+    """Return the class of a call: images, pixels of one, and whether they are shifted."""
+    batch = 1 if len(images) == 1 else bucket(len(images), 16)
+    return batch, bucket(height * width, 2**16), shift is not None
+
+
 OPERATOR = Operator(
     "normalize_and_pad",
     {
         "native": Implementation(_native, _unsupported_by_native),
-        "triton": opt_in(_triton, _unsupported_by_triton),
+        "triton": by_evidence(_triton, _unsupported_by_triton),
         "torch": Implementation(reference.normalize_and_pad),
     },
+    _classify,
 )
 
 

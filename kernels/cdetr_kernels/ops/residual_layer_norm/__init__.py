@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from cdetr_kernels.checks import check_alike, check_shape, describe
-from cdetr_kernels.dispatch import Implementation, Operator
-from cdetr_kernels.gpu.support import opt_in, unsupported_device, unsupported_dtype
+from cdetr_kernels.dispatch import Implementation, Operator, bucket
+from cdetr_kernels.gpu.support import by_evidence, unsupported_device, unsupported_dtype
 from cdetr_kernels.ops.residual_layer_norm import reference
 
 _MOST_CHANNELS = 4096  # a row is held in registers
@@ -32,12 +32,18 @@ def _unsupported_by_triton(x: Tensor, *rest: Any) -> str | None:
     return None
 
 
+def _classify(x: Tensor, *_: Any) -> tuple[int, ...]:
+    """Return the class of a call: the size of the state."""
+    return (bucket(x.numel(), 2**19, 2**22),)
+
+
 OPERATOR = Operator(
     "residual_layer_norm",
     {
-        "triton": opt_in(_triton, _unsupported_by_triton),
+        "triton": by_evidence(_triton, _unsupported_by_triton),
         "torch": Implementation(reference.residual_layer_norm),
     },
+    _classify,
 )
 
 

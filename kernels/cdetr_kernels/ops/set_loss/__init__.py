@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from cdetr_kernels.checks import check_predictions, check_shape, check_targets, describe
-from cdetr_kernels.dispatch import Implementation, Operator
-from cdetr_kernels.gpu.support import opt_in, unsupported_criterion
+from cdetr_kernels.dispatch import Implementation, Operator, bucket
+from cdetr_kernels.gpu.support import by_evidence, unsupported_criterion
 from cdetr_kernels.ops.set_loss import reference
 
 
@@ -19,12 +19,25 @@ def _triton(*args: Any) -> Any:
     return set_loss(*args)
 
 
+def _classify(
+    logits: Tensor, _boxes: Tensor, target_labels: Tensor, *_rest: Any
+) -> tuple[int | bool, ...]:
+    """Return the class of a call: pairs of layers and images, and targets."""
+    layers, batch, _, classes = logits.shape
+    return (
+        bucket(layers * batch, 8, 128),
+        bucket(target_labels.shape[1], 16, 128),
+        bucket(classes, 128),
+    )
+
+
 OPERATOR = Operator(
     "set_loss",
     {
-        "triton": opt_in(_triton, unsupported_criterion),
+        "triton": by_evidence(_triton, unsupported_criterion),
         "torch": Implementation(reference.set_loss),
     },
+    _classify,
 )
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from cdetr_kernels.checks import check_rank, describe
-from cdetr_kernels.dispatch import Implementation, Operator
-from cdetr_kernels.gpu.support import opt_in, unsupported_device, unsupported_dtype
+from cdetr_kernels.dispatch import Implementation, Operator, bucket
+from cdetr_kernels.gpu.support import by_evidence, unsupported_device, unsupported_dtype
 from cdetr_kernels.ops.sine_position_2d import reference
 
 
@@ -24,12 +24,24 @@ def _unsupported_by_triton(mask: Tensor, *rest: Any) -> str | None:
     return unsupported_device(mask) or (unsupported_dtype(rest[-1]) if rest else None)
 
 
+def _classify(mask: Tensor, channels: int, *_: Any) -> tuple[int, ...]:
+    """Return the class of a call: the size of the code."""
+    return (bucket(mask.numel() * channels, 2**19, 2**22),)
+
+
+def _dtype_of(*args: Any) -> torch.dtype:
+    dtype: torch.dtype = args[-1]
+    return dtype
+
+
 OPERATOR = Operator(
     "sine_position_2d",
     {
-        "triton": opt_in(_triton, _unsupported_by_triton),
+        "triton": by_evidence(_triton, _unsupported_by_triton),
         "torch": Implementation(reference.sine_position_2d),
     },
+    _classify,
+    _dtype_of,
 )
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdetr_kernels.dispatch import Implementation, Operator
-from cdetr_kernels.gpu.support import opt_in, unsupported_device, unsupported_dtype
+from cdetr_kernels.dispatch import Implementation, Operator, bucket
+from cdetr_kernels.gpu.support import by_evidence, unsupported_device, unsupported_dtype
 from cdetr_kernels.ops.sine_query import reference
 
 
@@ -29,12 +29,27 @@ def _unsupported_by_triton(points: Tensor, *rest: Any) -> str | None:
     return reason
 
 
+def _classify(
+    points: Tensor, _channels: int, query_scale: Tensor | None, *_: Any
+) -> tuple[int | bool, ...]:
+    """Return the class of a call: the size of what it reads, and whether there is a scale."""
+    largest = points if query_scale is None else query_scale
+    return bucket(largest.numel(), 2**18, 2**21), query_scale is not None
+
+
+def _dtype_of(*args: Any) -> torch.dtype:
+    dtype: torch.dtype = args[-1]
+    return dtype
+
+
 OPERATOR = Operator(
     "sine_query",
     {
-        "triton": opt_in(_triton, _unsupported_by_triton),
+        "triton": by_evidence(_triton, _unsupported_by_triton),
         "torch": Implementation(reference.sine_query),
     },
+    _classify,
+    _dtype_of,
 )
 
 

@@ -1,0 +1,40 @@
+"""`cdetr-fast qualify`: which kernels are right and faster on this GPU."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from cdetr_fast.cli.errors import UserError
+from cdetr_fast.cli.options import DeviceOption
+
+
+def qualify(
+    operators: Annotated[
+        list[str] | None, typer.Argument(help="Names of operators; all by default.")
+    ] = None,
+    level: Annotated[
+        Literal["quick", "full"],
+        typer.Option(help="full tries all sizes, dtypes and tiles, in up to half an hour."),
+    ] = "quick",
+    device: DeviceOption = None,
+) -> None:
+    """Find out which kernels are right and faster on this GPU, and use those from then on.
+
+    Takes at most 90 seconds. Each operator runs in a process of its own, so that a crash or a
+    hang is a line of the report. What is found is kept in the user's cache (CDETR_FAST_CACHE).
+    """
+    import cdetr_kernels
+
+    try:
+        report = cdetr_kernels.qualify(device, operators or None, level, say=print)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    for finding in report.rejected:
+        reason = f" ({finding.reason})" if finding.reason else ""
+        print(
+            f"  {finding.operator} {finding.path}, {finding.dtype} {finding.label}, "
+            f"{finding.mode}: {finding.verdict}{reason}"
+        )
+    print(report.summary())

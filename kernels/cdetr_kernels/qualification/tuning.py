@@ -1,0 +1,244 @@
+"""Tiles of the attention kernels: those that are tried, and the times of one.
+
+The parent process plans with this module, so what needs triton is imported where it is used.
+"""
+
+import contextlib
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+
+from cdetr_kernels import registry
+from cdetr_kernels.evidence import RIGHT
+from cdetr_kernels.gpu import configurations
+from cdetr_kernels.gpu.tiles import Tile
+from cdetr_kernels.qualification.plan import TILE, Task
+from cdetr_kernels.testing import accuracy, timing
+
+# Cross-attention of the model at batch 8, of one large image, and self-attention of the encoder.
+SHAPES: tuple[dict[str, Any], ...] = (
+    {"batch": 8, "height": 25, "width": 42},
+    {"batch": 1, "height": 50, "width": 84},
+    {"batch": 4, "queries": None, "height": 25, "width": 42},
+)
+TINY: tuple[dict[str, Any], ...] = ({"batch": 1, "queries": 20, "height": 5, "width": 8},)
+TABLE = "table"
+_PASSES = ("forward", "backward_queries", "backward_keys")
+
+
+@dataclass(frozen=True)
+class Key:
+    """An entry of the table, without its architecture."""
+
+    precision: str
+    width: int
+    kernel: str
+
+    def __str__(self) -> str:
+        return f"{self.precision} {self.width} {self.kernel}"
+
+    @staticmethod
+    def parse(name: str) -> "Key":
+        """Return the key that a record's name stands for."""
+        precision, width, kernel = name.split(" ")
+        return Key(precision, int(width), kernel)
+
+    @property
+    def is_separable(self) -> bool:
+        """Whether the kernel is one of `conditional_attention_separable`."""
+        return self.kernel.startswith("separable_")
+
+    @property
+    def operator(self) -> str:
+        """The operator that the kernel belongs to."""
+        return f"conditional_attention{'_separable' * self.is_separable}"
+
+    @property
+    def cases(self) -> ModuleType:
+        """The cases of that operator."""
+        return registry.cases(self.operator)
+
+    @property
+    def pass_(self) -> str:
+        """Outputs of the kernel, for either operator."""
+        return self.kernel.removeprefix("separable_")
+
+
+def candidates(key: Key) -> list[Tile]:
+    """Return all tiles that make sense: the reviewed list."""
+    # Without tensor cores a program multiplies in registers, where large tiles spill; a wide head
+    # fills shared memory, so it has no deep pipelines.
+    sides: tuple[int, ...] = (16, 32, 64) if key.precision == "ieee" else (32, 64, 128)
+    stages: tuple[int, ...] = (1, 2) if key.width == 128 or key.precision == "ieee" else (1, 2, 3)
+    if key.pass_ == "attention_map":
+        stages = (1,)  # it has no loop
+    # A warp of an 8-warp program has to have 16 rows or columns of its own; kernels that keep
+    # scores of places in registers need the registers of 8 warps earlier.
+    for_8_warps = 32 * 32 if key.is_separable else 64 * 64
+    return [
+        Tile(queries, keys, warps, stage)
+        for queries, keys, warps, stage in itertools.product(sides, sides, (4, 8), stages)
+        if warps == 4 or queries * keys >= for_8_warps
+    ]
+
+
+def neighbours(key: Key, tile: Tile) -> list[Tile]:
+    """Return the few that a quick qualification tries: more rows and warps, fewer, less ahead."""
+    over_keys = key.pass_ == "backward_keys"
+    rows = tile.keys if over_keys else tile.queries
+    side = "keys" if over_keys else "queries"
+    found = [
+        replace(tile, **{side: 2 * rows}, warps=8),
+        replace(tile, **{side: max(16, rows // 2)}, warps=4),
+        replace(tile, stages=max(1, tile.stages - 1)),
+    ]
+    return [x for x in found if x != tile]
+
+
+def tasks(planned: list[Task], level: str, device: torch.device) -> list[Task]:
+    """Return the tiles to try for an operator's kernels, the table's first for each of them."""
+    operator = planned[0].operator
+    if not operator.startswith("conditional_attention"):
+        return []
+    interpreted = device.type != "cuda"
+    if interpreted and level == "quick":
+        return []  # there are no tensor cores to fill
+    prefix = "separable_" * operator.endswith("_separable")
+    precisions = ("half",) if level == "quick" else ("half", "ieee", "tf32")
+    found = []
+    for precision, name in itertools.product(precisions[: 1 if interpreted else None], _PASSES):
+        key = Key(precision, 32, prefix + name)
+        stored = _stored(key, device)
+        others = candidates(key) if level == "full" else neighbours(key, stored)
+        others = [Tile(16, 32, 4, 1)] if interpreted else others
+        for tile in (stored, *(x for x in others if sizes(x) != sizes(stored))):
+            label = TABLE if tile is stored else text(tile)
+            found.append(
+                Task(TILE, operator, "triton", kernel=str(key), tile=sizes(tile), label=label)
+            )
+    return found
+
+
+def _stored(key: Key, device: torch.device) -> Tile:
+    """Return the tile of the table."""
+    architecture = "interpreter"
+    if device.type == "cuda":
+        from cdetr_kernels.gpu import launching
+
+        architecture = launching.architecture(device)
+    return configurations.tile(key.kernel, architecture, key.precision, key.width)
+
+
+def sizes(tile: Tile) -> tuple[int, int, int, int]:
+    """Return what tells tiles apart."""
+    return tile.queries, tile.keys, tile.warps, tile.stages
+
+
+def text(tile: Tile) -> str:
+    """Return a tile for the reader."""
+    return f"{tile.queries}x{tile.keys} {tile.warps}w{tile.stages}s"
+
+
+def run(task: Task, device: torch.device, repeats: int, seconds: float) -> dict[str, Any]:
+    """Check and time one tile; return a row with its verdict and the mean time over the shapes."""
+    key = Key.parse(task.kernel)
+    queries, keys, warps, stages = task.tile
+    row: dict[str, Any] = {"mode": "forward", "verdict": RIGHT, "reason": ""}
+    shapes = SHAPES if device.type == "cuda" else TINY
+    with with_tile(key.kernel, Tile(queries, keys, warps, stages)), precision_of_dots(key):
+        try:
+            if not is_accurate(key, device):
+                return row | {"verdict": "wrong", "reason": "not accurate"}
+            times = [
+                timing.call_times(call, device, repeats, seconds)["ms"]
+                for _, call in calls(key, device, shapes)
+            ]
+        except Exception as error:  # out of resources: the next one may fit
+            return row | {"verdict": "raises", "reason": f"{type(error).__name__}: {error}"[:200]}
+    return row | {"ms": math.exp(math.fsum(map(math.log, times)) / len(times))}
+
+
+@contextlib.contextmanager
+def with_tile(kernel: str, tile: Tile) -> Iterator[None]:
+    """Have one kernel run with a tile, the others with what the table says."""
+    stored = configurations.tile
+
+    def chosen(name: str, *arguments: Any) -> Tile:
+        return tile if name == kernel else stored(name, *arguments)
+
+    with mock.patch.object(configurations, "tile", chosen):
+        yield
+
+
+def precision_of_dots(key: Key) -> contextlib.AbstractContextManager[Any]:
+    """Have launchers multiply fp32 as asked, whatever torch is set to."""
+    from cdetr_kernels.gpu import launching
+
+    if key.precision == "half":
+        return contextlib.nullcontext()
+    return mock.patch.object(launching, "dot_precision", return_value=key.precision)
+
+
+def is_accurate(key: Key, device: torch.device) -> bool:
+    """Check output and gradients (or the map) of the operator, with the tile that is set."""
+    shape = {"batch": 2, "queries": 67, "height": 13, "width": 21}
+    if device.type == "cpu":
+        shape = {"batch": 1, "queries": 20, "height": 3, "width": 8}
+    dtype = torch.bfloat16 if key.precision == "half" else torch.float32
+    case = key.cases.make(dtype, device, size=key.width, mask="padded", **shape)
+    if key.pass_ == "attention_map":
+        doubles = {
+            name: x.double() if name != "key_mask" and x is not None else x
+            for name, x in case.inputs.items()
+        }
+        with torch.no_grad():
+            _, got = case.public(**case.inputs, return_attention=True, backend="triton")
+            _, exact = case.public(**doubles, return_attention=True, backend="torch")
+        return bool((got - exact).abs().max() <= 2e-2)
+    judge = accuracy.Judge(case, backward=key.pass_ != "forward")
+    errors = judge.errors(judge.evaluate(case.function("triton")))
+    # Products in TF32 are held to their own precision; the reference's may be IEEE.
+    factor = 50.0 if key.precision == "tf32" else accuracy.KERNELS_FACTOR
+    return all(x.passes(factor) for x in errors)
+
+
+def calls(
+    key: Key, device: torch.device, shapes: Iterable[dict[str, Any]]
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield for each shape a call of one kernel alone (forward: with the merge of its parts)."""
+    from cdetr_kernels.ops.conditional_attention import triton as general
+    from cdetr_kernels.ops.conditional_attention_separable import triton as separable
+
+    dtype = torch.bfloat16 if key.precision == "half" else torch.float32
+    module: Any = separable if key.is_separable else general
+    for shape in shapes:
+        if key.is_separable and not shape.get("queries", True):
+            continue  # self-attention has no map
+        case = key.cases.make(dtype, device, size=key.width, **shape)
+        names = ["q_content", "q_spatial", "k_content", "k_spatial", "value"]
+        if key.is_separable:
+            names[3:4] = ["k_rows", "k_columns"]
+        tensors = [case.inputs[name] for name in names]
+        scale = (tensors[0].shape[-1] * (1 if tensors[1] is None else 2)) ** -0.5
+        inputs = (*tensors, None, None, scale, 0.0)
+        output, logsumexp = module.ATTENTION.forward(*inputs)
+        if key.pass_ == "forward":
+            yield case.label, functools.partial(module.ATTENTION.forward, *inputs)
+        elif key.pass_ == "attention_map":
+            batch, queries, heads, _ = tensors[0].shape
+            attention = output.new_empty(batch, heads, queries, tensors[2].shape[1])
+            launch = module.map_launch(*tensors[:-1], None, None, logsumexp, scale, 0.0, attention)
+            yield case.label, functools.partial(launch.run, device)
+        else:
+            gradients = module.ATTENTION.gradient_buffers(*tensors)
+            passes = module.backward_launches(output, *inputs, output, logsumexp, gradients)
+            passes[0].run(device)  # the others read what the first one leaves
+            launch = passes[key.pass_ == "backward_keys"]
+            yield case.label, functools.partial(launch.run, device)

@@ -1,0 +1,65 @@
+"""Child process of a qualification: runs tasks, and reports each through a pipe.
+
+`python -m cdetr_kernels.qualification.worker FD`, with a line of JSON for each job on its input.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from typing import Any, TextIO
+
+import torch
+
+from cdetr_kernels import evidence
+from cdetr_kernels.evidence import Evidence, Record
+from cdetr_kernels.qualification import checks
+from cdetr_kernels.qualification.plan import Task
+
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+
+
+def main(descriptor: int) -> None:
+    """Run the jobs of the parent process until there are no more."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    with os.fdopen(descriptor, "w") as report:
+        for line in sys.stdin:
+            run(json.loads(line), report)
+            report.flush()
+            os._exit(0)  # the parent has all, and torch takes its time to end
+
+
+def run(job: dict[str, Any], report: TextIO) -> None:
+    """Run the tasks of a job; a task that has spoiled the process is the last one."""
+    device = torch.device(job["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # With the tiles that are asked for, whatever records say.
+    tiles = {name: tuple(sizes) for name, sizes in job["tiles"].items()}
+    evidence.fix(device, Evidence(Record(evidence.key(device), (), tiles), "a qualification"))
+    for fields in job["tasks"]:
+        task = Task(**fields)
+        print(json.dumps({"begin": task.label}), file=report, flush=True)
+        rows = checks.run(task, device, job["repeats"], job["timing_seconds"])
+        fatal = any(row["verdict"] != evidence.RIGHT for row in rows) and _is_spoiled(device)
+        print(json.dumps({"rows": rows, "fatal": fatal}), file=report, flush=True)
+        if fatal:
+            return
+
+
+def _is_spoiled(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+        torch.zeros(1, device=device).item()
+    except RuntimeError:
+        return True
+    torch.cuda.empty_cache()
+    return False
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
