@@ -3,9 +3,10 @@
     python -m benchmarks.gpu_check
     python -m benchmarks.gpu_check --rehearse   tiny sizes on a CPU, in triton's interpreter
 
-Stages: the extension is built, the kernels' tests, tests that need a GPU, compute-sanitizer,
-microbenchmarks, and the model and its training step against transformers. Needs torch, triton,
-numpy and pytest; what else a stage needs and does not find is named, and the stage skipped.
+Stages: the extension is built, the kernels qualify (`cdetr-fast qualify`; the record goes into the
+package), their tests, tests that need a GPU, compute-sanitizer, microbenchmarks, and the model and
+its training step against transformers. Needs torch, triton, numpy and pytest; what else a stage
+needs and does not find is named, and the stage skipped.
 
 The results go to `benchmarks/results/<gpu>-torch<version>-<date>.json` as they come. A second call
 continues with the same file: passed stages are not repeated, and microbenchmarks that ran out of
@@ -32,12 +33,16 @@ from typing import Any
 import torch
 
 from benchmarks import ops, results
+from cdetr_fast.common.files import write_text
+from cdetr_kernels import evidence
+from cdetr_kernels.qualification.children import OUT_OF_TIME
 
 ROOT = Path(__file__).parents[1]
 TIME_LIMIT = 470.0  # seconds, for all stages
 NEED_NO_GPU = " and ".join(
     f"not {name}" for name in ("in_the_interpreter", "audit", "emulated", "wheel", "machine_code")
 )
+QUALIFICATION = "qualification of the kernels"
 PASSED, FAILED, SKIPPED, PARTIAL = "passed", "failed", "skipped", "to be continued"
 
 
@@ -80,10 +85,12 @@ def stages(lines: Path, rehearse: bool) -> dict[str, Stage]:
     return {
         # For the GPU that is here alone, which is quicker.
         "extension": Stage(["cdetr_kernels.build"], 120, env=_this_architecture()),
+        QUALIFICATION: Stage(
+            ["cdetr_fast", "qualify"], 110, env={"CDETR_FAST_CACHE": str(lines.parent)}
+        ),
         # What needs no GPU is left out: it takes minutes.
         "kernels": _tests("tests/kernels", 150, *workers, "-k", NEED_NO_GPU),
         "gpu": _tests("tests/gpu", 120),
-        "every kernel once": Stage(once, 60),
         "microbenchmarks": Stage(
             [*common, "--seconds", "0.3", "--dtypes", "bf16", "fp32", "--providers",
              "^(?!.*(compiled|flex))"],
@@ -139,6 +146,12 @@ def _rehearsed(lines: Path) -> dict[str, Stage]:
             env=interpreted,
         ),
         "gpu": _tests("tests/gpu", 120),
+        QUALIFICATION: Stage(
+            ["cdetr_fast", "qualify", "residual_layer_norm"],
+            120,
+            env=interpreted | {"CDETR_FAST_CACHE": str(lines.parent)},
+        ),
+        # What memcheck and racecheck watch on a GPU.
         "every kernel once": Stage(once, 120, env=interpreted),
         "memcheck": Stage(once, 60, ("compute-sanitizer",), ("compute-sanitizer on a GPU",)),
         "microbenchmarks": Stage(
@@ -282,6 +295,8 @@ def check(
         say(f"{name}: {' '.join(stage.command[:6])} ...", flush=True)
         stage = output_options(name, stage, parts)
         found = run_stage(stage, min(stage.seconds, left), parts / f"{_part(name)}.log")
+        if name == QUALIFICATION:
+            found |= take_over_records(parts, content, rehearse)
         content["stages"][name] = found
         say(f"{name}: {found['status']} {found.get('reason', '')} ({found.get('seconds', 0)} s)")
         written = parts / f"{_part(name)}.json"
@@ -292,6 +307,29 @@ def check(
             content["rows"]["microbenchmarks"] = [row for cell in cells for row in cell["rows"]]
         _write(path, content)
     return content
+
+
+def take_over_records(folder: Path, content: dict[str, Any], rehearse: bool) -> dict[str, Any]:
+    """Put the findings of the qualification among the rows, and its record into the package.
+
+    Returns:
+        What this says about the stage: a kernel that is not right is a failure.
+    """
+    wrong: list[str] = []
+    rows: list[dict[str, Any]] = []
+    for file in sorted((folder / "records").glob("*.json")):
+        record = evidence.parse(file.read_text(encoding="utf-8"))
+        for x in record.findings:
+            rows.append({name: str(value) for name, value in dataclasses.asdict(x).items()})
+            if x.verdict not in (evidence.RIGHT, OUT_OF_TIME):
+                wrong.append(f"{x.operator} {x.path} {x.dtype} {x.label}: {x.verdict} {x.reason}")
+        if not rehearse:
+            evidence.SHIPPED.mkdir(exist_ok=True)
+            write_text(evidence.SHIPPED / file.name, record.to_json())
+    content["rows"][QUALIFICATION] = rows
+    if wrong:
+        return {"status": FAILED, "reason": f"{len(wrong)} findings, such as {wrong[0]}"}
+    return {} if rows else {"status": FAILED, "reason": "no findings"}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

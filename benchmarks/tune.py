@@ -133,7 +133,8 @@ def _target(architecture: str) -> None:
     """Let the audit compile for an architecture that it does not know, as for its kin."""
     if architecture not in machine_code.TARGETS:
         kin = "gfx942" if architecture.startswith("gfx") else "sm_" + architecture[3:-1] + "0"
-        for table in (machine_code.TARGETS, machine_code.CAPACITY, machine_code.TENSOR_CORE):
+        tables: Any = (machine_code.TARGETS, machine_code.CAPACITY, machine_code.TENSOR_CORE)
+        for table in tables:
             table[architecture] = table.get(kin, table["sm_80"])
 
 

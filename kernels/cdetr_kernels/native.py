@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cdetr_kernels.gpu.support import unsupported_capability
+
 FOLDER = Path(__file__).parent
 
 
@@ -33,7 +35,10 @@ def unsupported_device(tensor: Tensor) -> str | None:
     """Return why the extension cannot run where a tensor is, None if it can."""
     device_type = tensor.device.type
     if device_type in UNAVAILABLE:
-        return UNAVAILABLE[device_type]
+        reason = UNAVAILABLE[device_type]
+        if reason is None and tensor.is_cuda:
+            reason = unsupported_capability(tensor.get_device())
+        return reason
     return f"the extension is for CPUs and CUDA, and the tensors are on {device_type}"
 
 

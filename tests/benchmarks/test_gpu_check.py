@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import gpu_check
 from benchmarks.gpu_check import FAILED, PARTIAL, PASSED, SKIPPED, Stage
+from cdetr_kernels.evidence import Finding, Key, Record
 
 QUICK = ["timeit", "-n", "1", "-r", "1", "pass"]
 SLOW = ["timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)"]
@@ -77,15 +78,39 @@ def test_stages_on_a_gpu(tmp_path, monkeypatch):
                 assert not option.startswith("--") or f'"{option}"' in source, (name, option)
 
 
+@pytest.mark.parametrize(
+    ("verdict", "passes"), [("right", True), ("out of time", True), ("wrong", False)]
+)
+def test_records_are_taken_over_and_a_wrong_kernel_is_a_failure(
+    tmp_path, monkeypatch, verdict, passes
+):
+    monkeypatch.setattr(gpu_check.evidence, "SHIPPED", tmp_path / "shipped")
+    key = Key("A GPU", "9.0", "570", "2.15.0", "3.9.0", "0123456789abcdef")
+    record = Record(key, (Finding("op", "triton", "float32", (1,), "forward", verdict),))
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / key.file_name).write_text(record.to_json())
+    content = {"rows": {}}
+    found = gpu_check.take_over_records(tmp_path, content, rehearse=False)
+    assert (found == {}) == passes
+    assert passes or "op triton float32" in found["reason"]
+    assert len(content["rows"][gpu_check.QUALIFICATION]) == 1
+    assert gpu_check.evidence.read(tmp_path / "shipped" / key.file_name, key) == record
+    nothing = gpu_check.take_over_records(tmp_path / "empty", content, rehearse=False)
+    assert nothing["reason"] == "no findings"
+
+
 def test_rehearsal(tmp_path, capsys):
-    """Two stages of it; test_benchmarks runs what the others do."""
+    """Three stages of it; test_benchmarks runs what the others do."""
     arguments = ["--rehearse", "--only", "kernel", "--folder", str(tmp_path)]
     assert gpu_check.main(arguments) == 0
     assert "written to" in capsys.readouterr().out.splitlines()[-1]
     (path,) = tmp_path.glob("rehearsal-torch*.json")
     content = json.loads(path.read_text())
+    (finding,) = content["rows"][gpu_check.QUALIFICATION]
+    assert (finding["operator"], finding["verdict"]) == ("residual_layer_norm", "right")
     assert {name: x["status"] for name, x in content["stages"].items()} == {
         "kernels": PASSED,
+        gpu_check.QUALIFICATION: PASSED,
         "every kernel once": PASSED,
     }
     assert content["environment"]["torch"] == torch.__version__

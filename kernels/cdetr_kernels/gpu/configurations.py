@@ -45,7 +45,7 @@ def tile(kernel: str, architecture: str, precision: str, size: int) -> Tile:
 
 
 def width(size: int) -> int:
-    """Returns the class of a head's size: the smallest of `WIDTHS` that holds it."""
+    """Return the class of a head's size: the smallest of `WIDTHS` that holds it."""
     return next(width for width in WIDTHS if size <= width)
 
 

@@ -1,5 +1,6 @@
 """Support of triton's kernels by devices, found without importing triton."""
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from torch import Tensor
 from cdetr_kernels.dispatch import Implementation
 
 _WIDEST_HEAD = 128
+# Older chips have no bf16, no asynchronous copies, and less shared memory than the tiles take.
+_OLDEST_CAPABILITY = (8, 0)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -23,9 +26,24 @@ def unsupported_device(tensor: Tensor) -> str | None:
             f"the tensors are on {tensor.device}, and triton kernels run on GPUs "
             "(on CPUs only under TRITON_INTERPRET=1)"
         )
+    if tensor.is_cuda and (reason := unsupported_capability(tensor.get_device())) is not None:
+        return reason
     if torch.onnx.is_in_onnx_export():
         return "ONNX has no operator for the kernel; it gets PyTorch's own ones"
     return None
+
+
+@functools.cache
+def unsupported_capability(index: int) -> str | None:
+    """Return why a GPU is too old for the kernels, None if it is not."""
+    if torch.version.hip or not torch.cuda.is_available():  # tensors without memory: traced
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= _OLDEST_CAPABILITY:
+        return None
+    name = torch.cuda.get_device_name(index)
+    found, oldest = (".".join(map(str, x)) for x in (capability, _OLDEST_CAPABILITY))
+    return f"the kernels need compute capability {oldest}, {name} has {found}"
 
 
 def unsupported_dtype(dtype: torch.dtype) -> str | None:

@@ -53,8 +53,11 @@ def conditional_attention(
         any_key = key_mask.any(-1, keepdim=True)  # [B, 1]
         mask = (key_mask | ~any_key)[:, None, None, :]
         any_key = any_key[:, :, None, None]
+    query, key, value = (_aligned(x).transpose(1, 2) for x in (query, key, value))
     output = F.scaled_dot_product_attention(
-        *(_aligned(x).transpose(1, 2) for x in (query, key, value)),
+        query,
+        key,
+        value,
         attn_mask=mask,
         dropout_p=dropout_p,
         scale=scale,

@@ -43,7 +43,8 @@ from cdetr_kernels.gpu.attention_kernels import (
 )
 from cdetr_kernels.gpu.random import keep, row_streams
 
-_SIZES = ["N", "Q", "Y", "X", "threshold", "mask_b", "step_y", "step_x"]
+# And the strides of the mask, which depend on the map: one variant for all maps.
+_SIZES = ["N", "Q", "Y", "X", "threshold", "mask_b", "mask_y", "mask_x", "step_y", "step_x"]
 
 
 @triton.jit
@@ -179,7 +180,9 @@ def forward_kernel(
             p_qs, p_kx, o_q, Q, qs_q, qs_d, o_x, places, kx_x, o_d, kx_d, scale, D, PRECISION
         )
         if MASKED:
-            bias = mask_bias(p_mask + first.to(tl.int64) * mask_y, o_x, places, mask_x, True)
+            # A part may begin behind the last line, where there is no mask to read.
+            present = tl.where(count > 0, places, 0)
+            bias = mask_bias(p_mask + first.to(tl.int64) * mask_y, o_x, present, mask_x, True)
         # From 0: triton 3.9 does not pipeline a loop whose start comes from memory.
         for i_y in range(count):
             y = (first + i_y).to(tl.int64)

@@ -46,7 +46,13 @@ def _softmax_statistics(p_rows, logits_k, m_q, K, BQ: tl.constexpr, BK: tl.const
     return b_max, b_sum
 
 
-@triton.jit(do_not_specialize=["B", "Q", "K", "T"])
+# Outer strides too: what they are divisible by would make a variant for each size of a batch.
+@triton.jit(
+    do_not_specialize=[
+        *("B", "Q", "K", "T", "labels_b", "targets_b", "targets_t"),
+        *(f"{name}_{axis}" for name in ("logits", "boxes") for axis in "lbq"),
+    ]
+)
 def cost_kernel(
     p_logits,  # [L, B, Q, K]
     p_boxes,  # [L, B, Q, 4]

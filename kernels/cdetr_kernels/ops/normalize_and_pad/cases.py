@@ -1,5 +1,6 @@
 """Inputs of `normalize_and_pad` for tests, benchmarks and the audit."""
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,16 +68,27 @@ def audits() -> "list[Audit]":
     """Return the calls whose kernels are compiled: one image in a batch of 800x1088."""
     from cdetr_kernels.testing.machine_code import Audit
 
-    return [Audit("image", _audited)]
+    # Edge sizes: what is 1 is a constant for the compiler.
+    return [
+        Audit("image", functools.partial(audited, (800, 1066), (800, 1088))),
+        *(
+            Audit(f"image {h}x{w}", functools.partial(audited, (h, w), (h, w)), brief=False)
+            for h, w in ((1, 1), (1, 64), (64, 1))
+        ),
+    ]
 
 
-def _audited() -> "dict[str, Audited]":
+def audited(
+    size_hw: tuple[int, int], padded_hw: tuple[int, int], dtype: torch.dtype = torch.uint8
+) -> "dict[str, Audited]":
+    """Return the launch for one image, by name."""
     from cdetr_kernels.ops.normalize_and_pad.triton import pad_launch
     from cdetr_kernels.testing.machine_code import Audited
 
-    image = torch.empty(3, 800, 1066, dtype=torch.uint8, device="meta")
-    values = torch.empty(3, 800, 1088, device="meta")
-    mask = torch.empty(800, 1088, dtype=torch.int64, device="meta")
+    image = torch.empty(3, *size_hw, dtype=dtype, device="meta")
+    values = torch.empty(3, *padded_hw, device="meta")
+    mask = torch.empty(padded_hw, dtype=torch.int64, device="meta")
     launch = pad_launch(image, (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), values, mask)
-    # It reads bytes.
-    return {"normalize_and_pad": Audited(launch, frozenset({"store16"}))}
+    # It reads bytes; a row of one pixel is no 16 bytes.
+    wide = {"store16"} if padded_hw[1] % 16 == 0 and padded_hw[1] >= 1024 else set()
+    return {"normalize_and_pad": Audited(launch, frozenset(wide))}

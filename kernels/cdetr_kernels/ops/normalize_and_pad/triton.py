@@ -34,7 +34,8 @@ def _normalized(p_row, m_in, shift, divisor, SHIFTED: tl.constexpr):
     return tl.where(m_in, b_x, 0.0)
 
 
-@triton.jit(do_not_specialize=["image_h", "image_w"])
+# H too: triton makes a plain number of a size of 1. W tells how rows are aligned.
+@triton.jit(do_not_specialize=["image_h", "image_w", "image_c", "image_y", "H"])
 def pad_kernel(
     p_image,  # [C, h, w]
     p_values,  # [C, H, W], contiguous

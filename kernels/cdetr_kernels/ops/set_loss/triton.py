@@ -55,7 +55,14 @@ def _targets_of(p_matches, matches_t, o_q, T, BQ: tl.constexpr, BT: tl.constexpr
     return b_target
 
 
-@triton.jit(do_not_specialize=["B", "Q", "K", "T", "rows"])
+# Outer strides too: what they are divisible by would make a variant for each size of a batch.
+@triton.jit(
+    do_not_specialize=[
+        *("B", "Q", "K", "T", "rows", "labels_b", "targets_b", "targets_t"),
+        *("matches_l", "matches_b"),
+        *(f"{name}_{axis}" for name in ("logits", "boxes") for axis in "lbq"),
+    ]
+)
 def forward_kernel(
     p_logits,  # [L, B, Q, K]
     p_boxes,  # [L, B, Q, 4]
