@@ -685,7 +685,7 @@ def test_device_map(tmp_path):
     _assert_equal_outputs(load(tmp_path, device_map="auto", max_memory={"cpu": "4GB"}), model, 0)
     on_disk = parts | {"bbox_predictor": "disk"}
     spread = load(tmp_path, device_map=on_disk, offload_folder=tmp_path / "offload")
-    _assert_equal_outputs(spread, model, 0)
+    _assert_equal_outputs(spread, model)  # layers with weights elsewhere compute on their own
     assert any((tmp_path / "offload").iterdir())
     for wrong, message in (
         ("gpu", "device_map: .*'gpu'"),
