@@ -17,13 +17,14 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test coverage test-oldest lint format clean
+.PHONY: help demo test coverage test-oldest docs lint format clean
 
 help:
 	@echo "make demo         draw scenes, detect, print AP, write pictures to output/demo"
 	@echo "make test         run the tests"
 	@echo "make coverage     run the tests, and print how much of the package they cover"
 	@echo "make test-oldest  run the tests on the oldest supported packages, in $(OLDEST)"
+	@echo "make docs         build the documentation into build/site"
 	@echo "make lint         check style, formatting, wording, imports and types"
 	@echo "make format       fix what can be fixed automatically"
 	@echo "make clean        remove the environments and build products"
@@ -43,6 +44,11 @@ coverage: $(VENV)/.installed-test $(VENV)/.native
 # The same in an environment of its own; not part of CI.
 test-oldest:
 	$(MAKE) test VENV=$(OLDEST) CONSTRAINTS=constraints-oldest.txt
+
+# The variable silences an advertisement.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	@echo "build/site/index.html"
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

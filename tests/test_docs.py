@@ -86,7 +86,7 @@ def test_blocks_were_found():
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_block_runs_or_says_why_not(block, workplace, monkeypatch):
-    assert block.language in ("python", "bash", "text", "yaml", "json"), (
+    assert block.language in ("python", "bash", "text", "yaml", "json", "diff"), (
         "name the language of the block: python and bash are run, text is not"
     )
     if block.reason is not None:

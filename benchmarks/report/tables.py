@@ -42,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def pages() -> dict[str, dict[str, str]]:
     """Return the tables of each page by their marks."""
     return {
-        "README.md": {"figures": figures()},
+        "README.md": {"highlights": highlights(), "figures": headline()},
         "docs/performance.md": {
+            "figures": figures(),
             "steps": _with_note("cpu_model_resnet50_800x1066_fp32", _steps),
             "stages": _with_note("cpu_stages_800x1066", _stages),
             "precision": _with_note("cpu_precision_demo", _precision),
@@ -117,6 +118,52 @@ def _precision(rows: list[Row]) -> str:
 # ------------------------------------------------------------------------------------ README.md
 
 
+def highlights() -> str:
+    """Return three figures for the top of the README, and their machine."""
+    model, masks, loss = map(
+        _load, ("cpu_model_resnet50_800x1066_fp32", "cpu_mask_head_800x1066", "cpu_loss_b16")
+    )
+    if model is None or masks is None or loss is None:
+        return "Not measured yet."
+    _, fast = next(_pairs(model.rows, "transformers sdpa", "optimize(cdetr_fast)"))
+    slow_masks, fast_masks = next(_pairs(masks.rows, "transformers", "cdetr_fast"))
+    *_, (_, fast_loss) = _pairs(loss.rows, "transformers", "cdetr_fast")
+    return (
+        f"**{fast['speed-up']:.1f} times** the speed of transformers for a whole image, "
+        f"**{slow_masks['ms'] / fast_masks['ms']:.0f} times** in "
+        f"{fast_masks['peak MiB'] / slow_masks['peak MiB']:.0%} of the memory for the mask head, "
+        f"**{fast_loss['speed-up']:.0f} times** for matching and loss "
+        f"({fast_loss['targets']} targets per image): fp32, "
+        f"{model.environment['threads']} threads of an {model.environment['processor']}, outputs "
+        "within 1e-4."
+    )
+
+
+def headline() -> str:
+    """Return the five rows that the README shows, and the machine."""
+    file = _load("cpu_model_resnet50_800x1066_fp32")
+    if file is None:
+        return "Not measured yet."
+    lines = list(_model(file.rows))
+    for name, describe, row in (
+        ("cpu_mask_head_800x1066", _mask_head, 0),
+        ("cpu_loss_b16", _loss, -1),
+        ("cpu_folder", _folder, -1),
+    ):
+        if found := _load(name):
+            lines.append(list(describe(found.rows))[row])
+    table = markdown(["work", "transformers", "cdetr_fast", "accuracy"], lines)
+    environment = file.environment
+    return (
+        f"{table}\n\n{environment['processor']}, {environment['threads']} threads, torch "
+        f"{environment['torch']}, transformers {environment['transformers']}; medians, the two in "
+        "turns in one run."
+    )
+
+
+# ------------------------------------------------------------------------- docs/performance.md
+
+
 def figures() -> str:
     """Return a line for each work: medians of transformers and ours in one run, and accuracy."""
     lines, found = [], []
@@ -133,11 +180,11 @@ def figures() -> str:
             lines += list(describe(file.rows))
             found.append(file)
     environment = found[0].environment
-    made_by = ", ".join(f"`{file.environment['command']}` ({file.name}.json)" for file in found)
+    made_by = "\n".join(f"- {file.name}.json: `{file.environment['command']}`" for file in found)
     note = (
         f"{environment['processor']}, {environment['threads']} threads, torch "
         f"{environment['torch']}, transformers {environment['transformers']}; medians, the two in "
-        f"turns in one run. {made_by}."
+        f"turns in one run. Made by:\n\n{made_by}"
     )
     table = markdown(["work", "transformers", "cdetr_fast", "accuracy"], lines)
     return "\n".join([table, "", note, *gpu_figures(RESULTS)])
