@@ -43,6 +43,7 @@ REFERENCE = "transformers sdpa"
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_image_options(parser, (800, 1066), "resnet50")
     add_dtype_option(parser)
+    parser.add_argument("--layers", type=int, default=6, help="of the encoder and the decoder")
     parser.add_argument("--dilation", action="store_true")
     parser.add_argument("--padded", action="store_true", help="pad all images but the first")
     parser.add_argument("--steps", action="store_true", help="add a row for each technique")
@@ -120,6 +121,8 @@ class Models:
             for model in self._originals(
                 "eager" if name == "transformers eager" else "sdpa",
                 backbone=self.options.backbone,
+                encoder_layers=self.options.layers,
+                decoder_layers=self.options.layers,
                 dilation=self.options.dilation,
                 num_labels=91,
             )

@@ -32,6 +32,7 @@ LIMITS = {
     "loss error": 1e-4,
     "gradient error": 1e-3,
 }
+LAYERS = ("encoder_layers", "decoder_layers")
 BATCH, TARGETS = 4, 20
 
 
@@ -41,24 +42,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default=(800, 1066), **size)
     parser.add_argument("--training-backbone", default="resnet18")
     parser.add_argument("--training-size", default=(320, 416), **size)
+    parser.add_argument("--layers", type=int, default=6, help="of the encoder and the decoder")
     parser.set_defaults(repeats=7)
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    model, _ = model_pair(backbone=options.backbone, num_labels=91)
+    settings: dict[str, Any] = {"num_labels": 91} | dict.fromkeys(LAYERS, options.layers)
+    model, _ = model_pair(backbone=options.backbone, **settings)
     images = random_images(1, options.size)
     forward = torch.no_grad()(lambda: model(*images))
     yield case("forward", forward, OF_EVAL, options.size, "B=1")
-    step = training_step(options.training_backbone, options.training_size)
+    step = training_step(options.training_backbone, options.training_size, settings)
     shape = f"B={BATCH} padded T={TARGETS}"
     yield case("training step", step, OF_TRAINING, options.training_size, shape)
 
 
-def training_step(backbone: str, size: tuple[int, int]) -> Callable[[], Any]:
+def training_step(
+    backbone: str, size: tuple[int, int], settings: dict[str, Any]
+) -> Callable[[], Any]:
     """Return a training step; its outputs also have all gradients in one vector."""
     torch.manual_seed(0)
     make_config: Any = transformers.ConditionalDetrConfig  # its fields come by inheritance
-    config = make_config(backbone=backbone, auxiliary_loss=True, dropout=0.0, num_labels=91)
+    config = make_config(backbone=backbone, auxiliary_loss=True, dropout=0.0, **settings)
     model = transformers.ConditionalDetrForObjectDetection(config).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

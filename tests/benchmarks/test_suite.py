@@ -8,19 +8,19 @@ from benchmarks import results, run
 from benchmarks.registry import BENCHMARKS
 from benchmarks.suite import loss, post_processing, topk
 
-IMAGE = "--backbone resnet18 --size 64 96"
+IMAGE = "--backbone test_resnet --size 64 96"
 SMALL = {
-    "model": f"{IMAGE} --padded --batch 2 --steps",
+    "model": f"{IMAGE} --padded --batch 2 --layers 1 --steps",
     "stages": IMAGE,
     "decoder": "--map 3 4 --batch 2 --padded --backward",
-    "mask_head": "--size 128 160 --queries 10",
+    "mask_head": "--size 64 96 --queries 3",
     "precision": "--count 3 --precisions bf16",
-    "patching": f"{IMAGE} --training-size 64 96",
+    "patching": f"{IMAGE} --training-backbone test_resnet --training-size 64 96 --layers 1",
     "preprocessing": "--batch 1 2 --steps",
-    "folder": "--images 2 --edges 64 96 --backbone resnet18",
+    "folder": "--images 2 --edges 64 96 --backbone test_resnet",
     "topk": "--batch 1 3 --head 30x9 --k 20",
     "post_processing": "--size 60 80 --input 80 100 --queries 20 --classes 9 --kept 4",
-    "training": "--size 64 96 --batch 2 --layers 2 --targets 3",
+    "training": f"{IMAGE} --batch 2 --layers 2 --targets 3",
     "loss": "--batch 2 --targets 3",
     "loading": "--images 4 --workers 0",
 }

@@ -51,6 +51,16 @@ KEYWORDS = [
 ]
 
 
+def theirs_with(**fields) -> transformers.ConditionalDetrConfig:
+    """transformers' configuration; 5.17 asks the hub for the sizes of its own ResNet."""
+    try:
+        return transformers.ConditionalDetrConfig(**copy.deepcopy(fields))
+    except Exception as error:
+        if "Connect" not in type(error).__name__:  # the class depends on the hub's client
+            raise
+        pytest.skip(f"the hub cannot be reached: {type(error).__name__}")
+
+
 def _comparable(fields: dict) -> dict:
     fields = {k: v for k, v in fields.items() if k not in BOOKKEEPING | {"compat"}}
     # transformers reads this and does nothing with it, so its own files may leave it out
@@ -61,7 +71,7 @@ def _comparable(fields: dict) -> dict:
 
 @pytest.mark.parametrize("keywords", KEYWORDS, ids=lambda k: ",".join(k) or "default")
 def test_fields_equal_transformers(keywords):
-    theirs = transformers.ConditionalDetrConfig(**copy.deepcopy(keywords))
+    theirs = theirs_with(**keywords)
     ours = ConditionalDetrConfig(**copy.deepcopy(keywords))
     assert _comparable(ours.to_dict()) == _comparable(theirs.to_dict())
     for alias in ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_labels"):
@@ -79,7 +89,7 @@ def test_class_attributes_equal_transformers():
 
 @pytest.mark.parametrize("keywords", KEYWORDS, ids=lambda k: ",".join(k) or "default")
 def test_round_trip_through_transformers_file(keywords, tmp_path):
-    theirs = transformers.ConditionalDetrConfig(**copy.deepcopy(keywords))
+    theirs = theirs_with(**keywords)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = ConditionalDetrConfig.from_pretrained(tmp_path / "theirs")
     assert _comparable(ours.to_dict()) == _comparable(theirs.to_dict())
@@ -222,7 +232,7 @@ def test_files_of_transformers_that_need_its_departures(fields, reason, tmp_path
     ],
 )
 def test_other_files_of_transformers_load_as_paper(fields, tmp_path):
-    transformers.ConditionalDetrConfig(**fields).save_pretrained(tmp_path)
+    theirs_with(**fields).save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # an override says nothing of how the weights were trained

@@ -9,19 +9,13 @@ import math
 
 import pytest
 import torch
-from support.interpreter import run_in_the_interpreter
-from support.kernels import DEVICE, in_this_process, needs_kernels
+from support.kernels import DEVICE, needs_kernels
 
 from cdetr_kernels.testing import accuracy
 from cdetr_kernels.testing.borders import GUARD, Guarded
 from cdetr_kernels.testing.case import registered
 
 pytest.importorskip("triton")
-
-
-@in_this_process
-def test_in_the_interpreter(root):
-    run_in_the_interpreter(root, __file__)
 
 
 @needs_kernels

@@ -12,7 +12,6 @@ from unittest import mock
 
 import pytest
 import torch
-from support.interpreter import run_in_the_interpreter
 from support.kernels import (
     DEVICE,
     DTYPES,
@@ -24,7 +23,6 @@ from support.kernels import (
     check_refusals,
     compiled_only,
     differentiate,
-    in_this_process,
     needs_kernels,
     scattered,
 )
@@ -72,12 +70,6 @@ def fused(mask, **options):
     return lambda **tensors: conditional_attention(
         **tensors, key_mask=mask, backend="triton", **options
     )
-
-
-@in_this_process
-def test_in_the_interpreter(root):
-    """Runs the tests of this file that need kernels."""
-    run_in_the_interpreter(root, __file__)
 
 
 @needs_kernels

@@ -7,7 +7,6 @@ from unittest import mock
 
 import pytest
 import torch
-from support.interpreter import run_in_the_interpreter
 from support.kernels import (
     DEVICE,
     DTYPES,
@@ -18,7 +17,6 @@ from support.kernels import (
     check_refusals,
     compiled_only,
     differentiate,
-    in_this_process,
     needs_kernels,
     scattered,
 )
@@ -81,12 +79,6 @@ def general(mask, backend, **options):
         return conditional_attention(*inputs, mask, backend=backend, **options)
 
     return attend
-
-
-@in_this_process
-def test_in_the_interpreter(root):
-    """Runs the tests of this file that need kernels."""
-    run_in_the_interpreter(root, __file__)
 
 
 @needs_kernels

@@ -7,14 +7,12 @@ process of its own: whether a kernel is interpreted is decided when triton is im
 import pytest
 import torch
 from support.criterion_sizes import SIZES
-from support.interpreter import run_in_the_interpreter
 from support.kernels import (
     DEVICE,
     DTYPES,
     assert_accurate,
     assert_close,
     in_double,
-    in_this_process,
     needs_kernels,
     scattered,
 )
@@ -27,12 +25,6 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of exp and log
 ]
-
-
-@in_this_process
-def test_in_the_interpreter(root):
-    """Run the tests of this file that need kernels."""
-    run_in_the_interpreter(root, __file__)
 
 
 def draw(case, dtype=torch.float32):

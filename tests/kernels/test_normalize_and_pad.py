@@ -5,8 +5,7 @@ The triton kernel is tested on a GPU, or in triton's interpreter in a process of
 
 import pytest
 import torch
-from support.interpreter import run_in_the_interpreter
-from support.kernels import DEVICE, in_this_process, needs_kernels
+from support.kernels import DEVICE, needs_kernels
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvF
 
@@ -41,11 +40,6 @@ def expected(images, mean, std, factor, size_hw) -> tuple[Tensor, Tensor]:
 def unsupported_reason(backend: str, images) -> str | None:
     implementation = registry.operator("normalize_and_pad").implementations[backend]
     return implementation.unsupported_reason(images, None, None, 1.0, 1, 1)
-
-
-@in_this_process
-def test_in_the_interpreter(root):
-    run_in_the_interpreter(root, __file__)
 
 
 def check(images, mean=MEAN, std=STD, factor=1 / 255, size_hw=None):

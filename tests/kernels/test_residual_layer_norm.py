@@ -7,17 +7,11 @@ import math
 
 import pytest
 import torch
-from support.interpreter import run_in_the_interpreter
-from support.kernels import DEVICE, DTYPES, assert_close, in_this_process, needs_kernels
+from support.kernels import DEVICE, DTYPES, assert_close, needs_kernels
 from torch import Tensor
 
 from cdetr_kernels import residual_layer_norm
 from cdetr_kernels.ops.residual_layer_norm import cases
-
-
-@in_this_process
-def test_in_the_interpreter(root):
-    run_in_the_interpreter(root, __file__)
 
 
 def draw(shape, dtype, shared=False):

@@ -8,14 +8,12 @@ import math
 
 import pytest
 import torch
-from support.interpreter import run_in_the_interpreter
 from support.kernels import (
     DEVICE,
     DTYPES,
     assert_accurate,
     assert_close,
     compiled_only,
-    in_this_process,
     needs_kernels,
     scattered,
 )
@@ -26,12 +24,6 @@ from cdetr_kernels.testing.case import key_mask
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-@in_this_process
-def test_in_the_interpreter(root):
-    """Run the tests of this file that need kernels."""
-    run_in_the_interpreter(root, __file__)
 
 
 def draw_mask(kind, batch, height, width):

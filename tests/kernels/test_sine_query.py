@@ -10,14 +10,12 @@ from unittest import mock
 import pytest
 import torch
 from support import kernels
-from support.interpreter import run_in_the_interpreter
 from support.kernels import (
     DEVICE,
     DTYPES,
     assert_accurate,
     assert_close,
     compiled_only,
-    in_this_process,
     needs_kernels,
     scattered,
 )
@@ -29,12 +27,6 @@ from cdetr_kernels.testing.case import RandomTensors, key_mask
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-@in_this_process
-def test_in_the_interpreter(root):
-    """Run the tests of this file that need kernels."""
-    run_in_the_interpreter(root, __file__)
 
 
 def random(*shape, seed=0, dtype=torch.float32, normal=False):

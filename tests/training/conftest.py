@@ -1,3 +1,8 @@
 """Fixtures of the training tests."""
 
-from support.training_settings import damage, scenes, settings  # noqa: F401 - fixtures
+from support.training_settings import (  # noqa: F401 - fixtures
+    blank_charts,
+    damage,
+    scenes,
+    settings,
+)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
@@ -72,6 +73,7 @@ def fails_at(monkeypatch):
     monkeypatch.undo()
 
 
+@pytest.mark.charts
 def test_trains_and_writes_what_users_look_at(settings, scenes, tmp_path):
     config = TrainingConfig(
         **settings(
@@ -88,6 +90,8 @@ def test_trains_and_writes_what_users_look_at(settings, scenes, tmp_path):
     assert result["step"] == 8
     assert set(result) > {"AP", "AP50", "AR100"}
     run = tmp_path / "run"
+    for name in ("curves.png", "evaluation/pr_curves.png", "evaluation/confusion.png"):
+        assert len(Image.open(run / name).getcolors(1 << 24)) > 10, f"{name} is blank"
     for name in (
         *("config.yaml", "labels.txt", "metrics.jsonl", "curves.png", "samples/epoch_0001.jpg"),
         *("evaluation/metrics.json", "evaluation/classes.csv", "evaluation/pr_curves.png"),

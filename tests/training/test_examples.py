@@ -1,8 +1,8 @@
 """The scripts in examples/ run, change the weights and leave a checkpoint that loads."""
 
-import os
-import subprocess
+import runpy
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -24,17 +24,18 @@ def checkpoint(settings, tmp_path):
     return tmp_path / "start"
 
 
-def run(root, script, *arguments):
-    paths = [str(root), str(root / "kernels")]
-    done = subprocess.run(
-        [sys.executable, root / "examples" / script / "train.py", *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(root, capsys):
+    """Runs an example as a program, in this process; returns what it prints."""
+
+    def call(script, *arguments):
+        path = str(root / "examples" / script / "train.py")
+        capsys.readouterr()
+        with mock.patch.object(sys, "argv", [path, *map(str, arguments)]):
+            runpy.run_path(path, run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
 
 
 def assert_trained(checkpoint, folder):
@@ -51,10 +52,10 @@ def assert_trained(checkpoint, folder):
     assert bias.tolist() == pytest.approx([-4.6] * len(CLASSES), abs=0.1)
 
 
-def test_trainer(root, scenes, checkpoint, tmp_path):
+def test_trainer(run, scenes, checkpoint, tmp_path):
     pytest.importorskip("transformers")
     out = run(
-        *(root, "trainer", "--model", checkpoint, "--output_dir", tmp_path / "run"),
+        *("trainer", "--model", checkpoint, "--output_dir", tmp_path / "run"),
         *("--train", scenes / "train", "--val", scenes / "val", "--max_steps", 2),
         *("--per_device_train_batch_size", 4, "--use_cpu", "--save_strategy", "no"),
         *("--learning_rate", "1e-3", "--report_to", "none", "--disable_tqdm", "True"),
@@ -65,9 +66,9 @@ def test_trainer(root, scenes, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_accelerate(root, scenes, checkpoint, tmp_path, accumulate):
+def test_accelerate(run, scenes, checkpoint, tmp_path, accumulate):
     out = run(
-        *(root, "accelerate", "--model", checkpoint, "--output", tmp_path / "run"),
+        *("accelerate", "--model", checkpoint, "--output", tmp_path / "run"),
         *("--train", scenes / "train" / "annotations.json", "--scales", 48, 64, "--cpu"),
         *("--val", scenes / "val" / "annotations.json", "--epochs", 1, "--workers", 0),
         *("--batch-size", 4, "--accumulate", accumulate),
