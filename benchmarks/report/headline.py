@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     image, _ = draw_scene(seed=308, size=(192, 240), min_objects=3, max_objects=5)
     model = ConditionalDetrForObjectDetection.from_pretrained(DEMO)
-    found = model.predict(image, threshold=0.5).draw(image)
+    found = model.predict(image, threshold=0.5)
+    assert not isinstance(found, list)  # it is one image
 
     file = results.load(RESULTS / f"{FILE}.json")
     ms = {row["provider"]: row["ms"] for row in file.rows}
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(10, 3.6), width_ratios=(1, 1.5), layout="constrained"
     )
-    left.imshow(found, interpolation="lanczos")
+    left.imshow(found.draw(image), interpolation="lanczos")
     left.set_axis_off()
     left.set_title("model.predict(image)", family="monospace", fontsize=10)
 
