@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from cdetr_fast._moved import keep_old_names
@@ -72,6 +73,33 @@ if TYPE_CHECKING:
     from cdetr_fast.models.pretrained import ConditionalDetrPreTrainedModel
 
 
+class _LoadedOnUse(ModuleType):
+    """A module that runs its code with the first use of a name that it does not have yet.
+
+    Unlike importlib's LazyLoader it does not run when its `__file__` is read: torch reads that of
+    every module while it is being imported itself.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        # While it runs, its own imports find what is there by then.
+        object.__setattr__(self, "__class__", ModuleType)
+        try:
+            assert self.__spec__ is not None
+            assert self.__spec__.loader is not None
+            self.__spec__.loader.exec_module(self)
+        except BaseException:
+            object.__setattr__(
+                self, "__class__", _LoadedOnUse
+            )  # the next use shows the error again
+            raise
+        return getattr(self, name)
+
+    def __dir__(self) -> list[str]:
+        return dir(self) if hasattr(self, "__all__") else []
+
+
 def _find_kernels_in_checkout() -> None:
     """Make `cdetr_kernels` importable from a bare checkout without changing sys.path."""
     source = Path(__file__).parent.parent / "kernels" / "cdetr_kernels" / "__init__.py"
@@ -80,12 +108,11 @@ def _find_kernels_in_checkout() -> None:
     spec = importlib.util.spec_from_file_location(
         "cdetr_kernels", source, submodule_search_locations=[str(source.parent)]
     )
-    if spec is None or spec.loader is None:
+    if spec is None:
         return
-    loader = spec.loader = importlib.util.LazyLoader(spec.loader)  # at the first use of a name
     module = importlib.util.module_from_spec(spec)
+    module.__class__ = _LoadedOnUse
     sys.modules["cdetr_kernels"] = module
-    loader.exec_module(module)
 
 
 _find_kernels_in_checkout()

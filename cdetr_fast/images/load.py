@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torchvision import io
 
@@ -107,6 +106,8 @@ def read_header(path: str | os.PathLike[str]) -> ImageHeader:
         OSError: The file cannot be read; the message names it.
         ValueError: Likewise.
     """
+    from PIL.TiffImagePlugin import TiffImageFile  # 5 ms, where no file is read
+
     try:
         with Image.open(path) as image:
             stored_hw = image.height, image.width

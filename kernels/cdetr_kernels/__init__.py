@@ -6,6 +6,8 @@ chooses which of them runs, and `cdetr_kernels.registry` lists all operators. `q
 which kernels are right and faster on this machine.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from cdetr_kernels.ops.conditional_attention import conditional_attention
 from cdetr_kernels.ops.conditional_attention_separable import conditional_attention_separable
 from cdetr_kernels.ops.detection_topk import detection_topk
@@ -15,7 +17,9 @@ from cdetr_kernels.ops.residual_layer_norm import residual_layer_norm
 from cdetr_kernels.ops.set_loss import set_loss
 from cdetr_kernels.ops.sine_position_2d import sine_position_2d
 from cdetr_kernels.ops.sine_query import sine_query
-from cdetr_kernels.qualification import qualify
+
+if TYPE_CHECKING:
+    from cdetr_kernels.qualification import qualify
 
 __all__ = [
     "conditional_attention",
@@ -29,3 +33,16 @@ __all__ = [
     "sine_position_2d",
     "sine_query",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `qualify` with its first use: it brings cases and timers, which models do not need."""
+    if name != "qualify":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from cdetr_kernels.qualification import qualify
+
+    return qualify
+
+
+def __dir__() -> list[str]:
+    return __all__
