@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from cdetr_fast.common.cuda_graphs import is_capturing
-from cdetr_fast.inference.known import become, known
 from cdetr_fast.models.attention import ConditionalDetrDecoderCrossAttention
 from cdetr_fast.models.decoder import ConditionalDetrDecoder, ConditionalDetrDecoderLayer
 from cdetr_fast.models.heads import box_origins
+from cdetr_fast.models.known import become, known
 from cdetr_fast.models.modeling import ConditionalDetrForObjectDetection, ConditionalDetrModel
 from cdetr_fast.models.position import MapPosition
 from cdetr_kernels import sine_query

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cdetr_fast.inference.constants import DecoderWithKeptPrefix, KeptPosition
-from cdetr_fast.inference.known import all_known, become
 from cdetr_fast.inference.linear import FusedLinear
 from cdetr_fast.models.attention import (
     ConditionalDetrDecoderSelfAttention,
@@ -24,6 +23,7 @@ from cdetr_fast.models.attention import (
     SeparableKeys,
 )
 from cdetr_fast.models.decoder import ConditionalDetrDecoderLayer
+from cdetr_fast.models.known import all_known, become
 from cdetr_fast.models.position import MapPosition
 from cdetr_fast.models.projections import joint_weights
 

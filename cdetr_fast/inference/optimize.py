@@ -13,10 +13,10 @@ from cdetr_fast.config.model import Dtype
 from cdetr_fast.inference import optimized
 from cdetr_fast.inference.following import Original, count_fused_steps, stop_following
 from cdetr_fast.inference.int8 import int8_unsupported_reason
-from cdetr_fast.inference.known import become, known
 from cdetr_fast.inference.plain import unsupported_reason
 from cdetr_fast.inference.prepare import shallow_copy
 from cdetr_fast.inference.runner import Family, Options, Runner
+from cdetr_fast.models.known import become, known
 from cdetr_kernels.qualification import ensure_qualified
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -22,12 +22,12 @@ from cdetr_fast.inference.joint import (
     join_decoder_self_attention,
     join_self_attention,
 )
-from cdetr_fast.inference.known import all_known, known
 from cdetr_fast.inference.linear import FusedLinear, fuse_linears
 from cdetr_fast.inference.plain import first_difference
 from cdetr_fast.models.decoder import ConditionalDetrDecoder, ConditionalDetrDecoderLayer
 from cdetr_fast.models.encoder import ConditionalDetrEncoder, ConditionalDetrEncoderLayer
 from cdetr_fast.models.heads import ConditionalDetrMLPPredictionHead
+from cdetr_fast.models.known import all_known, known
 from cdetr_fast.models.modeling import (
     ConditionalDetrForObjectDetection,
     ConditionalDetrForSegmentation,

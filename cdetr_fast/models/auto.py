@@ -13,9 +13,9 @@ from cdetr_fast.models.modeling import (
 
 
 def class_of_checkpoint(
-    name_or_path: str | os.PathLike, **download: Any
+    name_or_path: str | os.PathLike[str], **download: Any
 ) -> type[ConditionalDetrForObjectDetection | ConditionalDetrForSegmentation]:
-    """Returns the class that a checkpoint is for: of segmentation, else of detection.
+    """Return the class that a checkpoint is for: of segmentation, else of detection.
 
     Args:
         name_or_path: A folder or the id of a model on the hub, whose config.json says it; or one

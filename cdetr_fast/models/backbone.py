@@ -1,10 +1,10 @@
 """The backbone of a model: feature maps of images, with frozen batch norms."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from cdetr_fast.common.model_families import service
@@ -22,16 +22,18 @@ class _FrozenNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, mean, var, weight, bias, eps):
+    def forward(
+        x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> Tensor:
         return F.batch_norm(x, mean, var, weight, bias, eps=eps)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, _, var, weight, _, ctx.eps = inputs
         ctx.save_for_backward(var, weight)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         var, weight = ctx.saved_tensors
         # With fixed statistics the gradient of the input does not depend on the input, whose place
         # any tensor of its form can take; nor on the mean.
@@ -48,7 +50,8 @@ def frozen_batch_norm(
     """Normalise `[B, C, H, W]` by fixed numbers `[C]`; gradients go to `x` alone."""
     differentiates = x.requires_grad and torch.is_grad_enabled()
     # Neither a compiler nor `torch.jit.trace` looks into the function.
-    if differentiates and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # unlisted
+    if differentiates and not (torch.compiler.is_compiling() or tracing):
         return _FrozenNorm.apply(x, mean, var, weight, bias, eps)
     return F.batch_norm(x, mean, var, weight, bias, eps=eps)
 
@@ -76,7 +79,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -120,9 +123,10 @@ def freeze_batch_norm(module: nn.Module, faithful: bool = True) -> None:
         if child.weight is not None and not child.weight.is_meta:
             frozen.weight.copy_(child.weight.detach())
             frozen.bias.copy_(child.bias.detach())
-        if child.running_mean is not None and not child.running_mean.is_meta:
-            frozen.running_mean.copy_(child.running_mean)
-            frozen.running_var.copy_(child.running_var)
+        mean, var = child.running_mean, child.running_var
+        if mean is not None and var is not None and not mean.is_meta:
+            frozen.running_mean.copy_(mean)
+            frozen.running_var.copy_(var)
         setattr(module, name, frozen)
 
 

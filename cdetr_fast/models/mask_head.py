@@ -34,7 +34,7 @@ class ConditionalDetrMHAttentionMap(nn.Module):
         self.k_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, queries: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
-        """Returns attention maps.
+        """Compute attention maps.
 
         Args:
             queries: `[B, Q, C]`.

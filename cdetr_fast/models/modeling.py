@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from cdetr_fast.common.masks import is_unpadded
 from cdetr_fast.common.scores import kept_queries, upcast
 from cdetr_fast.config.model import ConditionalDetrConfig
-from cdetr_fast.loss.criterion import Labels, detection_loss, segmentation_loss
+from cdetr_fast.loss.criterion import detection_loss, segmentation_loss
+from cdetr_fast.loss.targets import Labels
 from cdetr_fast.models.backbone import ConditionalDetrConvEncoder
 from cdetr_fast.models.decoder import ConditionalDetrDecoder
 from cdetr_fast.models.encoder import ConditionalDetrEncoder
@@ -28,6 +29,7 @@ from cdetr_fast.models.outputs import (
     ConditionalDetrObjectDetectionOutput,
     ConditionalDetrSegmentationOutput,
     EncoderOutput,
+    present,
 )
 from cdetr_fast.models.position import (
     ConditionalDetrLearnedPositionEmbedding,
@@ -64,18 +66,27 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
     def __init__(self, config: ConditionalDetrConfig) -> None:
         super().__init__(config)
         self.backbone = ConditionalDetrConvEncoder(config)
-        positions = {
-            "sine": ConditionalDetrSinePositionEmbedding,
-            "learned": ConditionalDetrLearnedPositionEmbedding,
-        }
-        self.position_embedding = positions[config.position_embedding_type](config.d_model)
+        self.position_embedding: (
+            ConditionalDetrSinePositionEmbedding | ConditionalDetrLearnedPositionEmbedding
+        )
+        if config.position_embedding_type == "sine":
+            self.position_embedding = ConditionalDetrSinePositionEmbedding(config.d_model)
+        else:
+            self.position_embedding = ConditionalDetrLearnedPositionEmbedding(config.d_model)
         self.query_position_embeddings = nn.Embedding(config.num_queries, config.d_model)
         self.input_projection = nn.Conv2d(
             self.backbone.intermediate_channel_sizes[-1], config.d_model, kernel_size=1
         )
         self.encoder = ConditionalDetrEncoder(config)
         self.decoder = ConditionalDetrDecoder(config)
-        initialize_model(self, config)
+        initialize_model(
+            config,
+            self.encoder,
+            self.decoder,
+            self.input_projection,
+            self.query_position_embeddings,
+            self.position_embedding,
+        )
 
     def freeze_backbone(self) -> None:
         """Stop training of the backbone."""
@@ -97,7 +108,7 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> ConditionalDetrModelOutput | tuple:
+    ) -> ConditionalDetrModelOutput | tuple[Any, ...]:
         """Run the model.
 
         Args:
@@ -190,7 +201,7 @@ class ConditionalDetrModel(ConditionalDetrPreTrainedModel):
         else:
             encoded = _as_encoder_output(encoder_outputs)
             _check_shape("encoder_outputs[0]", encoded.last_hidden_state, tuple(flat.shape))
-            self._check_dtype("encoder_outputs[0]", encoded.last_hidden_state)
+            self._check_dtype("encoder_outputs[0]", present(encoded.last_hidden_state))
         decoded = self.decoder(
             self.query_position_embeddings.weight[None],
             encoded.last_hidden_state,
@@ -250,7 +261,7 @@ def _as_encoder_output(given: Any) -> EncoderOutput:
     return EncoderOutput(*given[:3])
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
     if not isinstance(tensor, Tensor):
         got = type(tensor).__name__
         raise TypeError(f"{name}: expected a tensor {list(shape)}, got {got}")
@@ -274,7 +285,7 @@ class ConditionalDetrForObjectDetection(DetectingModel):
         self.bbox_predictor = ConditionalDetrMLPPredictionHead(
             config.d_model, config.d_model, 4, 3, fp32=True
         )
-        initialize_detection_heads(self, config)
+        initialize_detection_heads(config, self.class_labels_classifier, self.bbox_predictor)
 
     def forward(
         self,
@@ -290,7 +301,7 @@ class ConditionalDetrForObjectDetection(DetectingModel):
         return_dict: bool | None = None,
         num_boxes: Tensor | None = None,
         **kwargs: Any,
-    ) -> ConditionalDetrObjectDetectionOutput | tuple:
+    ) -> ConditionalDetrObjectDetectionOutput | tuple[Any, ...]:
         """Detect objects; with labels, also compute the loss.
 
         Args:
@@ -329,9 +340,9 @@ class ConditionalDetrForObjectDetection(DetectingModel):
         )
         if labels is None:
             logits, pred_boxes = self.predict_from(
-                outputs.last_hidden_state, outputs.reference_points
+                present(outputs.last_hidden_state), outputs.reference_points
             )
-            found = {"logits": logits, "pred_boxes": pred_boxes}
+            found: dict[str, Any] = {"logits": logits, "pred_boxes": pred_boxes}
         else:
             found = self.score(self.predict_layers(outputs), labels, num_boxes)
         output = ConditionalDetrObjectDetectionOutput(**found, **_states(outputs))
@@ -348,10 +359,10 @@ class ConditionalDetrForObjectDetection(DetectingModel):
             every decoder layer, `[L, B, Q, ...]`; under `compat="transformers"`, which norms the
             last state once more, the last layer's in front of them.
         """
-        every_layer = self.predict_auxiliary(outputs) if self.config.auxiliary_loss else ()
+        every_layer = self.predict_every_layer(outputs) if self.config.auxiliary_loss else ()
         if every_layer and self.config.compat == "paper":
             return every_layer
-        last = self.predict_from(outputs.last_hidden_state, outputs.reference_points)
+        last = self.predict_from(present(outputs.last_hidden_state), outputs.reference_points)
         return (*last, *every_layer)
 
     def score(
@@ -412,9 +423,15 @@ class ConditionalDetrForObjectDetection(DetectingModel):
         """Apply the heads to every decoder layer; (None, None) without auxiliary loss."""
         if not self.config.auxiliary_loss:
             return None, None
+        return self.predict_every_layer(outputs, use_reference_points)
+
+    def predict_every_layer(
+        self, outputs: ConditionalDetrModelOutput, use_reference_points: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Apply the heads to the states of every decoder layer, `[L, B, Q, ...]`."""
         states = outputs.intermediate_hidden_states
         if states is None:  # layer drop has left out all layers
-            states = outputs.last_hidden_state[None]
+            states = present(outputs.last_hidden_state)[None]
         reference_points = outputs.reference_points if use_reference_points else None
         return self.predict_from(states, reference_points)
 
@@ -451,7 +468,7 @@ class ConditionalDetrForSegmentation(SegmentingModel):
         self.bbox_attention = ConditionalDetrMHAttentionMap(
             config.d_model, config.encoder_attention_heads
         )
-        initialize_mask_head(self, config)
+        initialize_mask_head(config, self.mask_head, self.bbox_attention)
 
     def forward(
         self,
@@ -467,7 +484,7 @@ class ConditionalDetrForSegmentation(SegmentingModel):
         return_dict: bool | None = None,
         num_boxes: Tensor | None = None,
         **kwargs: Any,
-    ) -> ConditionalDetrSegmentationOutput | tuple:
+    ) -> ConditionalDetrSegmentationOutput | tuple[Any, ...]:
         """Detect and segment; arguments as in `ConditionalDetrForObjectDetection.forward`.
 
         Args:
@@ -501,10 +518,11 @@ class ConditionalDetrForSegmentation(SegmentingModel):
             output_hidden_states,
         )
         use_reference_points = self.config.compat == "paper"
+        states = present(outputs.last_hidden_state)
         logits, pred_boxes = detector.predict_from(
-            outputs.last_hidden_state, outputs.reference_points if use_reference_points else None
+            states, outputs.reference_points if use_reference_points else None
         )
-        pred_masks = self._masks_of(outputs.last_hidden_state, outputs, features)
+        pred_masks = self._masks_of(states, outputs, features)
         loss, loss_dict, auxiliary_outputs = None, None, None
         if labels is not None:
             loss, loss_dict, auxiliary_outputs = self.loss_function(
@@ -546,13 +564,13 @@ class ConditionalDetrForSegmentation(SegmentingModel):
         features = detector.model.embed_images(pixel_values, pixel_mask)
         outputs = detector.model.transform(features)
         use_reference_points = self.config.compat == "paper"
+        states = present(outputs.last_hidden_state)
         logits, pred_boxes = detector.predict_from(
-            outputs.last_hidden_state, outputs.reference_points if use_reference_points else None
+            states, outputs.reference_points if use_reference_points else None
         )
         queries = kept_query_indices(logits, threshold, self.config.compat)
         logits, pred_boxes, states = (
-            tensor.take_along_dim(queries, dim=1)
-            for tensor in (logits, pred_boxes, outputs.last_hidden_state)
+            tensor.take_along_dim(queries, dim=1) for tensor in (logits, pred_boxes, states)
         )
         if queries.shape[1]:
             pred_masks = self._masks_of(states, outputs, features)
@@ -567,7 +585,7 @@ class ConditionalDetrForSegmentation(SegmentingModel):
     ) -> Tensor:
         """Return mask logits `[B, q, H/4, W/4]` of decoder states `[B, q, C]`."""
         attention_maps = self.bbox_attention(
-            states, outputs.encoder_last_hidden_state, features.mask
+            states, present(outputs.encoder_last_hidden_state), features.mask
         )
         return self.mask_head(
             features.projected,

@@ -88,6 +88,12 @@ def _rebuild(cls: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:
     return cls(values)
 
 
+def present(tensor: Tensor | None) -> Tensor:
+    """Return a field that every model sets."""
+    assert tensor is not None
+    return tensor
+
+
 @dataclass(repr=False)
 class EncoderOutput(ModelOutput):
     """Output of the encoder.

@@ -194,9 +194,10 @@ class ConditionalDetrPreTrainedModel(AdapterMethods, nn.Module):
         Raises:
             ValueError: The name is not one of those that the configuration takes.
         """
+        name: Any = attn_implementation
         if isinstance(attn_implementation, dict):
-            attn_implementation = attn_implementation.get("", self.config._attn_implementation)
-        self.config._attn_implementation = cast("Any", attn_implementation)
+            name = attn_implementation.get("", self.config._attn_implementation)
+        self.config._attn_implementation = name
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Add tags to the model card that `push_to_hub` writes."""
@@ -250,7 +251,7 @@ class ConditionalDetrPreTrainedModel(AdapterMethods, nn.Module):
             TypeError: torch's checkpoint does not take a keyword.
             ValueError: Another setting is asked for.
         """
-        options = DEFAULT_OPTIONS | (activation_checkpointing_kwargs or {})
+        options = {**DEFAULT_OPTIONS, **(activation_checkpointing_kwargs or {})}
         for name in options.keys() - set(_CHECKPOINT_OPTIONS):
             raise unknown_keyword("activation_checkpointing_kwargs", name, _CHECKPOINT_OPTIONS)
         if every_n_layers != 1:
