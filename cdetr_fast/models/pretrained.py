@@ -177,9 +177,12 @@ class ConditionalDetrPreTrainedModel(AdapterMethods, nn.Module):
     def _transformer(self) -> nn.Module:
         return next(part for part in self.modules() if hasattr(part, "query_position_embeddings"))
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Raise NotImplementedError, as in transformers: images have no embeddings by token."""
-        raise NotImplementedError(f"get_input_embeddings: {type(self).__name__} reads images")
+    def get_input_embeddings(self) -> None:
+        """Return None: images have no embeddings of tokens.
+
+        transformers raises NotImplementedError, which ends Accelerate's FSDP.
+        """
+        return
 
     def get_output_embeddings(self) -> None:
         """Return None: there are no embeddings of tokens (PEFT asks)."""

@@ -106,7 +106,7 @@ def test_from_a_yolo_folder_to_figures(cdetr_fast, yolo, settings, scenes, tmp_p
     assert figures["images"] == 5
     trained = {k: v for k, v in rows[-1].items() if k in figures["stats"]}
     assert figures["stats"] == trained  # the run's own evaluation, of the same weights
-    assert f"AP50       {figures['stats']['AP50']:.3f}" in done.stdout
+    assert f"{'AP50':14} {figures['stats']['AP50']:.3f}" in done.stdout
 
     done = cdetr_fast("train", "--config", "settings.yaml", *flags, "--output", "run")
     assert done.returncode == 1
