@@ -6,8 +6,6 @@ Their parameters have the names of transformers' modules; the arithmetic is in
 
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
 
@@ -22,6 +20,7 @@ from cdetr_fast.models.projections import (
 )
 from cdetr_fast.models.residual import UpdateBlock
 from cdetr_kernels import conditional_attention, conditional_attention_separable
+from cdetr_kernels.ops.conditional_attention import concatenated
 
 
 class SeparableKeys(NamedTuple):
@@ -126,21 +125,12 @@ def _fused_attention(
     dropout_p: float,
 ) -> Tensor:
     """Attend by torch's `scaled_dot_product_attention`, the two halves of a head concatenated."""
-    key, k_spatial, value = keys
-    query = q_content
-    if q_spatial is not None and k_spatial is not None:
-        if isinstance(k_spatial, SeparableKeys):
-            k_spatial = (k_spatial.rows[:, :, None] + k_spatial.columns[:, None]).flatten(1, 2)
-        query = torch.cat([q_content, q_spatial], dim=-1)
-        key = torch.cat([key, k_spatial.expand_as(key)], dim=-1)
-    output = F.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=None if key_mask is None else key_mask[:, None, None],
-        dropout_p=dropout_p,
-    )
-    return output.transpose(1, 2)
+    k_content, k_spatial, value = keys
+    if isinstance(k_spatial, SeparableKeys):
+        k_spatial = concatenated.spatial_keys(*k_spatial)
+    width = q_content.shape[-1] * (1 if q_spatial is None else 2)
+    halves = (q_content, q_spatial, k_content, k_spatial)
+    return concatenated.conditional_attention(*halves, value, key_mask, width**-0.5, dropout_p)
 
 
 class ConditionalDetrSelfAttention(Attention):

@@ -45,6 +45,23 @@ def test_implementations_agree(position, mask, monkeypatch):
             torch.testing.assert_close(map_, known, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", None])
+@pytest.mark.parametrize("position", ["sine", "learned"])
+def test_an_image_that_is_all_padding_attends_to_nothing(position, implementation):
+    """It neither gives NaN nor depends on what is in it; the other image is as before."""
+    model = make(position_embedding_type=position, attn_implementation=implementation)
+    mask = MASK.clone()
+    mask[1] = 0
+    with torch.no_grad():
+        memory = torch.randn(2, 6, model.config.d_model)
+        logits = [
+            model(IMAGES, mask, encoder_outputs=(memory + shift,)).logits
+            for shift in (0.0, torch.tensor([0.0, 1.0])[:, None, None])
+        ]
+    assert logits[0].isfinite().all()
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", None])
 @pytest.mark.parametrize("padded", [False, True])

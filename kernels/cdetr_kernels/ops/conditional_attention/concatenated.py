@@ -69,6 +69,11 @@ def conditional_attention(
     return output
 
 
+def spatial_keys(k_rows: Tensor, k_columns: Tensor) -> Tensor:
+    """Add keys of rows `[B|1, h, N, D]` and columns `[B|1, w, N, D]`, to `[B|1, h*w, N, D]`."""
+    return (k_rows[:, :, None] + k_columns[:, None]).flatten(1, 2)
+
+
 def _aligned(x: Tensor) -> Tensor:
     """Return heads padded with zeros to a width that the backends take."""
     rest = -x.shape[-1] % _ALIGNMENT

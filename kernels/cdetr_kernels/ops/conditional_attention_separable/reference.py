@@ -32,8 +32,7 @@ def conditional_attention_separable(
 ) -> tuple[Tensor, Tensor | None]:
     """Define `cdetr_kernels.conditional_attention_separable`; see there for shapes."""
     if concatenated.is_taken(q_content, seed, return_attention):
-        k_spatial = (k_rows[:, :, None] + k_columns[:, None]).flatten(1, 2)
-        halves = (q_content, q_spatial, k_content, k_spatial)
+        halves = (q_content, q_spatial, k_content, concatenated.spatial_keys(k_rows, k_columns))
         return concatenated.conditional_attention(*halves, value, key_mask, scale, dropout_p), None
     if len(k_rows) != len(k_columns):
         k_rows, k_columns = (x.expand(len(value), -1, -1, -1) for x in (k_rows, k_columns))
