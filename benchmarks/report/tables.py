@@ -134,8 +134,10 @@ def highlights() -> str:
         f"{fast_masks['peak MiB'] / slow_masks['peak MiB']:.0%} of the memory for the mask head, "
         f"**{fast_loss['speed-up']:.0f} times** for matching and loss "
         f"({fast_loss['targets']} targets per image): fp32, "
-        f"{model.environment['threads']} threads of an {model.environment['processor']}, outputs "
-        "within 1e-4."
+        f"{model.environment['threads']} threads of an {model.environment['processor']}, "
+        f"logits within {fast['accuracy']['max |dlogit|']:.0e}, masks within "
+        f"{fast_masks['accuracy']['max |dmask|']:.0e}, loss within "
+        f"{fast_loss['accuracy']['loss error']:.0e}."
     )
 
 
