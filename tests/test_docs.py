@@ -1,5 +1,6 @@
 """The code blocks of the documentation: run as they stand, or marked with the reason why not."""
 
+import importlib.util
 import json
 import os
 import re
@@ -20,6 +21,7 @@ PAGES = sorted(
     for pattern in ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "examples/**/*.md")
     for path in ROOT.glob(pattern)
 )
+GENERATED = {"output", "build"}
 # A reason stands alone on the line above its block: <!-- not run: needs the model hub -->
 BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<reason>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$",
@@ -82,6 +84,22 @@ def test_blocks_were_found():
     assert {"python", "bash"} <= languages
     fences = [re.findall(r"^```", page.read_text("utf-8"), re.MULTILINE) for page in PAGES]
     assert 2 * len(BLOCKS) == sum(map(len, fences))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_benchmarks_that_a_page_names_exist(page):
+    """Paths in backticks from the root, or of a package, and `python -m benchmarks...`."""
+    text = page.read_text(encoding="utf-8")
+    roots = (ROOT, ROOT / "kernels", ROOT / "cdetr_fast")
+    paths = re.findall(r"`((?:[a-z]\w*/)+[\w./-]*\w)(?:::\w+)?`", text)
+    folders = {path.name for root in roots for path in root.iterdir() if path.is_dir()}
+    ours = [path for path in paths if path.split("/")[0] in folders - GENERATED]
+    assert [p for p in ours if not any((root / p).exists() for root in roots)] == []
+    for name in re.findall(r"python -m benchmarks ([a-z]\w*)(?=[ `])", text):
+        files = (ROOT / "benchmarks" / f"{name}.py", ROOT / "benchmarks/suite" / f"{name}.py")
+        assert any(file.exists() for file in files), name
+    for module in re.findall(r"python -m (benchmarks\.[a-z][a-z.]*[a-z])", text):
+        assert importlib.util.find_spec(module), module
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
