@@ -264,8 +264,13 @@ def test_wheel(root, tmp_path):
         "import cdetr_fast, cdetr_kernels\n"
         "from cdetr_fast.demo import DEMO\n"
         "model = cdetr_fast.ConditionalDetrForObjectDetection.from_pretrained(DEMO)\n"
+        "from cdetr_fast.reports.page import _templates\n"
+        "assert _templates().list_templates() == sorted(TEMPLATES)\n"
         "print(cdetr_fast.__file__, cdetr_kernels.__file__, DEMO, sep='\\n')"
     )
+    templates = [path.name for path in (root / "cdetr_fast" / "reports" / "templates").iterdir()]
+    assert "detections.html" in templates
+    code = f"TEMPLATES = {templates}\n{code}"
     # -P and an empty folder: nothing of the checkout is importable.
     found = run_python(code, tmp_path, "-P", PYTHONPATH=str(target)).split()
     assert len(found) == 3

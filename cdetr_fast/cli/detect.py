@@ -37,15 +37,24 @@ def detect(
     top_k: Annotated[
         int, typer.Option(metavar="INTEGER", min=1, help="Most detections per image.")
     ] = 100,
+    html: Annotated[
+        bool,
+        typer.Option("--report", help="Also write report.html: a page to look through and filter."),
+    ] = False,
 ) -> None:
     """Detect objects in images.
 
     Writes detections.json (COCO results), images.json (the COCO images and categories that its
     ids mean) and an annotated picture of each image. An image that cannot be read is reported
-    and skipped, and so is a picture that cannot be written; the exit code is then 1.
+    and skipped, and so is a picture that cannot be written; the exit code is then 1. With
+    --report also report.html, and report_2.html and so on if there are many images.
     """
     from rich.console import Console
     from rich.progress import Progress
+
+    import cdetr_fast
+    from cdetr_fast.reports.detections import DetectionReport
+    from cdetr_fast.reports.page import describe_environment
 
     paths = _list_images(images)
     make_output_folder(output)
@@ -57,6 +66,7 @@ def detect(
     names = PictureNames(output, paths)
     read: deque[tuple[int, Path, Image.Image]] = deque()
     undrawn = 0
+    page = DetectionReport(threshold) if html else None
 
     def report(message: str) -> None:
         console.print(f"cdetr-fast: {message}", markup=False, highlight=False, soft_wrap=True)
@@ -95,6 +105,8 @@ def detect(
                 }
             )
             results.extend(result.to_coco(image_id))
+            if page is not None:
+                page.add(str(path), image, result, picture.name if is_drawn else None)
             progress.advance(task)
     skipped = len(paths) - len(records)
 
@@ -107,10 +119,19 @@ def detect(
         write_json(output / "detections.json", results, indent=1, sort_keys=False)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({first_line(error)})") from error
+    unwritten = False
+    if page is not None:
+        settings = {"threshold": threshold, "top_k": top_k, "batch_size": batch_size}
+        environment = describe_environment(detector.device, cdetr_fast.__version__)
+        try:
+            page.write(output, detector.name, environment, settings)
+        except OSError as error:
+            report(f"--report: {output} cannot be written ({first_line(error)})")
+            unwritten = True
     notes = ((skipped, "skipped"), (undrawn, "without a picture"))
     note = "".join(f", {count} {what}" for count, what in notes if count)
     print(f"{len(records)} images, {len(results)} detections{note}: {output}")
-    if skipped or undrawn:
+    if skipped or undrawn or unwritten:
         raise typer.Exit(1)
 
 

@@ -1,0 +1,1 @@
+"""Reports: self-contained HTML pages with charts and pictures, for a browser without a server."""

@@ -1,0 +1,152 @@
+"""Pictures inside a page: small JPEGs as data URIs, with boxes drawn over them by the browser."""
+
+from __future__ import annotations
+
+import base64
+import io
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from cdetr_fast.images.draw import class_colour
+
+_LONGEST_CAPTION = 28  # characters
+_MOST_BOXES = 300  # of a picture
+_LINE = 13.0  # units, height of a caption
+_LETTER = 6.8  # units, width of a letter on average
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that a page contains.
+
+    Attributes:
+        uri: Its data URI.
+        width: Units of the drawing over it, whose longest edge is the same for all images.
+        height: Likewise.
+        scale: Units per pixel of the image.
+    """
+
+    uri: str
+    width: float
+    height: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box over a picture, in the picture's units.
+
+    Attributes:
+        left: Likewise `top`, `width` and `height`.
+        colour: Of the class, for CSS.
+        label: Class index.
+        score: In [0, 1]; None for labels.
+        title: Class name and score, in full.
+        caption: Left end, base line and text of the caption, shortened; None if it has no room.
+    """
+
+    left: float
+    top: float
+    width: float
+    height: float
+    colour: str
+    label: int
+    score: float | None
+    title: str
+    caption: tuple[float, float, str] | None
+
+
+def embed(image: Image.Image, edge: int, quality: int = 78) -> Picture:
+    """Return an image for a page.
+
+    Args:
+        image: Any size and mode.
+        edge: Longest edge of the picture, in units; and in pixels, unless the image is smaller.
+        quality: Of the JPEG.
+    """
+    scale = edge / max(image.size)
+    sides = [max(1.0, round(side * scale, 1)) for side in image.size]
+    small = image.convert("RGB")
+    if scale < 1:
+        small = small.resize((round(sides[0]), round(sides[1])), reducing_gap=2.0)
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=quality)
+    content = base64.b64encode(stream.getvalue()).decode("ascii")
+    return Picture(f"data:image/jpeg;base64,{content}", sides[0], sides[1], scale)
+
+
+def boxes_over(
+    picture: Picture,
+    boxes_xyxy: np.ndarray,
+    labels: np.ndarray,
+    scores: np.ndarray | None,
+    id2label: Mapping[int, str],
+) -> list[Box]:
+    """Return the boxes of an image over its picture, the highest score last, which is on top.
+
+    Args:
+        picture: Of the image.
+        boxes_xyxy: `[n, 4]` pixels of the image; those that are not finite are left out.
+        labels: `[n]` class indices.
+        scores: `[n]`, or None.
+        id2label: Class names; an index without one is written as a number.
+    """
+    order = np.arange(len(labels)) if scores is None else np.argsort(scores, kind="stable")
+    order = order[np.isfinite(boxes_xyxy[order]).all(1)][-_MOST_BOXES:]
+    corners = boxes_xyxy.astype(np.float64) * picture.scale
+    corners = corners.clip(0, [picture.width, picture.height] * 2)
+    captions = _Captions(picture)
+    found = []
+    for i in order[::-1].tolist():  # the highest score chooses its caption's place first
+        left, top, right, bottom = corners[i].round(1).tolist()
+        label = int(labels[i])
+        name = id2label.get(label, str(label))
+        score = None if scores is None else round(float(scores[i]), 4)
+        shown = "" if score is None else f" {score:.2f}"
+        short = name if len(name) <= _LONGEST_CAPTION else f"{name[: _LONGEST_CAPTION - 1]}…"
+        found.append(
+            Box(
+                *(left, top, round(max(right - left, 1), 1), round(max(bottom - top, 1), 1)),
+                colour=css_colour(label),
+                label=label,
+                score=score,
+                title=name + shown,
+                caption=captions.place(short + shown, left, top, bottom),
+            )
+        )
+    return found[::-1]
+
+
+class _Captions:
+    """Places of captions: above, inside or below their boxes, and none over another."""
+
+    def __init__(self, picture: Picture) -> None:
+        self.picture = picture
+        self.taken: list[tuple[float, float, float]] = []
+
+    def place(
+        self, text: str, left: float, top: float, bottom: float
+    ) -> tuple[float, float, str] | None:
+        wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+        width = (len(text) + wide) * _LETTER
+        left = round(max(0.0, min(left + 2, self.picture.width - width)), 1)
+        for base in (top - 3, top + _LINE - 2, bottom + _LINE - 2, bottom - 3):
+            base = round(base, 1)
+            if not _LINE - 3 <= base <= self.picture.height - 2:
+                continue
+            if not any(
+                abs(base - other) < _LINE and left < end and start < left + width
+                for start, end, other in self.taken
+            ):
+                self.taken.append((left, left + width, base))
+                return left, base, text
+        return None
+
+
+def css_colour(label: int) -> str:
+    """Return the colour of a class, the one it has in every picture of this package."""
+    return "#{:02x}{:02x}{:02x}".format(*class_colour(label))

@@ -1,0 +1,122 @@
+"""Pages of detections: everything that was found, escaped, on as many pages as needed."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.html import read_page
+
+from cdetr_fast.images.results import DetectionResult
+from cdetr_fast.reports import detections
+from cdetr_fast.reports.detections import DetectionReport
+from cdetr_fast.reports.page import describe_environment
+from cdetr_fast.reports.pictures import boxes_over, embed
+
+EVIL = "<script>alert('1')</script>&\"🐱 グラス"
+HERE = describe_environment(torch.device("cpu"), "1.2.3")
+
+
+def result(count, names, image_hw=(48, 64)):
+    generator = torch.Generator().manual_seed(count)
+    corners = torch.rand(count, 4, generator=generator) * 24
+    boxes = torch.cat([corners[:, :2], corners[:, :2] + corners[:, 2:]], 1)
+    scores = torch.rand(count, generator=generator).sort(descending=True).values
+    labels = torch.arange(count) % max(len(names), 1)
+    return DetectionResult(scores, labels, boxes, image_hw, dict(enumerate(names)))
+
+
+def image(size=(64, 48)):
+    return Image.new("RGB", size, "green")
+
+
+def test_names_are_text(tmp_path):
+    report = DetectionReport(0.0)
+    report.add(EVIL, image(), result(3, [EVIL, "x" * 300]), EVIL + ".jpg")
+    (path,) = report.write(tmp_path, EVIL, HERE, {"note": EVIL})
+    page = read_page(path)
+    assert page.texts["script"] == page.texts["script"][:1]
+    assert "alert" not in page.texts["script"][0]
+    assert any(text.startswith(EVIL) for text in page.texts["figure"])
+    assert EVIL in page.texts["option"]
+    assert EVIL in [text.rsplit(" ", 1)[0] for text in page.texts["title"]]
+    (link,) = [a["href"] for a in page.of("a")]
+    assert re.fullmatch(r"[\w%./-]+", link)
+
+
+@pytest.mark.parametrize("count", [0, 1, 300])
+@pytest.mark.parametrize("classes", [1, 91])
+def test_any_number_of_objects_and_classes(tmp_path, count, classes):
+    names = [f"class {i}" for i in range(classes)]
+    report = DetectionReport(0.25)
+    found = result(count, names)
+    report.add("a.jpg", image(), found)
+    (path,) = report.write(tmp_path, "model", HERE, {"top_k": 100})
+    page = read_page(path)
+    assert len(page.of("rect")) == count + (10 if count else 0)  # with the histogram's bars
+    scores = [float(g["data-score"]) for g in page.of("g") if "data-score" in g]
+    assert sorted(scores, reverse=True) == pytest.approx(found.scores.tolist(), abs=1e-4)
+    assert len(page.texts["option"]) == 1 + min(count, classes)
+
+
+def test_pages_of_many_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(detections, "IMAGES_OF_PAGE", 4)
+    report = DetectionReport(0.5, most_images=10)
+    for i in range(12):
+        report.add(f"{i}.jpg", image(), result(2, ["a", "b"]))
+    paths = report.write(tmp_path, "model", HERE, {})
+    assert [path.name for path in paths] == ["report.html", "report_2.html", "report_3.html"]
+    pages = [read_page(path) for path in paths]
+    assert [len(page.of("image")) for page in pages] == [4, 4, 2]
+    for page in pages:
+        assert page.texts["b"][:3] == ["12", "24", "2.0"]
+        assert any(text.startswith("2 further images are not shown") for text in page.texts["p"])
+        links = {a["href"] for a in page.of("a")}
+        assert len(links) == 2
+        assert links < {path.name for path in paths}
+
+
+def test_a_page_is_not_too_large(monkeypatch):
+    monkeypatch.setattr(detections, "_BYTES_OF_PAGE", 2000)
+    report = DetectionReport(0.5)
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    for i in range(3):
+        report.add(f"{i}.jpg", Image.fromarray(noise), result(0, []))
+    assert [len(page) for page in report.pages] == [1, 1, 1]
+
+
+def test_captions_do_not_cover_each_other():
+    picture = embed(image((640, 480)), 320)
+    found = result(100, ["some class"], (480, 640))
+    boxes = boxes_over(
+        picture,
+        found.boxes_xyxy.numpy() * 12,
+        found.labels.numpy(),
+        found.scores.numpy(),
+        found.id2label,
+    )
+    assert len(boxes) == 100
+    assert [box.score for box in boxes] == sorted(box.score for box in boxes)
+    assert boxes[-1].caption is not None
+    captions = [box.caption for box in boxes if box.caption]
+    assert 5 < len(captions) < 100
+    for i, (left, base, text) in enumerate(captions):
+        assert left >= 0
+        assert 10 <= base <= 238
+        for other_left, other_base, _ in captions[:i]:
+            assert abs(base - other_base) >= 13 or abs(left - other_left) >= 6.8 * len(text)
+
+
+def test_boxes_that_are_not_finite_are_left_out():
+    picture = embed(image(), 320)
+    boxes = np.array([[1, 1, 9, 9], [np.nan, 0, 1, 1], [-5, 40, 99, 99]], np.float32)
+    drawn = boxes_over(picture, boxes, np.zeros(3, int), None, {0: "a"})
+    found = [(box.left, box.top, box.width, box.height) for box in drawn]
+    assert found == [(5, 5, 40, 40), (0, 200, 320, 40)]
+
+
+def test_sizes_in_the_page():
+    small, large = embed(image((64, 48)), 320), embed(image((2000, 10)), 320)
+    assert (small.width, small.height, small.scale) == (320, 240, 5)
+    assert (large.width, large.height) == (320, 1.6)
