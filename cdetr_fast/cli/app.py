@@ -18,6 +18,7 @@ from cdetr_fast.cli.export import export
 from cdetr_fast.cli.info import info
 from cdetr_fast.cli.options import Command
 from cdetr_fast.cli.qualify import qualify
+from cdetr_fast.cli.serve import serve
 from cdetr_fast.cli.train import train
 from cdetr_fast.training.errors import DataError, TrainingStopped
 
@@ -28,7 +29,18 @@ app = typer.Typer(
     rich_markup_mode=None,  # one-line usage errors
     help="Conditional DETR: detect objects, train and evaluate, see what runs on this machine.",
 )
-for _command in (detect, demo, train, evaluate, convert, export, info, qualify, build_native):
+for _command in (
+    detect,
+    serve,
+    demo,
+    train,
+    evaluate,
+    convert,
+    export,
+    info,
+    qualify,
+    build_native,
+):
     app.command(cls=Command)(_command)
 app.command(
     add_help_option=False,

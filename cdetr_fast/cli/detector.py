@@ -62,10 +62,14 @@ class Detector:
         Preparing a ResNet-50 takes as long as it saves on two images.
         """
         if images >= _WORTH_OPTIMIZING:
-            from cdetr_fast import optimize
+            self.optimize()
 
-            # images of a folder have many sizes, each of which would be a graph to capture
-            self.model = optimize(self.model, cuda_graphs=False, inplace=True)
+    def optimize(self) -> None:
+        """Optimize the model; results stay the same up to rounding."""
+        from cdetr_fast import optimize
+
+        # images of a user have many sizes, each of which would be a graph to capture
+        self.model = optimize(self.model, cuda_graphs=False, inplace=True)
 
     def predict(self, image: Image.Image, threshold: float) -> DetectionResult:
         """Return the result of one image; see `predict` of the model."""
