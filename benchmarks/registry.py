@@ -46,6 +46,7 @@ BENCHMARKS = (
     Entry("patching", "transformers' model before and after patch_transformers()", THEIRS),
     Entry("preprocessing", "photographs to model inputs", THEIRS),
     Entry("folder", "folder of JPEG files to boxes", THEIRS),
+    Entry("serve", "requests to cdetr-fast serve: rate and latency", ("fastapi", "httpx2")),
     Entry("topk", "outputs to detections of a batch", THEIRS),
     Entry("post_processing", "outputs to maps of segmentation: time and peak memory", THEIRS),
     Entry("training", "training step, and its matching and loss", THEIRS, ANYWHERE),

@@ -115,6 +115,7 @@ def test_public_names_of_the_documentation(root):
         ("cdetr_kernels", "operators"),
         ("cdetr_fast.training", "training"),
         ("cdetr_fast.images", "images"),
+        ("cdetr_fast.serving", "serving"),
     ],
 )
 def test_public_names_are_in_the_reference(package, page, root):
@@ -165,7 +166,7 @@ def test_import_needs_no_transformers_and_no_other_extra(root):
         "import cdetr_fast, cdetr_fast.cli, cdetr_fast.demo.scenes, cdetr_fast.images.draw\n"
         "for name in cdetr_fast.__all__: getattr(cdetr_fast, name)\n"
         "extras = ('transformers', 'accelerate', 'pycocotools', 'faster_coco_eval', 'onnx',\n"
-        "          'onnxscript', 'onnxruntime', 'kernels')\n"
+        "          'onnxscript', 'onnxruntime', 'kernels', 'fastapi', 'uvicorn')\n"
         "print([name for name in extras if name in sys.modules])\n"
     )
     assert run_python(code, root) == "[]"

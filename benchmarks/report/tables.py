@@ -48,7 +48,9 @@ def pages() -> dict[str, dict[str, str]]:
             "steps": _with_note("cpu_model_resnet50_800x1066_fp32", _steps),
             "stages": _with_note("cpu_stages_800x1066", _stages),
             "precision": _with_note("cpu_precision_demo", _precision),
+            "serve": _served("cpu_serve_demo", "cpu_serve_resnet50"),
         },
+        "docs/guides/serve.md": {"serve": _served("cpu_serve_demo")},
     }
 
 
@@ -113,6 +115,24 @@ def _precision(rows: list[Row]) -> str:
     header = ["`optimize(model)` in", "times as fast", "AP", "AP lost",
               "score error, mean and largest", "box error, mean and largest"]  # fmt: skip
     return markdown(header, map(line, rows))
+
+
+def _served(*names: str) -> str:
+    return "\n\n".join(_with_note(name, _rates) for name in names)
+
+
+def _rates(rows: list[Row]) -> str:
+    header = ["", "requests/s", "latency, p50", "latency, p95", "lost", "boxes within"]
+    header[0] = f"{rows[0]['shape']}; at most {rows[0]['most in a batch']} in a batch"
+    return markdown(
+        header,
+        (
+            (row["provider"], f"{row['requests/s']:.1f}", f"{row['p50 latency, ms']:.0f} ms",
+             f"{row['p95 latency, ms']:.0f} ms", f"{row['accuracy']['answers lost']:.0f}",
+             f"{row['accuracy']['max box error, px']:.0e} px")
+            for row in rows
+        ),
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ README.md

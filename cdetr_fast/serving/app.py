@@ -23,6 +23,7 @@ from starlette.types import Receive
 from torch import Tensor
 
 import cdetr_fast
+from cdetr_fast.common.errors import first_line
 from cdetr_fast.images.results import DetectionResult
 from cdetr_fast.models.modeling import ConditionalDetrForObjectDetection
 from cdetr_fast.serving.batching import Batcher, Computed
@@ -117,8 +118,8 @@ def create_app(
         docs_url=None,  # those pages load scripts from elsewhere
         redoc_url=None,
     )
-    app.add_exception_handler(HTTPException, _answer_error)
-    app.add_exception_handler(RequestValidationError, _answer_error)
+    for kind in (HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _answer_error)
     post = app.post("/v1/detect", openapi_extra=_BODY, responses=_ERRORS)
     post(service.detect)
     app.get("/v1/model")(service.describe)
@@ -339,8 +340,9 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
         first = error.errors()[0]
         reason = f"{first['loc'][-1]}: {first['msg'].lower()}, got {first['input']!r}"
         return JSONResponse({"detail": reason}, 422)
-    assert isinstance(error, HTTPException), "registered for these two"
-    return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+    if isinstance(error, HTTPException):
+        return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+    return JSONResponse({"detail": f"internal error: {first_line(error)}"}, 500)  # and it is logged
 
 
 def _content_security_policy(html: str) -> str:

@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class Computed(NamedTuple, Generic[Result]):
-    """What a caller of `Batcher.submit` gets.
+    """A result of `Batcher.submit`, with its times.
 
     Attributes:
         result: The result of the caller's item.

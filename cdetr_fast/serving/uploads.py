@@ -5,6 +5,7 @@ from io import BytesIO
 
 from fastapi import HTTPException, Request
 from PIL import Image
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.types import Message, Receive
 from torch import Tensor
@@ -58,16 +59,23 @@ async def read_upload(request: Request, max_bytes: int) -> bytes:
     if kind != _FORM:
         content = await limited.body()
     else:
-        async with limited.form(max_files=1, max_fields=10) as form:
-            files = [value for value in form.values() if isinstance(value, UploadFile)]
-            if not files:
-                raise Rejected(400, "form: expected a file, got none; with curl: --form file=@...")
-            content = await files[0].read()
+        content = await _file_of_form(limited)
     if len(content) > max_bytes:
         raise _too_large(max_bytes)
     if not content:
         raise Rejected(400, "image: expected a file, got 0 bytes")
     return content
+
+
+async def _file_of_form(request: Request) -> bytes:
+    try:
+        async with request.form(max_files=1, max_fields=10) as form:
+            for value in form.values():
+                if isinstance(value, UploadFile):
+                    return await value.read()
+    except FormParserError as error:  # which starlette before 1.0 lets through
+        raise Rejected(400, f"form: {first_line(error)}") from error
+    raise Rejected(400, "form: expected a file, got none; with curl: --form file=@photo.jpg")
 
 
 def _limited(receive: Receive, limit: int, max_bytes: int) -> Receive:

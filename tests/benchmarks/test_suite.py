@@ -18,6 +18,7 @@ SMALL = {
     "patching": f"{IMAGE} --training-backbone test_resnet --training-size 64 96 --layers 1",
     "preprocessing": "--batch 1 2 --steps",
     "folder": "--images 2 --edges 64 96 --backbone test_resnet",
+    "serve": "--requests 4 --clients 1 2",
     "topk": "--batch 1 3 --head 30x9 --k 20",
     "post_processing": "--size 60 80 --input 80 100 --queries 20 --classes 9 --kept 4",
     "training": f"{IMAGE} --batch 2 --layers 2 --targets 3",
