@@ -53,7 +53,9 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         folder = Path(name)
         checkpoint = DEMO if options.backbone is None else make_checkpoint(folder, options)
         model = cdetr_fast.optimize(
-            cdetr_fast.ConditionalDetrForObjectDetection.from_pretrained(checkpoint)
+            cdetr_fast.ConditionalDetrForObjectDetection.from_pretrained(
+                checkpoint, dtype=torch.float32
+            )
         )
         edges = dict(zip(("shortest_edge", "longest_edge"), options.edges, strict=True))
         if options.backbone is None:

@@ -4,18 +4,20 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import math
 import os
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-import torch
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from PIL import Image
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -35,7 +37,7 @@ T = TypeVar("T")
 
 PAGE = Path(__file__).with_name("page.html")
 _CLIENT_LEFT = 499  # as nginx counts it; nobody reads the response
-_WARMUP_HW = (480, 640)
+_WARMUP_SIZE = (640, 480)
 _BODY = {
     "requestBody": {
         "required": True,
@@ -144,7 +146,7 @@ class _Service:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """Warm up; at the end finish what was accepted."""
+        """Warm up decoder and model; at the end finish what was accepted."""
         settings = self.settings
         self._batcher = batcher = Batcher(
             self._compute,
@@ -159,8 +161,8 @@ class _Service:
         with ThreadPoolExecutor(workers, thread_name_prefix="cdetr_fast-decode") as self._decoders:
             batcher.start()
             try:
-                grey = torch.full((3, *_WARMUP_HW), 128, dtype=torch.uint8)
-                await batcher.submit(self._work(grey, 1.0))
+                pixels = decode(_warmup_image(), math.inf, self.model.image_processor)
+                await batcher.submit(self._work(pixels, 1.0))
                 yield
             finally:
                 await batcher.close()
@@ -280,6 +282,12 @@ class _Service:
         """Return the page."""
         headers = {"Content-Security-Policy": self._policy, "Cache-Control": "no-cache"}
         return HTMLResponse(self._html, headers=headers)
+
+
+def _warmup_image() -> bytes:
+    content = BytesIO()
+    Image.new("RGB", _WARMUP_SIZE).save(content, "JPEG")
+    return content.getvalue()
 
 
 def _answer(

@@ -1,5 +1,6 @@
 """The server: a socket and uvicorn, which stops when it has answered what it accepted."""
 
+import contextlib
 import math
 import signal
 import socket
@@ -56,10 +57,10 @@ def run(app: FastAPI, opened: socket.socket, timeout: float, announce: Callable[
         timeout_graceful_shutdown=math.ceil(timeout) + 1,
     )
     server = _Server(config, announce)
-    try:
+    with contextlib.suppress(SystemExit):  # of recent uvicorn, if it has not started
         server.run(sockets=[opened])
-    except SystemExit as error:  # uvicorn has logged why
-        raise RuntimeError("the service has not started; its error is above") from error
+    if not server.started:
+        raise RuntimeError("the service has not started; its error is above")
 
 
 class _Server(uvicorn.Server):

@@ -99,7 +99,7 @@ def _too_large(max_bytes: int) -> Rejected:
     return Rejected(413, reason, {"Connection": "close"})
 
 
-def decode(content: bytes, max_pixels: int, processor: ConditionalDetrImageProcessor) -> Tensor:
+def decode(content: bytes, max_pixels: float, processor: ConditionalDetrImageProcessor) -> Tensor:
     """Return the upright pixels of an image file, uint8 `[C, H, W]`; of an animation, the first.
 
     Raises:
@@ -114,7 +114,7 @@ def decode(content: bytes, max_pixels: int, processor: ConditionalDetrImageProce
     return pixels
 
 
-def _check_header(content: bytes, max_pixels: int) -> None:
+def _check_header(content: bytes, max_pixels: float) -> None:
     """Reject an image before any of its pixels is decoded."""
     try:
         with Image.open(BytesIO(content)) as image:
@@ -129,5 +129,5 @@ def _check_header(content: bytes, max_pixels: int) -> None:
         raise _too_many_pixels(f"{width} x {height}", max_pixels)
 
 
-def _too_many_pixels(got: str, max_pixels: int) -> Rejected:
+def _too_many_pixels(got: str, max_pixels: float) -> Rejected:
     return Rejected(413, f"image: expected at most {max_pixels} pixels, got {got}; send it smaller")
