@@ -40,10 +40,17 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 
 # Options of transformers' from_pretrained, and their values that have no effect here.
 _TRANSFORMERS_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "device_mesh": (None,),
     "disable_mmap": (None, False, True),
     "distributed_config": (None,),
+    "experts_implementation": (None,),
+    "from_flax": (None, False),
+    "from_tf": (None, False),
+    "generation_config": (None,),
     "gguf_file": (None,),
     "kernel_config": (None,),
+    "mirror": (None,),
+    "offload_state_dict": (None, False),
     "proxies": (None,),
     "quantization_config": (None,),
     "tp_plan": (None,),

@@ -11,6 +11,7 @@ from torch import Tensor
 from cdetr_fast.common.validation import Before, Expected, checked, shortened
 
 _POLYGON_NUMBERS = 6  # three points
+_REACH = 10  # sides of the image that a polygon may be outside of it: pycocotools walks every pixel
 _FORMS = (
     "polygons [[x, y, x, y, x, y, ...], ...] of three points or more, or run lengths "
     "{'size', 'counts'}"
@@ -103,8 +104,9 @@ def object_mask(segmentation: Any, size_hw: tuple[int, int]) -> Tensor:
         size_hw: Height and width of the image.
 
     Raises:
-        ValueError: It has another form, or runs do not add up to the image. (pycocotools takes two
-            points for a box, and leaves pixels without a run as they are in memory.)
+        ValueError: It has another form, a polygon is far outside the image, or runs do not add up
+            to the image. (pycocotools takes two points for a box, fills memory with the outline of
+            such a polygon, and leaves pixels without a run as they are in memory.)
         ImportError: Polygons, without pycocotools.
     """
     parts = segmentation_parts(segmentation, size_hw)
@@ -127,6 +129,7 @@ def segmentation_parts(segmentation: Any, size_hw: tuple[int, int]) -> list[Any]
             return [_run_lengths(item, size_hw) for item in items]
         polygons = [_numbers(item) for item in items]
         if all(map(_is_polygon, polygons)):
+            _require_near(polygons, size_hw)
             return [[float(value) for value in polygon] for polygon in polygons]
     raise ValueError(f"segmentation: expected {_FORMS}, got {shortened(segmentation)}")
 
@@ -139,6 +142,15 @@ def _is_polygon(value: Any) -> bool:
         and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
         and bool(np.isfinite(np.array(value, dtype=np.float64)).all())
     )
+
+
+def _require_near(polygons: list[Any], size_hw: tuple[int, int]) -> None:
+    farthest = max((value for polygon in polygons for value in polygon), key=abs)
+    if abs(farthest) > _REACH * max(size_hw):
+        raise ValueError(
+            f"segmentation: expected polygons in an image of {list(size_hw)} (height, width), got "
+            f"a point at {farthest:g}"
+        )
 
 
 def _filled(polygons: Any, size_hw: tuple[int, int]) -> Tensor:

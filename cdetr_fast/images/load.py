@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Collection, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,10 @@ IMAGE_SUFFIXES = frozenset(
 """Suffixes of images in a folder; a file that is named may be called anything."""
 
 # One image, or any nesting of lists of images; a 4-d array or tensor is a batch.
-ImageInput = Image.Image | np.ndarray | Tensor | str | os.PathLike[str] | bytes | Sequence[Any]
+Buffer = bytes | bytearray | memoryview
+ImageInput = (
+    Image.Image | np.ndarray | Tensor | str | os.PathLike[str] | Buffer | BinaryIO | Sequence[Any]
+)
 
 _CHANNELS = (1, 3, 4)
 _EXIF_ORIENTATION = 0x0112
@@ -169,8 +172,8 @@ def load_images(
     """Return the images as a flat list of `[C, H, W]` tensors, in the memory layout they have.
 
     Args:
-        images: PIL images, arrays, tensors, paths, URLs, `data:image/` strings or the bytes of
-            image files, single or nested.
+        images: PIL images, arrays, tensors, paths, URLs, `data:image/` strings, or image files as
+            bytes or open in binary mode, single or nested.
         do_convert_rgb: None: convert to RGB as PIL does, which drops transparency. True: lay
             transparent pixels over white first. False: leave the channels as they are.
         input_data_format: "channels_first" or "channels_last" for arrays and tensors; None infers
@@ -222,8 +225,12 @@ def _flatten(images: Any) -> list[Any]:
         return [image for item in images for image in _flatten(item)]
     if isinstance(images, np.ndarray | Tensor):
         return list(images) if images.ndim == 4 else [images]
-    if isinstance(images, Image.Image | str | os.PathLike | bytes):
+    if isinstance(images, Image.Image | str | os.PathLike):
         return [images]
+    if isinstance(images, Buffer):
+        return [bytes(images)]
+    if hasattr(images, "read"):
+        return [images.read()]
     raise TypeError(
         "images: expected PIL images, numpy arrays, tensors, paths or lists of them, "
         f"got {type(images).__name__}"

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cdetr_fast.common.validation import PositiveInt, Probability, checked
 from cdetr_fast.config.model import ConditionalDetrConfig
 from cdetr_fast.images import ConditionalDetrImageProcessor
-from cdetr_fast.images.load import ImageInput, image_hw, load_images
+from cdetr_fast.images.load import Buffer, ImageInput, image_hw, load_images
 from cdetr_fast.images.results import (
     DetectionResult,
     SegmentationResult,
@@ -180,9 +180,10 @@ class DetectingModel(PredictingModel):
         training mode is restored. `image_processor` prepares the images.
 
         Args:
-            images: Paths, URLs, bytes of image files, PIL images, arrays or tensors (`[H, W]`, `[C,
-                H, W]` or `[H, W, C]`, from 0 to 255 or as floats from 0 to 1): one, a list of them,
-                or a four-dimensional batch. Pictures are turned upright by their EXIF orientation.
+            images: Paths, URLs, image files as bytes or open in binary mode, PIL images, arrays or
+                tensors (`[H, W]`, `[C, H, W]` or `[H, W, C]`, from 0 to 255 or as floats from 0 to
+                1): one, a list of them, or a four-dimensional batch. Pictures are turned upright by
+                their EXIF orientation.
             threshold: Detections with a score above it are returned.
             top_k: Most detections per image.
             batch_size: Images in one forward pass.
@@ -318,7 +319,8 @@ def _is_single(images: ImageInput) -> bool:
     """Return whether this is one image, and not a list or batch of them."""
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim != 4
-    return isinstance(images, str | os.PathLike | bytes | Image.Image)
+    one = isinstance(images, str | os.PathLike | Buffer | Image.Image) or hasattr(images, "read")
+    return one or isinstance(images, Mapping) or not isinstance(images, Iterable)
 
 
 @contextlib.contextmanager

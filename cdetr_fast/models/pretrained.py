@@ -217,6 +217,12 @@ class ConditionalDetrPreTrainedModel(AdapterMethods, nn.Module):
         if self.config.__dict__.pop("gradient_checkpointing", False):
             self.activation_checkpointing_enable()
 
+    def init_weights(self) -> None:
+        """Do nothing: the constructor has initialised the weights, and none are tied."""
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: no weights are tied."""
+
     def enable_input_require_grads(self) -> None:
         """Have gradients reach the encoder's input although everything before it is frozen.
 

@@ -796,6 +796,12 @@ def test_options_of_transformers_that_ask_for_nothing(tmp_path):
         "key_mapping": None,
         "tp_plan": None,
         "use_kernels": False,
+        "device_mesh": None,
+        "experts_implementation": None,
+        "from_tf": False,
+        "generation_config": None,
+        "mirror": None,
+        "offload_state_dict": False,
     }
     _assert_equal_outputs(_class("detection").from_pretrained(tmp_path, **neutral), model, 0)
     for name, value in {"quantization_config": {"bits": 4}, "tp_plan": "auto"}.items():

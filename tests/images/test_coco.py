@@ -59,6 +59,7 @@ def labels(annotation, masks=True, image_id=3):
         ("segmentation", [[10, 5, 30, 5, 30, 35, 7]]),
         ("segmentation", [[10, 5, 30, 5, 30, "35"]]),
         ("segmentation", [[10, 5, 30, 5, 30, float("inf")]]),
+        ("segmentation", [[10, 5, 30, 5, 30, 35], [10, 5, -1e30, 5, 30, 35]]),
         ("segmentation", "polygon"),
         ("segmentation", {"counts": [3500]}),
         ("segmentation", {"size": [70, 50], "counts": [3500]}),

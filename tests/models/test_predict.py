@@ -73,7 +73,9 @@ def encoded(image: Image.Image, form: str) -> bytes:
 # --- images in ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["path", "str", "bytes", "PIL", "hwc", "chw", "grey"])
+@pytest.mark.parametrize(
+    "kind", ["path", "str", "bytes", "bytearray", "stream", "PIL", "hwc", "chw", "grey"]
+)
 def test_one_image_of_any_kind(detector, kind, tmp_path):
     image = PICTURES[0].convert("L").convert("RGB") if kind == "grey" else PICTURES[0]
     path = tmp_path / "a.png"
@@ -83,6 +85,8 @@ def test_one_image_of_any_kind(detector, kind, tmp_path):
         "path": path,
         "str": str(path),
         "bytes": path.read_bytes(),
+        "bytearray": bytearray(path.read_bytes()),
+        "stream": BytesIO(path.read_bytes()),
         "PIL": image,
         "hwc": pixels,
         "chw": torch.from_numpy(pixels).permute(2, 0, 1),
@@ -167,7 +171,9 @@ def test_a_broken_file_is_named(detector, broken, tmp_path):
 @pytest.mark.parametrize(
     ("images", "options", "error", "message"),
     [
-        (3, {}, TypeError, "not iterable|images"),
+        (3, {}, TypeError, "images: expected PIL images"),
+        (None, {}, TypeError, "images: expected PIL images"),
+        ({"image": PICTURES[0]}, {}, TypeError, "images: expected PIL images"),
         ([PICTURES[0], 3], {}, TypeError, "images: expected PIL images"),
         (np.zeros((5, 6, 7)), {}, ValueError, r"images\[0\]: expected 1, 3 or 4 channels"),
         ([PICTURES[0], np.zeros(4)], {}, ValueError, r"images\[1\]: expected \[H, W\]"),

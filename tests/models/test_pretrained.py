@@ -71,6 +71,14 @@ def test_attention_and_tags(model):
     assert ConditionalDetrForObjectDetection.model_tags is None
 
 
+def test_weights_are_initialised_once(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.init_weights()
+    model.tie_weights()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
 def test_derived_classes_call_post_init(images):
     class Detector(ConditionalDetrForObjectDetection):
         def __init__(self, config):

@@ -60,6 +60,8 @@ def read_set(
     if yolo_settings(path) is not None:
         classes, splits = read_yolo(path, [split], exif)
         root = path
+    elif folder is None:
+        raise DataError(f"{path}: expected a folder for split {split!r}, as there is for others")
     else:
         classes, splits = read_voc(path)
         root = voc_image_folder(path)

@@ -111,6 +111,8 @@ def test_a_lone_training_split(tmp_path):
         (root / name).rename(tmp_path / name)
     train, val, _ = read_data(TrainingConfig(train_annotations=str(root)))
     assert (len(train), val) == (3, None)
+    with pytest.raises(DataError, match="export: expected a folder for split 'val'"):
+        read_set(root, split="val")
     written = convert("coco", root / "train", tmp_path / "out", [0.6, 0.4])
     assert {k: len(json.loads(v.read_text())["images"]) for k, v in written.items()} == {
         "train": 2, "val": 1
