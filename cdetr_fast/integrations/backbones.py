@@ -22,6 +22,8 @@ except ImportError as error:
     ) from error
 
 _PROBE = (128, 160)
+_MAP_DIMENSIONS = 4
+_CHANNELS = 3  # of images, where a configuration does not say (TextNet)
 
 
 def build_backbone(fields: dict[str, Any]) -> FeatureBackbone:
@@ -35,11 +37,17 @@ def build_backbone(fields: dict[str, Any]) -> FeatureBackbone:
     """
     module = _make(fields)
     every = frozenset(name for name, _ in module.named_parameters())
-    with torch.device("meta"):
+    channels = getattr(module.config, "num_channels", _CHANNELS)
+    try:
+        with torch.device("meta"):
+            blueprint = _make(fields).eval()
+            all_maps = _with_all_maps(fields, module.stage_names).eval()
+        maps, size = _run(blueprint, channels)
+    except ValueError:  # some make tensors on the CPU, such as LW-DETR's
         blueprint = _make(fields).eval()
-        all_maps = _make(fields | _outputs(module.stage_names)).eval()
-    channels = module.config.num_channels
-    maps, size = _run(blueprint, channels)
+        all_maps = _with_all_maps(fields, module.stage_names).eval()
+        maps, size = _run(blueprint, channels)
+    _check_maps(module, maps)
     early = [x for x in probe(all_maps, channels, size) if size[0] // x.shape[-2] <= 4]
     return FeatureBackbone(
         module,
@@ -49,6 +57,16 @@ def build_backbone(fields: dict[str, Any]) -> FeatureBackbone:
         unread=every - dependencies(blueprint, maps),
         image_size=None if size == _PROBE else size,
     )
+
+
+def _check_maps(module: Any, maps: list[Tensor]) -> None:
+    """Refuse a backbone whose output is not what transformers' models read of it."""
+    shapes = [tuple(x.shape) for x in maps]
+    if any(len(x) != _MAP_DIMENSIONS for x in shapes) or [x[1] for x in shapes] != module.channels:
+        raise ValueError(
+            "backbone_config: expected a backbone that returns maps [B, C, H, W] with C of its "
+            f"channels, {module.channels}, got {type(module).__name__}, which returns {shapes}"
+        )
 
 
 def _run(blueprint: Any, channels: int) -> tuple[list[Tensor], tuple[int, int]]:
@@ -86,8 +104,15 @@ def _make(fields: dict[str, Any]) -> Any:
         ) from error
 
 
-def _outputs(stages: list[str]) -> dict[str, Any]:
-    return {"out_features": list(stages), "out_indices": list(range(len(stages)))}
+def _with_all_maps(fields: dict[str, Any], stages: list[str]) -> Any:
+    try:
+        return _make(fields | _outputs(stages, 0))
+    except ValueError:  # MaskFormer's Swin has a stem, but does not return it
+        return _make(fields | _outputs(stages, 1))
+
+
+def _outputs(stages: list[str], first: int) -> dict[str, Any]:
+    return {"out_features": stages[first:], "out_indices": list(range(first, len(stages)))}
 
 
 def names_in_memory(

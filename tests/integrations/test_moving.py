@@ -1,9 +1,12 @@
 """The lines of "What differs" in docs/guides/transformers.md, each with its test."""
 
+import inspect
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.tiny import randomized, tiny_config
 
 import cdetr_fast
@@ -12,6 +15,8 @@ from cdetr_fast.images.batch_feature import BatchFeature
 transformers = pytest.importorskip("transformers")
 
 IMAGES = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+LABELS = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}]
+SIZE = {"shortest_edge": 64, "longest_edge": 96}
 LINES = {}
 
 
@@ -23,10 +28,21 @@ def line(name):
     return add
 
 
+PICTURE = Image.new("RGB", (70, 50))
+
+
 def make(**changes):
-    config = tiny_config(**changes)
-    config.decoder_layers = 2
+    config = tiny_config(**({"decoder_layers": 2} | changes))
     return randomized(cdetr_fast.ConditionalDetrForObjectDetection(config))
+
+
+def theirs(**changes):
+    config = transformers.ConditionalDetrConfig.from_dict(tiny_config(**changes).to_dict())
+    return transformers.ConditionalDetrForObjectDetection(config)
+
+
+def processor(**changes):
+    return cdetr_fast.ConditionalDetrImageProcessor(size=SIZE, **changes)
 
 
 @line("`compat`")
@@ -34,11 +50,18 @@ def _():
     assert cdetr_fast.ConditionalDetrConfig(use_pretrained_backbone=False).compat == "paper"
 
 
-@line("unknown configuration keyword")
+@line("unknown keywords of configuration, processor and `forward`")
 def _():
     with pytest.raises(TypeError, match="did you mean 'num_queries'"):
         cdetr_fast.ConditionalDetrConfig(num_query=3)
+    with pytest.raises(TypeError, match="did you mean 'do_resize'"):
+        cdetr_fast.ConditionalDetrImageProcessor(do_rezise=False)
+    with pytest.raises(TypeError, match="did you mean 'do_resize'"):
+        processor()(PICTURE, do_rezise=False)
+    with pytest.raises(TypeError, match="did you mean 'output_attentions'"):
+        make()(IMAGES, output_attention=True)
     assert transformers.ConditionalDetrConfig(num_query=3).num_query == 3
+    assert "cross_attentions" not in theirs()(IMAGES, output_attention=True)
 
 
 @line("`inputs_embeds`")
@@ -147,10 +170,150 @@ def _():
     assert cdetr_fast.ConditionalDetrConfig.from_dict(theirs.to_dict()).d_model == ours.d_model
 
 
+@line("backbones that run at one image size")
+def _():
+    fields = {"model_type": "timm_backbone", "backbone": "levit_128", "out_indices": [2]}
+    config = tiny_config().to_dict() | {"backbone_config": fields}
+    with pytest.raises(ValueError, match=r"'levit_128', which runs at 224x224 alone"):
+        cdetr_fast.ConditionalDetrModel(cdetr_fast.ConditionalDetrConfig.from_dict(config))
+
+
+def without_gradient(model):
+    model.train()(IMAGES, labels=LABELS).loss.backward()
+    named = model.named_parameters()
+    return [name for name, p in named if p.requires_grad and p.grad is None]
+
+
+@line("parameters that get no gradient")
+def _():
+    assert without_gradient(make(decoder_layers=1)) == []
+    assert all("query_scale" in name for name in without_gradient(theirs(decoder_layers=1)))
+
+
+@line("`accepts_loss_kwargs`")
+def _():
+    assert make().accepts_loss_kwargs is False
+    assert not hasattr(theirs(), "accepts_loss_kwargs")
+
+
+@line("`post_init` and `init_weights`")
+def _():
+    class Derived(cdetr_fast.ConditionalDetrForObjectDetection):
+        def __init__(self, config):
+            super().__init__(config)
+            self.extra = torch.nn.Linear(2, 2)
+            torch.nn.init.constant_(self.extra.weight, 7.0)
+            self.post_init()
+            self.init_weights()
+
+        def _init_weights(self, module):
+            raise AssertionError
+
+    assert (Derived(tiny_config()).extra.weight == 7.0).all()
+
+
+@line("`get_input_embeddings`")
+def _():
+    assert make().get_input_embeddings() is None
+    with pytest.raises(NotImplementedError):
+        theirs().get_input_embeddings()
+
+
+@line("`enable_input_require_grads`")
+def _():
+    model = make().requires_grad_(False)
+    assert not model(IMAGES).logits.requires_grad
+    model.enable_input_require_grads()
+    assert model(IMAGES).logits.requires_grad
+
+
+@line("`every_n_layers` and `offload` of checkpointing")
+def _():
+    for name, value in {"every_n_layers": 2, "offload": True}.items():
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            make().activation_checkpointing_enable(**{name: value})
+
+
+@line("`max_memory` without `device_map`")
+def _():
+    model = make()
+    given = {"config": model.config, "state_dict": model.state_dict(), "max_memory": {"cpu": "1GB"}}
+    with pytest.raises(ValueError, match="max_memory: expected None without device_map"):
+        type(model).from_pretrained(None, **given)
+
+
+@line("the adapter of another model")
+def _():
+    peft = pytest.importorskip("peft")
+    other = make(decoder_layers=1)
+    config = peft.LoraConfig(r=2, target_modules=["v_proj"])
+    other.add_adapter(config)
+    weights = other.get_adapter_state_dict()
+    model = make()
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match="expected the weights of an adapter for"):
+        model.load_adapter(peft_config=config, adapter_state_dict=weights)
+    assert list(model.state_dict()) == before
+
+
+@line("PIL images with an EXIF orientation")
+def _():
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    stored = Image.fromarray(np.rot90(pixels).copy())  # turned to the left
+    stored.getexif()[0x0112] = 6  # "turn it to the right"
+    with pytest.warns(UserWarning, match="turned upright by its EXIF orientation 6"):
+        found = processor()(stored)["pixel_values"]
+    assert torch.equal(found, processor()(pixels)["pixel_values"])
+
+
+@line("floats from 0 to 1")
+def _():
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    floats = pixels.astype(np.float32) / 255
+    with pytest.warns(UserWarning, match="expected pixels from 0 to 255, got float32"):
+        processor()(floats)
+    model = make()
+    model.image_processor = processor()
+    found, expected = (model.predict(image, threshold=0.0) for image in (floats, pixels))
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-5)
+
+
+@line("integers of more than 8 bits")
+def _():
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3)).astype(np.uint16)
+    for image in (257 * pixels, Image.fromarray(257 * pixels[..., 0])):
+        with pytest.raises(ValueError, match=r"expected (pixels from 0 to 255|8 bits)"):
+            processor()(image)
+    scaled = processor(rescale_factor=1 / 65535)(257 * pixels)["pixel_values"]
+    expected = processor()(pixels.astype(np.uint8))["pixel_values"]
+    torch.testing.assert_close(scaled, expected, rtol=0, atol=1e-4)
+
+
+@line("bad segmentations and fields of annotations")
+def _():
+    good = {"id": 9, "bbox": [1, 2, 30, 20], "area": 600, "category_id": 1, "iscrowd": 0}
+    good["segmentation"] = [[1, 2, 31, 2, 31, 22]]
+    for key, value in {"segmentation": [[1, 2, 3, 4]], "bbox": [1, 2, 3]}.items():
+        content = {"image_id": 3, "annotations": [good | {key: value}]}
+        with pytest.raises(ValueError, match=rf"image id 3, annotation id 9\): {key}: expected"):
+            processor()(PICTURE, annotations=content, return_segmentation_masks=True)
+
+
+@line("a panoptic PNG of another size than its image")
+def _(folder):
+    Image.new("RGB", (35, 25), (7, 0, 0)).save(folder / "a.png")
+    segment = {"id": 7, "category_id": 1, "area": 875, "iscrowd": 0}
+    content = {"image_id": 1, "file_name": "a.png", "segments_info": [segment]}
+    with pytest.warns(UserWarning, match=r"a.png: expected \[50, 70\], the size of the image"):
+        found = processor(format="coco_panoptic")(PICTURE, annotations=content, masks_path=folder)
+    assert found["labels"][0]["class_labels"].tolist() == [1]
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", LINES)
-def test_line(name):
-    LINES[name]()
+def test_line(name, tmp_path):
+    check = LINES[name]
+    check(*[tmp_path] * len(inspect.signature(check).parameters))
 
 
 def test_every_line_is_here(root):
