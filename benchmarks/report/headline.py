@@ -3,7 +3,7 @@
 python -m benchmarks.report.headline    # writes docs/pictures/headline.png
 
 The bars are the rows of `benchmarks/results` that the README's table quotes. Needs matplotlib (the
-extra `train`).
+extra `test`).
 """
 
 import argparse

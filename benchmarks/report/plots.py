@@ -4,7 +4,7 @@
 
 RESULT.json is of `ops` or `gpu_check` (a picture for each operator, dtype and mode) or of `model`
 (bars of all models; of a run with `--steps` also what each technique saves). Needs matplotlib (the
-extra `train`).
+extra `test`).
 """
 
 import argparse

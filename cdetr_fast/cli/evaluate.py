@@ -1,4 +1,4 @@
-"""`cdetr-fast evaluate`: figures, tables and pictures of a checkpoint."""
+"""`cdetr-fast evaluate`: figures of a checkpoint, and their report."""
 
 from __future__ import annotations
 
@@ -57,8 +57,14 @@ def evaluate(
         typer.Option(help="skip leaves images that cannot be read out of the figures."),
     ] = "stop",
     exif: ExifOption = "auto",
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="Output of an earlier evaluation, or a run, to compare with."
+        ),
+    ] = None,
 ) -> None:
-    """Score a checkpoint by COCO's rules; writes tables and pictures."""
+    """Score a checkpoint by COCO's rules; writes report.html, figures and detections."""
     prepare_training()
     from cdetr_fast.training.evaluation.checkpoint import evaluate as run
     from cdetr_fast.training.run.launch import end_process_group
@@ -77,10 +83,11 @@ def evaluate(
             bad_labels=bad_labels,
             bad_images=bad_images,
             exif=exif,
+            against=against,
         )
         if evaluation is not None:
             _print_evaluation(evaluation)
-            print(f"tables and pictures: {output}")
+            print(f"report: {output}/report.html")
     finally:
         end_process_group()
 

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,12 +20,12 @@ from cdetr_fast.common.files import write_text
 from cdetr_fast.training import setup
 from cdetr_fast.training.config import TrainingConfig
 from cdetr_fast.training.data.dataset import Batch
-from cdetr_fast.training.data.label_checks import LabelReport
 from cdetr_fast.training.data.loader import grouped
 from cdetr_fast.training.errors import DataError, TrainingStopped
 from cdetr_fast.training.evaluation.detection import evaluate_detections, predict
-from cdetr_fast.training.evaluation.pictures import draw_curves
-from cdetr_fast.training.evaluation.report import draw_samples, write_evaluation
+from cdetr_fast.training.evaluation.pictures import draw_samples
+from cdetr_fast.training.evaluation.report import Report, write_report
+from cdetr_fast.training.evaluation.scored import Scored, write_evaluation
 from cdetr_fast.training.evaluation.segments import segment_scorer
 from cdetr_fast.training.graphs import use_graphs
 from cdetr_fast.training.initial_weights import build_model
@@ -62,9 +63,9 @@ ModelBuilder = Callable[[TrainingConfig, Sequence[str]], nn.Module]
 def train(config: TrainingConfig, build: ModelBuilder = build_model) -> dict[str, Any]:
     """Train a model, or resume a run.
 
-    Writes to `config.output`: config.yaml, labels.txt, metrics.jsonl, curves.png, `checkpoints`
+    Writes to `config.output`: config.yaml, labels.txt, metrics.jsonl, report.html, `checkpoints`
     (to resume from), `model` (the newest weights, for `from_pretrained`), `best` (those of highest
-    AP, panoptic quality or mask AP) and `evaluation` (tables and pictures).
+    AP, panoptic quality or mask AP) and `evaluation` (figures and detections of the last epoch).
 
     Args:
         config: All settings.
@@ -121,7 +122,7 @@ class Engine:
         self.stop_reason: str | None = None  # the same on all processes, at the same step
 
         with shared_errors(self.accelerator):
-            self.train_index, self.val_index, reports = setup.read_data(config)
+            self.train_index, self.val_index, self.label_reports = setup.read_data(config)
             model = build(config, self.train_index.classes)
             self.model_config = cast(ConditionalDetrConfig, model.config)
             self.processor = setup.make_processor(config, model)
@@ -155,9 +156,9 @@ class Engine:
         path = self.folder / "metrics.jsonl" if self.is_main else None
         self.log = RunLog(path, config.log_every, self.total_steps, self.accelerator.log)
         torch.manual_seed(config.seed + 1 + self.accelerator.process_index)
-        self._start(resumes, reports)
+        self._start(resumes)
 
-    def _start(self, resumes: bool, reports: list[LabelReport]) -> None:
+    def _start(self, resumes: bool) -> None:
         newest = checkpoint_files(self.folder / "checkpoints")[-1:] if resumes else []
         with shared_errors(self.accelerator):
             require_one_folder(
@@ -167,10 +168,10 @@ class Engine:
             self._load(newest[0])
         with shared_errors(self.accelerator):
             if self.is_main:
-                self._describe_run(begins=not newest, reports=reports)
+                self._describe_run(begins=not newest)
 
-    def _describe_run(self, begins: bool, reports: list[LabelReport]) -> None:
-        text = "\n".join(line for report in reports for line in report.lines())
+    def _describe_run(self, begins: bool) -> None:
+        text = "\n".join(line for report in self.label_reports for line in report.lines())
         try:
             changes = changed_settings(self.folder / "config.yaml", self.config)
             self.config.to_yaml(self.folder / "config.yaml")
@@ -346,7 +347,7 @@ class Engine:
         self._save()
 
     def _evaluate_and_export(self, last: bool) -> None:
-        is_best, figure = False, self.best
+        is_best, figure, scored = False, self.best, None
         if self.val_index is not None:
             loader = setup.evaluation_loader(
                 self.val_index,
@@ -367,6 +368,7 @@ class Engine:
             index, found = found.without_failures(self.val_index)
             if self.is_main:
                 evaluation = evaluate_detections(index, found, segments)
+                scored = Scored(index, found, evaluation)
                 self.result = evaluation.stats
                 if found.failures:
                     print(f"{found.described_failures()}\nthey are left out of the figures")
@@ -378,29 +380,54 @@ class Engine:
                 count = self.config.sample_pictures
                 self._write(path, lambda path: draw_samples(path, index, found, count))
                 if last:
-                    self._write(
-                        "evaluation",
-                        lambda path: write_evaluation(index, found, evaluation, path),
-                    )
+                    self._write("evaluation", partial(write_evaluation, scored))
         weights = self.accelerator.get_state_dict(self.model)
         if self.is_main:
-            rows = read_rows(self.folder / "metrics.jsonl")
-            self._write("curves.png", lambda path: draw_curves(rows, path))
             self._write("model", lambda path: self._export(weights, path))
             if is_best and self._write("best", lambda path: self._export(weights, path)):
                 self.best = max(self.best, figure)  # NaN is not greater
+            self._write(
+                "report.html", lambda path: write_report(self._report(scored), path), (Exception,)
+            )
         self.accelerator.wait_for_everyone()
 
-    def _write(self, name: str | Path, write: Callable[[Path], None]) -> bool:
+    def _report(self, scored: Scored | None) -> Report:
+        sets = (("Labels: training", self.train_index), ("Labels: validation", self.val_index))
+        return Report(
+            f"Training of {self.folder.name}, step {self.step} of {self.total_steps}",
+            self.config.to_dict(),
+            self.accelerator.device,
+            [
+                (title, index, report)
+                for (title, index), report in zip(sets, self.label_reports, strict=False)
+                if index is not None
+            ],
+            scored,
+            read_rows(self.folder / "metrics.jsonl"),
+        )
+
+    def _write(
+        self,
+        name: str | Path,
+        write: Callable[[Path], None],
+        errors: tuple[type[Exception], ...] = (OSError, SafetensorError),
+    ) -> bool:
         """Write a result that the next evaluation, or the one of `--resume`, writes again.
+
+        Args:
+            name: File or folder in the run's folder.
+            write: Called with its path.
+            errors: What is no reason to lose the run.
 
         Returns:
             Whether it was written; a full disk is logged, and training continues.
         """
         try:
             write(self.folder / name)
-        except (OSError, SafetensorError) as error:
-            logger.error("%s could not be written (%s)", self.folder / name, error)
+        except errors as error:
+            unexpected = not isinstance(error, (OSError, SafetensorError))
+            path = self.folder / name
+            logger.error("%s could not be written (%s)", path, error, exc_info=unexpected)
             self.unwritten.append(str(name))
             return False
         return True

@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from PIL import Image
@@ -67,21 +66,6 @@ def settings(scenes, tmp_path):
         return short_run(scenes, tmp_path / "run") | changes
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def blank_charts(request):
-    """Leave charts blank but for tests marked `charts`: they take half the time of a short run."""
-
-    def save(figure, path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8)).save(path)
-
-    if request.node.get_closest_marker("charts"):
-        yield
-    else:
-        with mock.patch("cdetr_fast.training.evaluation.pictures._save", save):
-            yield
 
 
 @pytest.fixture

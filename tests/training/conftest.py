@@ -1,7 +1,6 @@
 """Fixtures of the training tests."""
 
 from support.training_settings import (  # noqa: F401 - fixtures
-    blank_charts,
     damage,
     scenes,
     settings,

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
@@ -73,7 +72,6 @@ def fails_at(monkeypatch):
     monkeypatch.undo()
 
 
-@pytest.mark.charts
 def test_trains_and_writes_what_users_look_at(settings, scenes, tmp_path):
     config = TrainingConfig(
         **settings(
@@ -90,12 +88,10 @@ def test_trains_and_writes_what_users_look_at(settings, scenes, tmp_path):
     assert result["step"] == 8
     assert set(result) > {"AP", "AP50", "AR100"}
     run = tmp_path / "run"
-    for name in ("curves.png", "evaluation/pr_curves.png", "evaluation/confusion.png"):
-        assert len(Image.open(run / name).getcolors(1 << 24)) > 10, f"{name} is blank"
     for name in (
-        *("config.yaml", "labels.txt", "metrics.jsonl", "curves.png", "samples/epoch_0001.jpg"),
-        *("evaluation/metrics.json", "evaluation/classes.csv", "evaluation/pr_curves.png"),
-        *("evaluation/confusion.png", "model/README.md", "best/model.safetensors", "training"),
+        *("config.yaml", "labels.txt", "metrics.jsonl", "report.html", "samples/epoch_0001.jpg"),
+        *("evaluation/metrics.json", "evaluation/classes.csv", "evaluation/detections.json"),
+        *("model/README.md", "best/model.safetensors", "training"),
     ):
         assert (run / name).exists(), name
     assert TrainingConfig.from_yaml(run / "config.yaml") == config
@@ -359,23 +355,23 @@ def test_full_disk_loses_nothing(tmp_path, caplog):
     assert list(tmp_path.iterdir()) == [new]
 
 
-@pytest.mark.parametrize("broken", ["samples", "evaluation", "curves", "model"])
+@pytest.mark.parametrize("broken", ["samples", "evaluation", "report", "model"])
 def test_what_cannot_be_written_is_written_after_resume(
     settings, scenes, tmp_path, monkeypatch, caplog, broken
 ):
     """A full disk while results are written ends neither training nor its exit code well."""
     raised = {
         "samples": (
-            "cdetr_fast.training.evaluation.report.draw_images",
+            "cdetr_fast.training.evaluation.pictures.draw_images",
             OSError(28, "No space left"),
         ),
         "evaluation": (
-            "cdetr_fast.training.evaluation.report.draw_confusion",
+            "cdetr_fast.training.evaluation.scored.write_json",
             OSError(28, "No space"),
         ),
-        "curves": (
-            "cdetr_fast.training.engine.draw_curves",
-            OSError(28, "No space left"),
+        "report": (
+            "cdetr_fast.training.evaluation.report.render",
+            ZeroDivisionError("No space between lines"),  # whatever it is
         ),
         "model": ("safetensors.torch.save_file", SafetensorError("No space left on device")),
     }
@@ -395,7 +391,7 @@ def test_what_cannot_be_written_is_written_after_resume(
     result = train(dataclasses.replace(config, resume=True))
     assert result["step"] == 8
     run = tmp_path / "run"
-    names = ("samples/epoch_0002.jpg", "evaluation/confusion.png", "curves.png")
+    names = ("samples/epoch_0002.jpg", "evaluation/detections.json", "report.html")
     for name in (*names, "model/model.safetensors", "model/README.md", "best/model.safetensors"):
         assert (run / name).exists(), name
 

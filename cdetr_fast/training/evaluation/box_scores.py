@@ -22,11 +22,14 @@ class BoxScores:
         precision: `[10, 101, K]`, of IoU 0.50 to 0.95, recall 0 to 1, and class; -1 for classes
             without objects.
         recall: `[10, K]`, highest recall, likewise.
+        outcomes: int8 `[n]` of each result: 1 if it is the match of an object of its class at IoU
+            0.50, -1 if it is on a crowd, which counts for nothing, else 0.
     """
 
     stats: dict[str, float]
     precision: np.ndarray
     recall: np.ndarray
+    outcomes: np.ndarray
 
 
 def score_boxes(
@@ -58,4 +61,33 @@ def score_boxes(
         # Both end with the axes size of object (all first) and number of detections (100 last).
         evaluation.eval["precision"][..., 0, -1],
         evaluation.eval["recall"][..., 0, -1],
+        _outcomes(evaluation.eval["matched"], truth, results),
     )
+
+
+def _outcomes(
+    matched: dict[str, float], truth: dict[str, Any], results: list[dict[str, Any]] | np.ndarray
+) -> np.ndarray:
+    """Return `BoxScores.outcomes` from the pairs that were matched at any IoU.
+
+    An object may have one match at each IoU; that of 0.50 has the highest score, since detections
+    choose in the order of their scores.
+    """
+    outcomes = np.zeros(len(results), dtype=np.int8)
+    if not matched:
+        return outcomes
+    # "17_4": the 17th result with the annotation of id 4
+    pairs = np.array([key.split("_") for key in matched], dtype=np.int64)
+    rows, annotations = pairs[:, 0] - 1, pairs[:, 1]
+    if isinstance(results, np.ndarray):
+        scores = results[rows, 5]
+    else:
+        scores = np.array([results[row]["score"] for row in rows.tolist()])
+    crowds = [one["id"] for one in truth["annotations"] if one["iscrowd"]]
+    on_crowd = np.isin(annotations, np.array(crowds, dtype=np.int64))
+    outcomes[rows[on_crowd]] = -1
+    order = np.argsort(-scores, kind="stable")
+    order = order[~on_crowd[order]]
+    _, first = np.unique(annotations[order], return_index=True)
+    outcomes[rows[order[first]]] = 1
+    return outcomes

@@ -24,7 +24,8 @@ from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.label_checks import check_labels
 from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.evaluation.detection import Evaluation, evaluate_detections, predict
-from cdetr_fast.training.evaluation.report import write_evaluation
+from cdetr_fast.training.evaluation.report import Report, write_report
+from cdetr_fast.training.evaluation.scored import Scored, read_saved, write_evaluation
 from cdetr_fast.training.evaluation.segments import segment_scorer
 from cdetr_fast.training.run.launch import shared_errors
 from cdetr_kernels.qualification import ensure_qualified
@@ -44,6 +45,7 @@ def evaluate(
     bad_labels: Literal["stop", "drop"] = "stop",
     bad_images: Literal["stop", "skip"] = "stop",
     exif: Exif = "auto",
+    against: str | os.PathLike[str] | None = None,
 ) -> Evaluation | None:
     """Evaluate a checkpoint, on all processes that `torchrun` started.
 
@@ -53,7 +55,7 @@ def evaluate(
             categories the model knows by name; by id if it is one of the authors' files, which have
             no names. Of a segmentation checkpoint, masks are scored too if the file has them.
         images: Folder of its images; None looks in the usual places.
-        output: Folder for tables and pictures; None writes none.
+        output: Folder for report.html, figures and detections; None writes none.
         masks: Folder of panoptic PNG files, to measure panoptic quality too; `annotations` is a
             panoptic JSON file then, and `model` a segmentation checkpoint.
         batch_size: Images in a forward pass.
@@ -65,6 +67,8 @@ def evaluate(
         bad_images: "stop" makes images that cannot be read an error; "skip" leaves them out of the
             figures, and reports them.
         exif: Which picture labels are on, as in `read_coco`.
+        against: Folder of an earlier evaluation of the same images, or of a training run; the
+            report then has what got better and what got worse.
 
     Returns:
         The figures; None on all processes but the first.
@@ -97,6 +101,10 @@ def evaluate(
         network, processor = _load(model, network_class)
         names = _class_names(network.config, model, index)
         index, report = check_labels(index.with_classes(names, f"the model {model}"), bad_labels)
+        if against is not None and output is None:
+            raise DataError("against: is for the report; expected output with it, got none")
+        if against is not None and accelerator.is_main_process:  # before an hour of work, too
+            read_saved(Path(against), index, threshold)
     if accelerator.is_main_process:
         print("\n".join(report.lines()))
     loader = setup.evaluation_loader(
@@ -118,12 +126,37 @@ def evaluate(
     if found.failures:
         print(f"{found.described_failures()}\nthey are left out of the figures")
     evaluation = evaluate_detections(index, found, scorer)
-    if output is not None:
-        try:
-            write_evaluation(index, found, evaluation, Path(output), threshold)
-        except OSError as error:  # a full disk is no reason to lose the figures
-            figures = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.stats.items())
-            raise DataError(f"output: {output} cannot be written ({error}); {figures}") from error
+    if output is None:
+        return evaluation
+    scored = Scored(index, found, evaluation, threshold)
+    settings = {
+        "model": model,
+        "annotations": annotations,
+        "images": images,
+        "masks": masks,
+        "batch_size": batch_size,
+        "threshold": threshold,
+        "bad_labels": bad_labels,
+        "bad_images": bad_images,
+        "exif": exif,
+        "processes": accelerator.num_processes,
+    }
+    content = Report(
+        f"Evaluation of {model}",
+        settings,
+        accelerator.device,
+        [("Labels", index, report)],
+        scored,
+        against=None
+        if against is None
+        else (str(against), read_saved(Path(against), index, threshold)),
+    )
+    try:
+        write_evaluation(scored, Path(output))
+        write_report(content, Path(output, "report.html"))
+    except OSError as error:  # a full disk is no reason to lose the figures
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.stats.items())
+        raise DataError(f"output: {output} cannot be written ({error}); {figures}") from error
     return evaluation
 
 

@@ -158,11 +158,13 @@ class Evaluation:
         classes: For each class its name, number of objects, AP, AP50 and AR100.
         precision: Precision at IoU 0.5 of all object sizes `[101, K]`, over recall 0, 0.01 ... 1;
             -1 for classes without objects.
+        outcomes: int8 of each detection; see `BoxScores`.
     """
 
     stats: dict[str, float]
     classes: list[dict[str, Any]]
     precision: np.ndarray
+    outcomes: np.ndarray
 
 
 def evaluate_detections(
@@ -210,7 +212,7 @@ def evaluate_detections(
         for name, values in per_class.items():
             for one, value in zip(classes, values.tolist(), strict=True):
                 one[name] = value
-    return Evaluation(stats, classes, scores.precision[0])
+    return Evaluation(stats, classes, scores.precision[0], scores.outcomes)
 
 
 def confusion_matrices(

@@ -1,72 +1,161 @@
-"""Files of an evaluation: figures, tables and pictures."""
+"""report.html of an evaluation or a training run."""
 
 from __future__ import annotations
 
-import math
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
+from PIL import Image
 
-from cdetr_fast.common.files import write_json, write_text
+import cdetr_fast
+from cdetr_fast.common.files import write_text
+from cdetr_fast.reports.page import describe_environment, describe_settings, render
+from cdetr_fast.reports.pictures import boxes_over, embed
+from cdetr_fast.training.data.dataset import read_image
 from cdetr_fast.training.data.index import CocoIndex
-from cdetr_fast.training.evaluation.detection import Detections, Evaluation, confusion_matrices
-from cdetr_fast.training.evaluation.pictures import draw_confusion, draw_images, draw_precision
-from cdetr_fast.training.run.log import without_nan
+from cdetr_fast.training.data.label_checks import LabelReport
+from cdetr_fast.training.data.shards import ShardSet
+from cdetr_fast.training.errors import DataError
+from cdetr_fast.training.evaluation import sections
+from cdetr_fast.training.evaluation.comparison import changed_images, compare
+from cdetr_fast.training.evaluation.detection import true_boxes
+from cdetr_fast.training.evaluation.labels import label_section
+from cdetr_fast.training.evaluation.scored import Scored
+
+logger = logging.getLogger(__name__)
 
 _WORST = 8
+_CHANGED = 5  # images that got better, and as many that got worse
+_EDGE = 480  # pixels of a picture's longest edge
+_BYTES_OF_PICTURES = 6_000_000
 
 
-def draw_samples(path: Path, index: CocoIndex, found: Detections, count: int) -> None:
-    """Draw up to `count` validation images, evenly spread, with their detections."""
-    count = min(count, len(index))
-    if count:
-        chosen = np.linspace(0, len(index) - 1, count).round().astype(int).tolist()
-        draw_images(index, found, chosen, path, threshold=0.3)
+@dataclass(frozen=True)
+class Report:
+    """Content of a report.
+
+    Attributes:
+        title: Heading.
+        settings: Names and values.
+        device: What the model ran on.
+        labels: Heading, set and findings of each set whose labels are described.
+        scored: The evaluation, if there was one.
+        rows: Rows of metrics.jsonl, of a training run.
+        against: Name and content of the evaluation to compare with.
+    """
+
+    title: str
+    settings: Mapping[str, Any]
+    device: torch.device
+    labels: Sequence[tuple[str, CocoIndex | ShardSet, LabelReport]]
+    scored: Scored | None = None
+    rows: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    against: tuple[str, Scored] | None = None
 
 
-def write_evaluation(
-    index: CocoIndex,
-    found: Detections,
-    evaluation: Evaluation,
-    folder: Path,
-    threshold: float = 0.5,
-) -> None:
-    """Write metrics.json, classes.csv, pr_curves.png, confusion.png and worst.jpg.
+def write_report(report: Report, path: Path) -> None:
+    """Write a page that needs neither a server nor a network.
 
     Args:
-        index: The truth.
-        found: Detections on its images.
-        evaluation: Their figures.
-        folder: Made if absent.
-        threshold: Lowest score that counts in the confusion and among the worst images.
+        report: Content.
+        path: HTML file; its folder is made if absent.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "annotations": str(index.path),
-        "images": len(index),
-        "not_evaluated": found.failures,
-        "stats": without_nan(evaluation.stats),
-        "classes": [without_nan(one) for one in evaluation.classes],
+    environment = describe_environment(report.device, cdetr_fast.__version__)
+    content: dict[str, Any] = {
+        "title": report.title,
+        "version": cdetr_fast.__version__,
+        "date": dict(environment)["date"],
+        "curves": sections.run_charts(report.rows) if report.rows else [],
+        "evaluation": None,
+        "comparison": None,
+        "labels": [label_section(*one) for one in report.labels],
+        "settings": describe_settings(dict(report.settings)),
+        "environment": environment,
     }
-    write_json(folder / "metrics.json", content, indent=1, sort_keys=False)
-    rows = [list(evaluation.classes[0]), *(one.values() for one in evaluation.classes)]
-    table = "".join(",".join(_cell(value) for value in row) + "\n" for row in rows)
-    write_text(folder / "classes.csv", table)
-    draw_precision(evaluation, folder / "pr_curves.png")
-    total = np.zeros((len(index.classes) + 1,) * 2, dtype=np.int64)
-    errors = np.zeros(len(index), dtype=np.int64)
-    for image, matrix in enumerate(confusion_matrices(index, found, threshold)):
-        total += matrix
-        errors[image] = matrix.sum() - np.trace(matrix)
-    draw_confusion(total, index.classes, threshold, folder / "confusion.png")
-    worst = [int(i) for i in np.argsort(-errors, kind="stable")[:_WORST] if errors[i] > 0]
-    if worst:
-        draw_images(index, found, worst, folder / "worst.jpg", threshold)
+    pictures = _Pictures()
+    if (scored := report.scored) is not None:
+        if report.against is not None:
+            name, other = report.against
+            better, worse = changed_images(scored, other, _CHANGED)
+            content["comparison"] = compare(scored, other) | {
+                "other": name,
+                "better_images": pictures.of(scored, better, other),
+                "worse_images": pictures.of(scored, worse, other),
+            }
+        content["evaluation"] = {
+            "path": str(scored.index.path),
+            "threshold": scored.threshold,
+            "failures": scored.found.failures,
+            "figures": sections.headline(scored),
+            "classes": sections.class_table(scored),
+            "sizes": sections.size_table(scored),
+            "precision": sections.precision_chart(scored.evaluation),
+            "calibration": sections.calibration_chart(scored),
+            "confusion": sections.confusion_table(scored),
+            "worst": pictures.of(scored, scored.worst(_WORST)),
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, render("evaluation.html", **content))
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.4f}"
-    text = str(value)
-    return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\n') else text
+class _Pictures:
+    """Images of a set with boxes, for a page that stays small."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.count = 0
+
+    def of(
+        self, scored: Scored, images: Sequence[int], other: Scored | None = None
+    ) -> list[dict[str, Any]]:
+        """Return images with labels and detections side by side, until the page is full.
+
+        Args:
+            scored: Their truth and detections.
+            images: Indices.
+            other: Detections on the same images to show in between.
+        """
+        shown = []
+        names = sections.classes_by_name(scored.index)
+        for image in images:
+            if self.bytes > _BYTES_OF_PICTURES:
+                break
+            try:
+                pixels = read_image(scored.index, image)
+            except DataError as error:  # it could be read when it was evaluated
+                logger.warning("not drawn: %s", error)
+                continue
+            picture = embed(Image.fromarray(pixels.permute(1, 2, 0).numpy()), _EDGE)
+            self.bytes += len(picture.uri)
+            self.count += 1
+            boxes, labels = true_boxes(scored.index, image)
+            columns = [("labels", boxes_over(picture, boxes, labels, None, names))]
+            for title, one in (("before", other), ("found", scored)):
+                if one is not None:
+                    where = one.found.of_image(image)
+                    kept = one.found.scores[where] >= one.threshold
+                    found = boxes_over(
+                        picture,
+                        one.found.boxes_xyxy[where][kept],
+                        one.found.labels[where][kept],
+                        one.found.scores[where][kept],
+                        names,
+                    )
+                    columns.append((title, found))
+            before = None if other is None else int(other.errors[image])
+            shown.append(
+                {
+                    "key": f"image-{self.count}",
+                    "name": scored.index.file_names[image],
+                    "id": int(scored.index.image_ids[image]),
+                    "errors": int(scored.errors[image]),
+                    "before": before,
+                    "picture": picture,
+                    "columns": columns,
+                }
+            )
+        return shown

@@ -148,9 +148,7 @@ def test_evaluates_a_checkpoint(scenes, checkpoint, tmp_path):
     )
     assert evaluation.stats["AP"] >= 0
     written = {path.name for path in (tmp_path / "result").iterdir()}
-    assert written == {
-        *("metrics.json", "classes.csv", "pr_curves.png", "confusion.png", "worst.jpg")
-    }
+    assert written == {"metrics.json", "classes.csv", "detections.json", "report.html"}
     with pytest.raises(DataError, match="model: nowhere"):
         evaluate("nowhere", scenes / "val" / "annotations.json", device="cpu")
 
@@ -159,7 +157,7 @@ def test_figures_are_not_lost_with_a_full_disk(scenes, checkpoint, tmp_path, mon
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cdetr_fast.training.evaluation.report.draw_confusion", full)
+    monkeypatch.setattr("cdetr_fast.training.evaluation.report.write_text", full)
     with pytest.raises(DataError, match=r"output: .*No space left on device.*; AP 0\.\d+, AP50 "):
         evaluate(
             checkpoint,

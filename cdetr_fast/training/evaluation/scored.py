@@ -1,0 +1,173 @@
+"""Detections on a set with their figures, errors of each image, and files that hold them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cdetr_fast.common.files import read_json, write_json, write_text
+from cdetr_fast.training.data.index import CocoIndex
+from cdetr_fast.training.errors import DataError
+from cdetr_fast.training.evaluation.detection import (
+    Detections,
+    Evaluation,
+    confusion_matrices,
+    evaluate_detections,
+)
+from cdetr_fast.training.run.log import without_nan
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Detections on a set, with their figures.
+
+    Attributes:
+        index: The truth.
+        found: Detections on its images.
+        evaluation: Their figures.
+        threshold: Lowest score that counts in the confusion and as an error of an image.
+    """
+
+    index: CocoIndex
+    found: Detections
+    evaluation: Evaluation
+    threshold: float = 0.5
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """The sum of `confusion_matrices`, int64 `[K + 1, K + 1]`."""
+        return self._counts[0]
+
+    @property
+    def errors(self) -> np.ndarray:
+        """Objects missed or of another class, and detections of nothing, int64 `[N]`."""
+        return self._counts[1]
+
+    @cached_property
+    def _counts(self) -> tuple[np.ndarray, np.ndarray]:
+        total = np.zeros((len(self.index.classes) + 1,) * 2, dtype=np.int64)
+        errors = np.zeros(len(self.index), dtype=np.int64)
+        for image, matrix in enumerate(confusion_matrices(self.index, self.found, self.threshold)):
+            total += matrix
+            errors[image] = matrix.sum() - np.trace(matrix)
+        return total, errors
+
+    def worst(self, count: int) -> list[int]:
+        """Return the images with most errors, at most `count` and none without."""
+        order = np.argsort(-self.errors, kind="stable")[:count]
+        return [int(image) for image in order if self.errors[image] > 0]
+
+
+def write_evaluation(scored: Scored, folder: Path) -> None:
+    """Write metrics.json, classes.csv and detections.json; `read_saved` reads them.
+
+    Args:
+        scored: What was evaluated.
+        folder: Made if absent.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluation = scored.evaluation
+    content = {
+        "annotations": str(scored.index.path),
+        "images": len(scored.index),
+        "not_evaluated": scored.found.failures,
+        "stats": without_nan(evaluation.stats),
+        "classes": [without_nan(one) for one in evaluation.classes],
+    }
+    write_json(folder / "metrics.json", content, indent=1, sort_keys=False)
+    rows = [list(evaluation.classes[0]), *(one.values() for one in evaluation.classes)]
+    table = "".join(",".join(_cell(value) for value in row) + "\n" for row in rows)
+    write_text(folder / "classes.csv", table)
+    text = json.dumps(_coco_results(scored.index, scored.found), separators=(",", ":"))
+    write_text(folder / "detections.json", text + "\n")
+
+
+def _coco_results(index: CocoIndex, found: Detections) -> list[dict[str, Any]]:
+    """Return COCO results with the ids of the file, without classes that it does not have."""
+    categories = index.category_ids[found.labels]
+    kept = (categories >= 0) & np.isfinite(found.boxes_xyxy).all(1)
+    boxes = found.boxes_xyxy[kept].astype(np.float64)
+    boxes[:, 2:] -= boxes[:, :2]
+    columns = (
+        index.image_ids[found.images[kept]].tolist(),
+        categories[kept].tolist(),
+        boxes.round(3).tolist(),
+        found.scores[kept].astype(np.float64).round(6).tolist(),
+    )
+    names = ("image_id", "category_id", "bbox", "score")
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def read_saved(folder: Path, index: CocoIndex, threshold: float) -> Scored:
+    """Read what `write_evaluation` wrote, and score it on a set that has the same images.
+
+    Figures of segments are those that were saved; all others are worked out again.
+
+    Args:
+        folder: An evaluation's folder, or a training run's.
+        index: The truth.
+        threshold: Of the result.
+
+    Raises:
+        DataError: There is no such evaluation, or it was of other images or classes.
+    """
+    if not (folder / "metrics.json").is_file() and (folder / "evaluation").is_dir():
+        folder = folder / "evaluation"
+    missing = [n for n in ("metrics.json", "detections.json") if not (folder / n).is_file()]
+    if missing:
+        raise DataError(
+            f"against: expected the folder of an evaluation or of a training run, {folder} has no "
+            f"{' and no '.join(missing)}; write it by cdetr-fast evaluate --output"
+        )
+    try:
+        stats = read_json(folder / "metrics.json")["stats"]
+        rows = json.loads((folder / "detections.json").read_text(encoding="utf-8"))
+        found = _detections(rows, index)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"against: {folder} is not what cdetr-fast evaluate writes ({error!r})"
+        ) from error
+    if len(found.evaluated) < len(index):
+        raise DataError(
+            f"against: {folder} was evaluated on other images: it has nothing on "
+            f"{len(index) - len(found.evaluated)} of {len(index)} images of {index.path}"
+        )
+    evaluation = evaluate_detections(index, found)
+    saved = {name: math.nan if value is None else value for name, value in stats.items()}
+    evaluation.stats = saved | evaluation.stats
+    return Scored(index, found, evaluation, threshold)
+
+
+def _detections(rows: Sequence[dict[str, Any]], index: CocoIndex) -> Detections:
+    """Return COCO results as detections on the images and classes of an index."""
+    images = {image: i for i, image in enumerate(index.image_ids.tolist())}
+    labels = {
+        category: i for i, category in enumerate(index.category_ids.tolist()) if category >= 0
+    }
+    kept = [r for r in rows if r["image_id"] in images and r["category_id"] in labels]
+    owners = np.array([images[row["image_id"]] for row in kept], dtype=np.int64)
+    boxes = np.array([row["bbox"] for row in kept], dtype=np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    order = np.argsort(owners, kind="stable")
+    return Detections(
+        owners[order],
+        np.array([labels[row["category_id"]] for row in kept], dtype=np.int64)[order],
+        np.array([row["score"] for row in kept], dtype=np.float32)[order],
+        boxes[order],
+        failures=[],
+        evaluated=np.unique(owners),
+    )
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.4f}"
+    text = str(value)
+    return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\n') else text
