@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +24,8 @@ from cdetr_fast.training.evaluation.detection import (
     evaluate_detections,
 )
 from cdetr_fast.training.run.log import without_nan
+
+_SAVED = ("metrics.json", "images.csv", "detections.json")
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Scored:
 
 
 def write_evaluation(scored: Scored, folder: Path) -> None:
-    """Write metrics.json, classes.csv and detections.json; `read_saved` reads them.
+    """Write metrics.json, classes.csv, images.csv and detections.json; `read_saved` reads them.
 
     Args:
         scored: What was evaluated.
@@ -82,15 +86,22 @@ def write_evaluation(scored: Scored, folder: Path) -> None:
         "classes": [without_nan(one) for one in evaluation.classes],
     }
     write_json(folder / "metrics.json", content, indent=1, sort_keys=False)
-    rows = [list(evaluation.classes[0]), *(one.values() for one in evaluation.classes)]
-    table = "".join(",".join(_cell(value) for value in row) + "\n" for row in rows)
-    write_text(folder / "classes.csv", table)
-    text = json.dumps(_coco_results(scored.index, scored.found), separators=(",", ":"))
-    write_text(folder / "detections.json", text + "\n")
+    classes = [list(evaluation.classes[0]), *(one.values() for one in evaluation.classes)]
+    write_text(folder / "classes.csv", _csv_text(classes))
+    write_text(folder / "images.csv", _csv_text(_image_rows(scored)))
+    write_text(folder / "detections.json", _coco_results(scored.index, scored.found))
 
 
-def _coco_results(index: CocoIndex, found: Detections) -> list[dict[str, Any]]:
-    """Return COCO results with the ids of the file, without classes that it does not have."""
+def _image_rows(scored: Scored) -> list[Sequence[Any]]:
+    """Return the head and a row for each image; errors are those at the threshold."""
+    index = scored.index
+    objects = np.bincount(index.image_of_object()[~index.crowd], minlength=len(index))
+    columns = (index.image_ids.tolist(), index.file_names, objects.tolist(), scored.errors.tolist())
+    return [("image_id", "file_name", "objects", "errors"), *zip(*columns, strict=True)]
+
+
+def _coco_results(index: CocoIndex, found: Detections) -> str:
+    """Return COCO results as JSON with the ids of the file, without classes that it lacks."""
     categories = index.category_ids[found.labels]
     kept = (categories >= 0) & np.isfinite(found.boxes_xyxy).all(1)
     boxes = found.boxes_xyxy[kept].astype(np.float64)
@@ -101,8 +112,11 @@ def _coco_results(index: CocoIndex, found: Detections) -> list[dict[str, Any]]:
         boxes.round(3).tolist(),
         found.scores[kept].astype(np.float64).round(6).tolist(),
     )
-    names = ("image_id", "category_id", "bbox", "score")
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    rows = [
+        {"image_id": image, "category_id": category, "bbox": box, "score": score}
+        for image, category, box, score in zip(*columns, strict=True)
+    ]
+    return json.dumps(rows, separators=(",", ":")) + "\n"
 
 
 def read_saved(folder: Path, index: CocoIndex, threshold: float) -> Scored:
@@ -120,7 +134,7 @@ def read_saved(folder: Path, index: CocoIndex, threshold: float) -> Scored:
     """
     if not (folder / "metrics.json").is_file() and (folder / "evaluation").is_dir():
         folder = folder / "evaluation"
-    missing = [n for n in ("metrics.json", "detections.json") if not (folder / n).is_file()]
+    missing = [name for name in _SAVED if not (folder / name).is_file()]
     if missing:
         raise DataError(
             f"against: expected the folder of an evaluation or of a training run, {folder} has no "
@@ -129,7 +143,9 @@ def read_saved(folder: Path, index: CocoIndex, threshold: float) -> Scored:
     try:
         stats = read_json(folder / "metrics.json")["stats"]
         rows = json.loads((folder / "detections.json").read_text(encoding="utf-8"))
-        found = _detections(rows, index)
+        with (folder / "images.csv").open(encoding="utf-8", newline="") as stream:
+            ids = [int(row["image_id"]) for row in csv.DictReader(stream)]
+        found = _detections(rows, ids, index)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"against: {folder} is not what cdetr-fast evaluate writes ({error!r})"
@@ -145,8 +161,10 @@ def read_saved(folder: Path, index: CocoIndex, threshold: float) -> Scored:
     return Scored(index, found, evaluation, threshold)
 
 
-def _detections(rows: Sequence[dict[str, Any]], index: CocoIndex) -> Detections:
-    """Return COCO results as detections on the images and classes of an index."""
+def _detections(
+    rows: Sequence[dict[str, Any]], image_ids: Sequence[int], index: CocoIndex
+) -> Detections:
+    """Return COCO results on some images as detections on the images and classes of an index."""
     images = {image: i for i, image in enumerate(index.image_ids.tolist())}
     labels = {
         category: i for i, category in enumerate(index.category_ids.tolist()) if category >= 0
@@ -162,12 +180,18 @@ def _detections(rows: Sequence[dict[str, Any]], index: CocoIndex) -> Detections:
         np.array([row["score"] for row in kept], dtype=np.float32)[order],
         boxes[order],
         failures=[],
-        evaluated=np.unique(owners),
+        evaluated=np.array(sorted(images[i] for i in {*image_ids} & {*images}), dtype=np.int64),
     )
 
 
-def _cell(value: Any) -> str:
+def _csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerows([_cell(value) for value in row] for row in rows)
+    return stream.getvalue()
+
+
+def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.4f}"
-    text = str(value)
-    return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\n') else text
+    return value

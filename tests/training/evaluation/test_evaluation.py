@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from support.html import read_page
 
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
 from cdetr_fast.checkpoints.key_maps import to_authors
@@ -148,7 +149,20 @@ def test_evaluates_a_checkpoint(scenes, checkpoint, tmp_path):
     )
     assert evaluation.stats["AP"] >= 0
     written = {path.name for path in (tmp_path / "result").iterdir()}
-    assert written == {"metrics.json", "classes.csv", "detections.json", "report.html"}
+    tables = {"metrics.json", "classes.csv", "images.csv", "detections.json"}
+    assert written == tables | {"report.html"}
+    again = evaluate(
+        checkpoint,
+        scenes / "val" / "annotations.json",
+        output=tmp_path / "again",
+        num_workers=0,
+        device="cpu",
+        against=tmp_path / "result",
+    )
+    assert again.stats == pytest.approx(evaluation.stats, abs=1e-4, nan_ok=True)
+    page = read_page(tmp_path / "again" / "report.html")
+    assert f"Comparison with {tmp_path / 'result'}" in page.texts["h2"]
+    assert any("5 have as many errors as before" in text for text in page.texts["p"])
     with pytest.raises(DataError, match="model: nowhere"):
         evaluate("nowhere", scenes / "val" / "annotations.json", device="cpu")
 
@@ -211,6 +225,7 @@ def test_not_one_readable_image(checkpoint, scenes, tmp_path):
         ({"threshold": 7.0}, r"threshold: expected a number in \[0, 1\], got 7.0"),
         ({"bad_images": "drop"}, "bad_images: expected one of 'stop', 'skip', got 'drop'"),
         ({"output": __file__}, "output: .*test_evaluation.py cannot be made"),
+        ({"against": "x"}, "against: is for the report; expected output with it, got none"),
     ],
 )
 def test_bad_arguments(checkpoint, scenes, arguments, message):

@@ -152,6 +152,8 @@ def test_saved_evaluations_are_read_back(tmp_path):
     rows = json.loads((tmp_path / "run" / "evaluation" / "detections.json").read_text())
     assert {row["category_id"] for row in rows} == {7, 8}
     assert {row["image_id"] for row in rows} == {1000, 1001, 1002}
+    table = (tmp_path / "run" / "evaluation" / "images.csv").read_text().splitlines()
+    assert table[:2] == ["image_id,file_name,objects,errors", "1000,0 & <b>.png,2,1"]
     for folder in (tmp_path / "run", tmp_path / "run" / "evaluation"):
         again = read_saved(folder, index, 0.5)
         kept = found.labels != 2
@@ -161,6 +163,17 @@ def test_saved_evaluations_are_read_back(tmp_path):
         np.testing.assert_allclose(again.found.boxes_xyxy, found.boxes_xyxy[kept], atol=1e-3)
 
 
+def test_an_image_without_saved_detections_was_evaluated_all_the_same(tmp_path):
+    """All of its hundred may be of classes that the file does not have."""
+    index = make_index(tmp_path / "set")
+    found = perfect(index)
+    kept = found.images != 1
+    columns = ("images", "labels", "scores", "boxes_xyxy")
+    found = dataclasses.replace(found, **{name: getattr(found, name)[kept] for name in columns})
+    write_evaluation(scored(index, found), tmp_path / "out")
+    assert read_saved(tmp_path / "out", index, 0.5).errors.tolist() == [0, 2, 0]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -168,9 +181,10 @@ def test_saved_evaluations_are_read_back(tmp_path):
         (lambda f: (f / "metrics.json").write_text("{}"), "is not what cdetr-fast evaluate writes"),
         (lambda f: (f / "detections.json").write_text("[{}]"), "is not what .* writes"),
         (
-            lambda f: (f / "detections.json").write_text("[]"),
-            "other images: it has nothing on 3 of 3 images",
+            lambda f: (f / "images.csv").write_text("image_id\n1000\n7\n"),
+            "other images: it has nothing on 2 of 3 images",
         ),
+        (lambda f: (f / "images.csv").write_text("id\n1000\n"), "is not what .* writes"),
     ],
 )
 def test_what_cannot_be_compared_with(tmp_path, damage, message):
