@@ -25,7 +25,12 @@ from cdetr_fast.training.data.label_checks import check_labels
 from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.evaluation.detection import Evaluation, evaluate_detections, predict
 from cdetr_fast.training.evaluation.report import Report, write_report
-from cdetr_fast.training.evaluation.scored import Scored, read_saved, write_evaluation
+from cdetr_fast.training.evaluation.scored import (
+    Scored,
+    read_saved,
+    saved_detections,
+    write_evaluation,
+)
 from cdetr_fast.training.evaluation.segments import segment_scorer
 from cdetr_fast.training.run.launch import shared_errors
 from cdetr_kernels.qualification import ensure_qualified
@@ -104,7 +109,7 @@ def evaluate(
         if against is not None and output is None:
             raise DataError("against: is for the report; expected output with it, got none")
         if against is not None and accelerator.is_main_process:  # before an hour of work, too
-            read_saved(Path(against), index, threshold)
+            saved_detections(Path(against), index)
     if accelerator.is_main_process:
         print("\n".join(report.lines()))
     loader = setup.evaluation_loader(

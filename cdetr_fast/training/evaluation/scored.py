@@ -120,7 +120,7 @@ def _coco_results(index: CocoIndex, found: Detections) -> str:
 
 
 def read_saved(folder: Path, index: CocoIndex, threshold: float) -> Scored:
-    """Read what `write_evaluation` wrote, and score it on a set that has the same images.
+    """Score on a set what `write_evaluation` wrote for the same images.
 
     Figures of segments are those that were saved; all others are worked out again.
 
@@ -130,7 +130,23 @@ def read_saved(folder: Path, index: CocoIndex, threshold: float) -> Scored:
         threshold: Of the result.
 
     Raises:
-        DataError: There is no such evaluation, or it was of other images or classes.
+        DataError: As `saved_detections`.
+    """
+    found, saved = saved_detections(folder, index)
+    evaluation = evaluate_detections(index, found)
+    evaluation.stats = saved | evaluation.stats
+    return Scored(index, found, evaluation, threshold)
+
+
+def saved_detections(folder: Path, index: CocoIndex) -> tuple[Detections, dict[str, float]]:
+    """Return the detections and the figures that `write_evaluation` wrote for the same images.
+
+    Args:
+        folder: An evaluation's folder, or a training run's.
+        index: The truth.
+
+    Raises:
+        DataError: There is no such evaluation, or it was of other images.
     """
     if not (folder / "metrics.json").is_file() and (folder / "evaluation").is_dir():
         folder = folder / "evaluation"
@@ -144,27 +160,24 @@ def read_saved(folder: Path, index: CocoIndex, threshold: float) -> Scored:
         stats = read_json(folder / "metrics.json")["stats"]
         rows = json.loads((folder / "detections.json").read_text(encoding="utf-8"))
         with (folder / "images.csv").open(encoding="utf-8", newline="") as stream:
-            ids = [int(row["image_id"]) for row in csv.DictReader(stream)]
-        found = _detections(rows, ids, index)
+            evaluated = {(int(row["image_id"]), row["file_name"]) for row in csv.DictReader(stream)}
+        found = _detections(rows, index)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"against: {folder} is not what cdetr-fast evaluate writes ({error!r})"
         ) from error
-    if len(found.evaluated) < len(index):
+    # Ids alone would do for the validation set of a run and a test set: both count from 0.
+    ours = set(zip(index.image_ids.tolist(), index.file_names, strict=True))
+    if ours - evaluated:
         raise DataError(
             f"against: {folder} was evaluated on other images: it has nothing on "
-            f"{len(index) - len(found.evaluated)} of {len(index)} images of {index.path}"
+            f"{len(ours - evaluated)} of {len(index)} images of {index.path}"
         )
-    evaluation = evaluate_detections(index, found)
-    saved = {name: math.nan if value is None else value for name, value in stats.items()}
-    evaluation.stats = saved | evaluation.stats
-    return Scored(index, found, evaluation, threshold)
+    return found, {name: math.nan if value is None else value for name, value in stats.items()}
 
 
-def _detections(
-    rows: Sequence[dict[str, Any]], image_ids: Sequence[int], index: CocoIndex
-) -> Detections:
-    """Return COCO results on some images as detections on the images and classes of an index."""
+def _detections(rows: Sequence[dict[str, Any]], index: CocoIndex) -> Detections:
+    """Return COCO results as detections on the images and classes of an index."""
     images = {image: i for i, image in enumerate(index.image_ids.tolist())}
     labels = {
         category: i for i, category in enumerate(index.category_ids.tolist()) if category >= 0
@@ -180,7 +193,7 @@ def _detections(
         np.array([row["score"] for row in kept], dtype=np.float32)[order],
         boxes[order],
         failures=[],
-        evaluated=np.array(sorted(images[i] for i in {*image_ids} & {*images}), dtype=np.int64),
+        evaluated=np.arange(len(index)),
     )
 
 

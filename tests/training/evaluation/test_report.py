@@ -181,8 +181,14 @@ def test_an_image_without_saved_detections_was_evaluated_all_the_same(tmp_path):
         (lambda f: (f / "metrics.json").write_text("{}"), "is not what cdetr-fast evaluate writes"),
         (lambda f: (f / "detections.json").write_text("[{}]"), "is not what .* writes"),
         (
-            lambda f: (f / "images.csv").write_text("image_id\n1000\n7\n"),
+            lambda f: (f / "images.csv").write_text("image_id,file_name\n1000,0 & <b>.png\n"),
             "other images: it has nothing on 2 of 3 images",
+        ),
+        (
+            lambda f: (f / "images.csv").write_text(
+                (f / "images.csv").read_text().replace("0 & <b>", "of another set")
+            ),
+            "other images: it has nothing on 1 of 3 images",
         ),
         (lambda f: (f / "images.csv").write_text("id\n1000\n"), "is not what .* writes"),
     ],
