@@ -39,6 +39,7 @@ ANYWHERE = ("cpu", "cuda")
 
 BENCHMARKS = (
     Entry("model", "whole model at inference", THEIRS, ANYWHERE),
+    Entry("runtimes", "whole model in three precisions, beside other runtimes", THEIRS),
     Entry("stages", "parts of the optimised model, beside their rooflines", THEIRS, ANYWHERE),
     Entry("decoder", "decoder alone, forward or with backward", THEIRS),
     Entry("mask_head", "mask head at inference: time and peak memory", THEIRS),

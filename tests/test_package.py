@@ -166,7 +166,8 @@ def test_import_needs_no_transformers_and_no_other_extra(root):
         "import cdetr_fast, cdetr_fast.cli, cdetr_fast.demo.scenes, cdetr_fast.images.draw\n"
         "for name in cdetr_fast.__all__: getattr(cdetr_fast, name)\n"
         "extras = ('transformers', 'accelerate', 'pycocotools', 'faster_coco_eval', 'onnx',\n"
-        "          'onnxscript', 'onnxruntime', 'kernels', 'fastapi', 'uvicorn')\n"
+        "          'onnxscript', 'onnxruntime', 'openvino', 'nncf', 'kernels', 'fastapi',\n"
+        "          'uvicorn')\n"
         "print([name for name in extras if name in sys.modules])\n"
     )
     assert run_python(code, root) == "[]"

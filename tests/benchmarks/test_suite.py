@@ -1,16 +1,18 @@
 """Every benchmark runs, at sizes that take no time, and reports no speed over a failed check."""
 
+import argparse
 import json
 
 import pytest
 
 from benchmarks import results, run
 from benchmarks.registry import BENCHMARKS
-from benchmarks.suite import loss, post_processing, topk
+from benchmarks.suite import loss, post_processing, runtimes, topk
 
 IMAGE = "--backbone test_resnet --size 64 96"
 SMALL = {
     "model": f"{IMAGE} --padded --batch 2 --layers 1 --steps",
+    "runtimes": "--backbone test_resnet --layers 1 --shapes 2x64x96p --only VINO.fp32",
     "stages": IMAGE,
     "decoder": "--map 3 4 --batch 2 --padded --backward",
     "mask_head": "--size 64 96 --queries 3",
@@ -121,3 +123,28 @@ def test_what_does_not_go_together_is_refused(capsys):
         run.main(["precision", "--annotations", "test.json"])
     assert stop.value.code == 2
     assert "expected --calibration FOLDER" in capsys.readouterr().err
+
+
+def test_a_missing_runtime_is_named(folder, monkeypatch):
+    found = runtimes.importlib.util.find_spec
+    missing = ("openvino", "onnx")
+    monkeypatch.setattr(
+        runtimes.importlib.util, "find_spec", lambda name: None if name in missing else found(name)
+    )
+    rows, status = measured(
+        folder, "runtimes", "--backbone test_resnet --layers 1 --shapes 1x64x96 --only fp32"
+    )
+    assert status == 0
+    reasons = {row["provider"]: row.get("not measured") for row in rows}
+    assert reasons == {
+        "transformers sdpa": None,
+        "optimize(cdetr_fast) fp32": None,
+        "ONNX Runtime fp32": "needs onnx: pip install 'cdetr-fast[peers]'",
+        "OpenVINO fp32": "needs openvino: pip install 'cdetr-fast[peers]'",
+    }
+
+
+@pytest.mark.parametrize("text", ["1x64", "0x64x96", "1x64x96P", "p1x64x96", "1x64x96pp"])
+def test_shapes_of_other_forms_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected BxHxW or BxHxWp, got"):
+        runtimes.shape_of(text)
