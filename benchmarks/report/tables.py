@@ -46,6 +46,8 @@ def pages() -> dict[str, dict[str, str]]:
         "docs/performance.md": {
             "figures": figures(),
             "steps": _with_note("cpu_model_resnet50_800x1066_fp32", _steps),
+            "runtimes": _with_note("cpu_runtimes_800x1066", _runtimes),
+            "runtimes of a padded batch": _with_note("cpu_runtimes_480x640_b4_padded", _runtimes),
             "stages": _with_note("cpu_stages_800x1066", _stages),
             "precision": _with_note("cpu_precision_demo", _precision),
             "serve": _served("cpu_serve_demo", "cpu_serve_resnet50"),
@@ -84,6 +86,20 @@ def _steps(rows: list[Row]) -> str:
             for row in rows
         ),
     )  # fmt: skip
+
+
+def _runtimes(rows: list[Row]) -> str:
+    def line(row: Row) -> tuple[str, ...]:
+        if "not measured" in row:
+            return row["provider"], row["not measured"], "", "", "", ""
+        error = row["accuracy"]
+        return (
+            row["provider"], f"{row['ms']:.0f}", f"{row['min_ms']:.0f}", f"{row['speed-up']:.2f}",
+            f"{error['max |dlogit|']:.0e}", f"{error['max box error, px']:.1g} px",
+        )  # fmt: skip
+
+    header = ["model", "ms", "fastest", "times as fast", "logits within", "boxes within"]
+    return f"{rows[0]['shape']}\n\n{markdown(header, map(line, rows))}"
 
 
 def _stages(rows: list[Row]) -> str:

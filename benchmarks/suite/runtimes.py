@@ -144,6 +144,16 @@ class Models:
             "optimize(cdetr_fast) int8 backbone": lambda: self._optimized(
                 int8_calibration=self.calibration
             ),
+            'engine="openvino" fp32': lambda: self._optimized(engine="openvino"),
+            'engine="openvino" bf16': lambda: self._optimized(
+                engine="openvino", dtype=torch.bfloat16
+            ),
+            'engine="openvino" int8': lambda: self._optimized(
+                engine="openvino", int8_calibration=self.calibration
+            ),
+            'engine="openvino" int8, the rest bf16': lambda: self._optimized(
+                engine="openvino", dtype=torch.bfloat16, int8_calibration=self.calibration
+            ),
             "ONNX Runtime fp32": lambda: self._onnx_runtime(False),
             "ONNX Runtime int8": lambda: self._onnx_runtime(True),
             "OpenVINO fp32": lambda: self._openvino("f32", False),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -33,6 +33,9 @@ def detect(
     batch_size: Annotated[
         int, typer.Option(metavar="INTEGER", min=1, help="Images in one forward pass.")
     ] = 1,
+    engine: Annotated[
+        Literal["torch", "openvino"], typer.Option(help="What runs the model; openvino on a CPU.")
+    ] = "torch",
     revision: RevisionOption = None,
     top_k: Annotated[
         int, typer.Option(metavar="INTEGER", min=1, help="Most detections per image.")
@@ -59,7 +62,10 @@ def detect(
     paths = _list_images(images)
     make_output_folder(output)
     detector = Detector(model, revision, device)
-    detector.optimize_for(len(paths))
+    if engine == "openvino":
+        detector.use_openvino()
+    else:
+        detector.optimize_for(len(paths))
     console = Console(stderr=True)
     records: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []

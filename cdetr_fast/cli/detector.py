@@ -12,6 +12,7 @@ from cdetr_fast.demo import DEMO
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from cdetr_fast.images.results import DetectionResult
 
@@ -70,6 +71,29 @@ class Detector:
 
         # images of a user have many sizes, each of which would be a graph to capture
         self.model = optimize(self.model, cuda_graphs=False, inplace=True)
+
+    def use_openvino(self) -> None:
+        """Let OpenVINO run the model.
+
+        Raises:
+            UserError: It cannot.
+        """
+        from cdetr_fast import optimize
+
+        try:
+            self.model = optimize(self.model, engine="openvino")
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"--{first_line(error)}") from error
+
+    def prepared_images(self, folder: Path, most: int) -> list[Tensor]:
+        """Return images of a folder as the model gets them; UserError if there are none."""
+        from cdetr_fast.images.load import image_files
+
+        if not folder.is_dir() or not (paths := image_files(folder)):
+            raise UserError(f"{folder}: expected a folder with images")
+        process = self.model.image_processor
+        images = (read_image(path) for path in paths[:most])
+        return [process([image], return_tensors="pt")["pixel_values"] for image in images]
 
     def predict(self, image: Image.Image, threshold: float) -> DetectionResult:
         """Return the result of one image; see `predict` of the model."""

@@ -12,11 +12,15 @@ from cdetr_fast.cli.errors import UserError
 from cdetr_fast.cli.options import DeviceOption, ModelOption, RevisionOption
 from cdetr_fast.common.errors import first_line
 
+_CALIBRATION = 64  # images at most
+
 
 def export(
-    output: Annotated[Path, typer.Argument(help="The file: .pt2, or .onnx with --format onnx.")],
+    output: Annotated[Path, typer.Argument(help="The file: .pt2, or .onnx, .xml.")],
     model: ModelOption = None,
-    format: Annotated[str, typer.Option(metavar="TEXT", help="torch, aoti or onnx.")] = "torch",
+    format: Annotated[
+        str, typer.Option(metavar="TEXT", help="torch, aoti, onnx or openvino.")
+    ] = "torch",
     size: Annotated[
         tuple[int, int],
         typer.Option(metavar="INTEGER INTEGER", help="Height and width of the images to try."),
@@ -28,13 +32,22 @@ def export(
     masked: Annotated[
         bool, typer.Option("--masked", help="Take padding masks as a second input, as numbers.")
     ] = False,
+    int8: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Put an openvino file into 8 bits, with ranges from the images of this folder.",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = None,
     revision: RevisionOption = None,
 ) -> None:
-    """Write a model to a file for torch.export, AOTInductor or ONNX, and check the file."""
+    """Write a model to a file for torch.export, AOTInductor, ONNX or OpenVINO, and check it."""
     from cdetr_fast.inference.export import export as write
 
     detector = Detector(model, revision, device)
+    calibration = None if int8 is None else detector.prepared_images(int8, _CALIBRATION)
     try:
         error = write(
             detector.model,
@@ -44,8 +57,11 @@ def export(
             batch=batch,
             dynamic=not static,
             masked=masked,
+            int8_calibration=calibration,
         )
     except (OSError, RuntimeError, TypeError, ValueError) as failure:
         raise UserError(first_line(failure)) from failure
-    megabytes = output.stat().st_size / 1e6
+    weights = output.with_suffix(".bin")  # of openvino's format
+    files = [output, weights] if format == "openvino" else [output]
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
     print(f"{output}, {megabytes:.1f} MB; its outputs are within {error:.0e} of the model's")

@@ -1,10 +1,11 @@
-"""Export to torch.export programs, AOTInductor packages and ONNX files, each checked.
+"""Export to torch.export programs, AOTInductor packages, ONNX and OpenVINO, each checked.
 
 The file holds the optimized form of the model: norms folded, products joined, everything that does
 not depend on the image a constant. Its outputs are `logits` and `pred_boxes` (and `pred_masks`).
 Inputs and outputs are floating-point numbers only.
 """
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -16,15 +17,22 @@ from torch import Tensor, nn
 
 from cdetr_fast.common.files import write_atomically
 from cdetr_fast.common.validation import PositiveInt, checked
+from cdetr_fast.inference.openvino import compiled, convert, quantized
 from cdetr_fast.inference.optimize import optimize
-from cdetr_fast.inference.prepare import PreparedModel
+from cdetr_fast.inference.prepare import OPEN_SHAPES, PreparedModel
 
-FORMATS = ("torch", "aoti", "onnx")
-SUFFIXES = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
+FORMATS = ("torch", "aoti", "onnx", "openvino")
+SUFFIXES = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
 _OUTPUTS = ("logits", "pred_boxes", "pred_masks")
-_REQUIRED = {"torch": (), "aoti": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+_REQUIRED = {
+    "torch": (),
+    "aoti": (),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino",),
+}
 _TOLERANCE = 1e-3  # of a value of 1; compiled and foreign code sums in another order
 _TOLERANCE_IN_EPS = 10  # in half precision, where that is more
+_INT8_TOLERANCE = 0.25
 _MIN_DYNAMIC_SIZE = 33  # a map of one row would be fixed to one
 
 Inputs = tuple[Tensor, ...]  # images, and a mask where the file takes one
@@ -62,6 +70,7 @@ def export(
     batch: int = 1,
     dynamic: bool = True,
     masked: bool = False,
+    int8_calibration: Sequence[Tensor] | None = None,
 ) -> float:
     """Write a model to a file, load the file, and compare its outputs with those of the model.
 
@@ -69,12 +78,16 @@ def export(
         model: Detection or segmentation model of this package or of transformers, in eval mode.
         path: The file, in an existing folder.
         format: "torch" (`torch.export`), "aoti" (a package compiled by AOTInductor for machines
-            like this one) or "onnx".
+            like this one), "onnx", or "openvino" (a network in a file of this name, and its
+            weights beside it in one that ends in .bin).
         size: Height and width to try; the only ones that a file without `dynamic` takes.
         batch: Number of images in a batch, likewise.
         dynamic: Leave batch size, height and width open.
         masked: Take padding masks as a second input `pixel_mask` `[B, H, W]`, in the dtype of the
             images, so that no input is an integer (TensorRT has no int64).
+        int8_calibration: Batches of `pixel_values` `[B, C, H, W]`, some tens of images as the
+            calls will have them. With them a file for OpenVINO is in int8, made by NNCF (extra
+            `int8`), and compared with the model on the last of them.
 
     Returns:
         The largest difference between the file's outputs and the model's.
@@ -95,11 +108,19 @@ def export(
         raise FileNotFoundError(f"path: expected an existing folder, got {path.parent}")
     size = _checked_size(size, dynamic)
     batch = checked(PositiveInt, batch, "batch")
-    for module in _REQUIRED[format]:
+    calibration = _calibration(int8_calibration, format, dynamic)
+    needs = _REQUIRED[format] + (("nncf",) if calibration else ())
+    for module in needs:
         if importlib.util.find_spec(module) is None:
-            raise RuntimeError(f"{format} needs {module}: pip install 'cdetr-fast[export]'")
+            extra = {"openvino": "openvino", "nncf": "int8"}.get(module, "export")
+            raise RuntimeError(f"{format} needs {module}: pip install 'cdetr-fast[{extra}]'")
     if type(model).__name__ == "ConditionalDetrModel":
         raise TypeError("model: expected one that predicts boxes, got ConditionalDetrModel")
+    if format == "openvino" and (dtype := next(model.parameters()).dtype) != torch.float32:
+        raise ValueError(
+            f"model: expected float32, got {dtype}; OpenVINO rounds weights when it compiles the "
+            "file (INFERENCE_PRECISION_HINT)"
+        )
     optimized: Any = optimize(model, cuda_graphs=False)
     forward = ExportedForward(optimized.runner.prepared, None if dynamic else size, masked).eval()
     example = _images(model, batch + (batch == 1 and dynamic), size, masked)
@@ -107,20 +128,30 @@ def export(
     if dynamic:
         height, width = size
         trials.append(_images(model, batch, (height - height % 32 + 32, width), masked))
+    write_file = _WRITERS[format]
+    tolerance = _tolerance(example[0].dtype)
+    if calibration:
+        images = calibration[-1]
+        trials = [(images, torch.ones(len(images), *images.shape[-2:]))[: 1 + masked]]
+        write_file = functools.partial(_write_openvino, int8_calibration=calibration)
+        tolerance = _INT8_TOLERANCE
     errors: list[float] = []
 
     def write(temporary: Path) -> None:
-        run = _WRITERS[format](program, temporary, masked)
+        run = write_file(program, temporary, masked)
         for trial in trials:
-            errors.append(_largest_error(model, run, trial, path))
+            errors.append(_largest_error(model, run, trial, path, tolerance))
 
+    shapes = OPEN_SHAPES[: 1 + masked] if dynamic else None
     with torch.no_grad():
-        program = torch.export.export(forward, example, dynamic_shapes=_dynamic(masked, dynamic))
+        program = torch.export.export(forward, example, dynamic_shapes=shapes)
         write_atomically(path, write)
     return max(errors)
 
 
-def _largest_error(model: nn.Module, run: Run, inputs: Inputs, path: Path) -> float:
+def _largest_error(
+    model: nn.Module, run: Run, inputs: Inputs, path: Path, tolerance: float
+) -> float:
     """Return the largest difference between a file's outputs and the model's on some images.
 
     Raises:
@@ -133,7 +164,7 @@ def _largest_error(model: nn.Module, run: Run, inputs: Inputs, path: Path) -> fl
         expected = output[name]
         error = (got.to(expected.device) - expected).abs().max().item()
         scale = 1 + expected.abs().max().item()
-        if not error <= _tolerance(inputs[0].dtype) * scale:
+        if not error <= tolerance * scale:
             raise RuntimeError(
                 f"{path}: {name} of the file is off by {error:.1e} for images "
                 f"{list(inputs[0].shape)}; the file was not kept"
@@ -152,6 +183,18 @@ def _checked_size(size: Any, dynamic: bool) -> tuple[int, int]:
             f"{(height, width)}; use dynamic=False for images as small as that"
         )
     return height, width
+
+
+def _calibration(images: Any, format: str, dynamic: bool) -> tuple[Tensor, ...]:
+    if images is None:
+        return ()
+    if format != "openvino":
+        raise ValueError(f'int8_calibration: expected format="openvino" with it, got {format!r}')
+    if not dynamic:
+        raise ValueError("int8_calibration: expected dynamic=True with it")
+    if not isinstance(images, (list, tuple)) or not images:
+        raise TypeError(f"int8_calibration: expected batches of images, got {images!r}"[:200])
+    return tuple(batch.detach().to("cpu", torch.float32) for batch in images)
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -189,7 +232,39 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, masked: bool)
     return run
 
 
-_WRITERS = {"torch": _write_torch, "aoti": _write_aoti, "onnx": _write_onnx}
+def _write_openvino(
+    program: torch.export.ExportedProgram,
+    path: Path,
+    masked: bool,
+    int8_calibration: Sequence[Tensor] = (),
+) -> Run:
+    import openvino
+
+    network = convert(program)
+    if int8_calibration:
+        network = quantized(network, int8_calibration)
+    for name, port in zip(("pixel_values", "pixel_mask"), network.inputs, strict=False):
+        port.get_tensor().set_names({name})
+    for name, port in zip(_OUTPUTS, network.outputs, strict=False):
+        port.get_tensor().set_names({name})
+    openvino.save_model(network, path, compress_to_fp16=False)
+    # read into memory, as the file is moved afterwards
+    written = openvino.Core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes())
+    run = compiled(written, torch.float32, torch.get_num_threads())
+
+    def call(inputs: Inputs) -> list[Tensor]:
+        results = run([tensor.cpu().numpy() for tensor in inputs])
+        return [torch.from_numpy(results[i]) for i in range(len(run.outputs))]
+
+    return call
+
+
+_WRITERS: dict[str, Callable[[torch.export.ExportedProgram, Path, bool], Run]] = {
+    "torch": _write_torch,
+    "aoti": _write_aoti,
+    "onnx": _write_onnx,
+    "openvino": _write_openvino,
+}
 
 
 def _images(model: nn.Module, batch: int, size: tuple[int, int], masked: bool) -> Inputs:
@@ -202,11 +277,3 @@ def _images(model: nn.Module, batch: int, size: tuple[int, int], masked: bool) -
     mask[1:, size[0] * 3 // 4 :] = 0
     kept = (pixel_values, mask)[: 1 + masked]
     return tuple(tensor.to(weight.device, weight.dtype) for tensor in kept)
-
-
-def _dynamic(masked: bool, dynamic: bool) -> tuple[Any, ...] | None:
-    if not dynamic:
-        return None
-    auto = torch.export.Dim.DYNAMIC
-    shapes = ({0: auto, 2: auto, 3: auto}, {0: auto, 1: auto, 2: auto})
-    return shapes if masked else (shapes[0],)

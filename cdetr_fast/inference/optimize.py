@@ -13,6 +13,7 @@ from cdetr_fast.config.model import Dtype
 from cdetr_fast.inference import optimized
 from cdetr_fast.inference.following import Original, count_fused_steps, stop_following
 from cdetr_fast.inference.int8 import int8_unsupported_reason
+from cdetr_fast.inference.openvino import openvino_unsupported_reason
 from cdetr_fast.inference.plain import unsupported_reason
 from cdetr_fast.inference.prepare import shallow_copy
 from cdetr_fast.inference.runner import Family, Options, Runner
@@ -21,6 +22,7 @@ from cdetr_kernels.qualification import ensure_qualified
 
 Model = TypeVar("Model", bound=nn.Module)
 
+ENGINES = ("torch", "openvino")
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -32,6 +34,7 @@ def optimize(
     compile: bool | str = "auto",
     cuda_graphs: bool | str = "auto",
     *,
+    engine: str = "torch",
     bucket: int | str = "exact",
     max_batch: int | None = None,
     max_graphs: int = 8,
@@ -67,6 +70,11 @@ def optimize(
         compile: Run it through torch.compile: True or the name of a mode. "auto" does not:
             on a CPU it gains nothing (see docs/decisions.md), and takes a minute for each size.
         cuda_graphs: Capture a CUDA graph for each shape; "auto" does on a GPU.
+        engine: What runs the prepared copy: "torch", or "openvino" on CPUs (extra `openvino`), in
+            fp32 or bf16, with as many threads as torch has then. It is exported and compiled here,
+            once for all sizes, and again when weights change, which takes some seconds each time;
+            its outputs are compared with the model's on a trial. Not for segmentation. With
+            `int8_calibration` the whole model is put into int8 by NNCF (extra `int8`).
         bucket: Pad images to multiples of 32 or 64 pixels, with masks, so that fewer shapes are
             captured or compiled. Like all padding it changes predictions a little, as convolutions
             see it. "exact" pads nothing.
@@ -76,7 +84,8 @@ def optimize(
         int8_calibration: Batches of `pixel_values` `[B, C, H, W]`, some tens of images of the
             sizes, and in batches, as the calls will be. With them the backbone's convolutions run
             in int8, on CPUs with VNNI; their ranges are found on these images, and again when the
-            weights change. What that costs, `python -m benchmarks precision` measures.
+            weights change. What that costs, `python -m benchmarks precision` measures. The other
+            engine goes by them in its own way, see `engine`.
         inplace: Change `model` itself, and return it.
         qualify: "auto" finds out which kernels are right and faster on a GPU without a record, once
             and in at most 90 seconds, see `cdetr_kernels.qualify`; False leaves it out, as
@@ -87,7 +96,8 @@ def optimize(
         ValueError: The model is in training mode, has hooks or adapters, or an argument is out of
             range.
         RuntimeError: `cuda_graphs=True` where there is no GPU, or a dtype that the device does not
-            run, or int8 where the CPU has no instructions for it.
+            run, or int8 where the CPU has no instructions for it; or an engine that is not
+            installed, or whose outputs are not the model's.
     """
     family = _recognise(model)
     _check_state(model, family)
@@ -95,14 +105,20 @@ def optimize(
     target = _device(device) if device is not None else next(model.parameters()).device
     _check_dtype(wanted or next(p.dtype for p in model.parameters()), target)
     options = Options(
+        engine=_engine(engine, model, target, compile, cuda_graphs),
         compile=_compile_mode(compile),
         cuda_graphs=_use_graphs(cuda_graphs, target, compile),
         bucket=_bucket(bucket),
         max_batch=checked(PositiveInt | None, max_batch, "max_batch"),
         max_graphs=checked(PositiveInt, max_graphs, "max_graphs"),
         static_outputs=checked(bool, static_outputs, "static_outputs"),
-        int8_calibration=_calibration(int8_calibration, model, wanted, target, compile),
+        int8_calibration=_calibration(int8_calibration, model, wanted, target, compile, engine),
     )
+    if options.engine == "openvino":
+        kept = wanted or next(p.dtype for p in model.parameters())
+        reason = openvino_unsupported_reason(kept, bool(options.int8_calibration))
+        if reason is not None:
+            raise RuntimeError(f'engine: "openvino" {reason}')
     inplace = checked(bool, inplace, "inplace")
     ensure_qualified(target, qualify)
     result = _alias(model)
@@ -179,6 +195,32 @@ def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
         raise RuntimeError("dtype: float64 does not run on mps")
 
 
+def _engine(
+    value: Any,
+    model: nn.Module,
+    device: torch.device,
+    compile: bool | str,
+    cuda_graphs: bool | str,
+) -> str:
+    if value not in ENGINES:
+        expected = " or ".join(f'"{name}"' for name in ENGINES)
+        raise ValueError(f"engine: expected {expected}, got {value!r}")
+    if value == "openvino":
+        if device.type != "cpu":
+            raise ValueError(f'engine: "openvino" runs on a CPU, got a model on {device}')
+        if type(model).__name__ == "ConditionalDetrForSegmentation":
+            raise TypeError(
+                'engine: "openvino" runs no segmentation; use engine="torch", or optimize the '
+                "model's detector alone"
+            )
+        for name, option in (("compile", compile), ("cuda_graphs", cuda_graphs)):
+            if option not in ("auto", False):
+                raise ValueError(
+                    f'{name}: expected False, as engine="openvino" compiles itself, got {option!r}'
+                )
+    return value
+
+
 def _compile_mode(value: bool | str) -> str | None:
     if value is False or value == "auto":
         return None
@@ -211,6 +253,7 @@ def _calibration(
     dtype: torch.dtype | None,
     device: torch.device,
     compile: bool | str,
+    engine: str,
 ) -> tuple[torch.Tensor, ...]:
     if images is None:
         return ()
@@ -227,6 +270,8 @@ def _calibration(
             raise TypeError(f"{name}: expected floating-point tensors, got {got}")
         if batch.dim() != 4 or batch.shape[1] != channels or not batch.numel():
             raise ValueError(f"{name}: expected [B, {channels}, H, W], got {list(batch.shape)}")
+    if engine != "torch":
+        return tuple(batch.detach().to("cpu", torch.float32) for batch in images)
     dtype = dtype or next(p.dtype for p in model.parameters())
     if device.type != "cpu" or dtype != torch.float32:
         raise ValueError(f"{name}: expected a model in fp32 on a CPU, got {dtype} on {device}")

@@ -36,6 +36,10 @@ from cdetr_fast.models.modeling import (
 from cdetr_fast.models.projections import is_plain, is_plain_linear
 from cdetr_fast.models.residual import ResidualLayerNorm
 
+_OPEN = torch.export.Dim.DYNAMIC
+OPEN_SHAPES = ({0: _OPEN, 2: _OPEN, 3: _OPEN}, {0: _OPEN, 1: _OPEN, 2: _OPEN})
+"""Dimensions of images, and of a mask, that exported graphs leave open."""
+
 
 class PreparedModel(nn.Module):
     """Computes what a model computes, from images to tensors by name.

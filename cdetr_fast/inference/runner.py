@@ -14,6 +14,7 @@ from cdetr_fast.common import cuda_graphs
 from cdetr_fast.common.masks import is_unpadded
 from cdetr_fast.inference.following import Original, Watch
 from cdetr_fast.inference.graphs import GraphCache
+from cdetr_fast.inference.openvino import OpenVinoCall
 from cdetr_fast.inference.plain import forward_hooks, unsupported_reason
 from cdetr_fast.inference.prepare import PreparedModel
 
@@ -27,6 +28,7 @@ _PREPARED_ARGUMENTS = ("pixel_values", "pixel_mask", "return_dict")
 class Options:
     """Options of `optimize`; see there."""
 
+    engine: str = "torch"
     compile: str | None = None
     cuda_graphs: bool = False
     bucket: int | None = None
@@ -78,6 +80,7 @@ class Runner:
         self._lock = threading.Lock()
         self._call: Callable[[Tensor, Tensor | None], Outputs] | None = None
         self._graphs: GraphCache | None = None
+        self._openvino: OpenVinoCall | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Copied or pickled, a model prepares itself again in its first call.
@@ -141,12 +144,17 @@ class Runner:
         self._parts = list(model.modules())[1:]  # the model's own hooks always run
         self._unsupported = unsupported_reason(model, self.family.is_harmless)
         if self._unsupported is None:
-            fresh = PreparedModel(self.family.convert(model), self.options.int8_calibration)
+            source, calibration = self.family.convert(model), self.options.int8_calibration
+            uses_openvino = self.options.engine == "openvino"
+            fresh = PreparedModel(source, () if uses_openvino else calibration)
             if self._graphs is not None:
                 self._graphs.clear()  # they read the addresses of the old weights
             if self.prepared is None or not self.prepared.take_values(fresh):
                 self.prepared = fresh
                 self._call = self._graphs = None
+            if uses_openvino:
+                self._call = self._openvino = None  # no call may run with the old weights
+                self._call = self._openvino = OpenVinoCall(source, calibration)
         self.refreshed += self._watch is not None
         self._watch, self._settings = watch, settings
 
@@ -154,11 +162,16 @@ class Runner:
         """Say what was done, what runs a call, and what was left, with reasons."""
         self.prepare(model)
         rows = [] if self.prepared is None else self.prepared.describe()
-        rows.append(("compile", self.options.compile or "no"))
-        if self._graphs is not None:
-            rows += self._graphs.describe()
+        if self._openvino is not None:
+            # What it runs is the exported copy: its own kernels, and constants of no map size.
+            rows = [row for row in rows if row[0] not in ("backbone", "map sizes kept")]
+            rows.insert(0, ("engine", self._openvino.describe()))
         else:
-            rows.append(("graph", "none captured yet" if self._uses_graphs() else "not used"))
+            rows.append(("compile", self.options.compile or "no"))
+            if self._graphs is not None:
+                rows += self._graphs.describe()
+            else:
+                rows.append(("graph", "none captured yet" if self._uses_graphs() else "not used"))
         rows.append(("prepared again", f"{self.refreshed} times"))
         if self.fallback_reason is not None:
             rows.append(("last call", f"the model's own forward, as {self.fallback_reason}"))

@@ -1,0 +1,312 @@
+"""`optimize(model, engine="openvino")`: the same model on OpenVINO."""
+
+import importlib.util
+import json
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+from support.oracle import SMALL_MODEL, make_ours, randomise
+
+from cdetr_fast import (
+    ConditionalDetrForObjectDetection,
+    ConditionalDetrImageProcessor,
+    cli,
+    optimize,
+)
+from cdetr_fast.inference import openvino as module
+from cdetr_fast.inference.export import export
+
+pytest.importorskip("openvino")
+needs_bf16 = pytest.mark.skipif(
+    "BF16" not in module._capabilities(), reason="this CPU has no bf16 instructions"
+)
+
+
+def random_model(task="detection"):
+    model = make_ours(task, **SMALL_MODEL)
+    randomise(model)
+    return model.eval()
+
+
+def images(batch=2, height=64, width=96, padded=True):
+    generator = torch.Generator().manual_seed(1)
+    pixel_values = torch.randn(batch, 3, height, width, generator=generator)
+    mask = torch.ones(batch, height, width, dtype=torch.int64)
+    if padded:
+        mask[1:, height * 3 // 4 :] = 0
+        mask[1:, :, width * 2 // 3 :] = 0
+    return pixel_values, mask
+
+
+def assert_same(got, expected, atol=1e-4):
+    assert list(got) == list(expected)
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def fast(model):
+    return optimize(model, engine="openvino")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        images(),
+        images(3, 70, 130),
+        images(1, 64, 96, padded=False),
+        images(1, 130, 33, padded=False)[:1],
+        images(2, 32, 32)[:1],
+    ],
+)
+def test_outputs_are_those_of_the_model(model, fast, arguments):
+    got, expected = fast(*arguments), model(*arguments)
+    assert_same(got, expected)
+    assert type(got) is type(expected)
+
+
+def test_masks_of_other_dtypes_and_images_of_other_layouts(model, fast):
+    pixel_values, mask = images()
+    expected = model(pixel_values, mask)
+    for kind in (torch.bool, torch.float32, torch.uint8):
+        assert_same(fast(pixel_values, mask.to(kind)), expected)
+    assert_same(fast(pixel_values, mask * 255), expected)
+    last = pixel_values.contiguous(memory_format=torch.channels_last)
+    assert_same(fast(last, mask), expected)
+
+
+def test_predictions_and_results_that_stay(model, fast):
+    image = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
+    ours, theirs = fast.predict(image, 0.0), model.predict(image, 0.0)
+    torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-4)
+    first = fast(*images())
+    kept = first.logits.clone()
+    fast(*images(2, 70, 100))
+    assert torch.equal(first.logits, kept)
+
+
+def test_explains_what_runs(fast):
+    text = fast.explain()
+    assert text.startswith("engine           OpenVINO 20")
+    assert "fp32" in text
+    assert "onednn" not in text
+
+
+def test_attentions_come_from_the_own_forward(model, fast):
+    got = fast(*images(), output_attentions=True)
+    expected = model(*images(), output_attentions=True)
+    assert torch.equal(got.cross_attentions[-1], expected.cross_attentions[-1])
+    assert "the model's own forward, as output_attentions is given" in fast.explain()
+    with pytest.raises(RuntimeError, match="optimised for inference"):
+        fast.train()
+
+
+def test_results_of_the_base_model_follow_its_weights():
+    base = random_model("base")
+    fast = optimize(base, engine="openvino")
+    assert_same(fast(*images()), base(*images()))
+    base.input_projection.bias.add_(1)
+    assert_same(fast(*images()), base(*images()))
+
+
+@needs_bf16
+def test_bf16(model):
+    fast = optimize(model, engine="openvino", dtype=torch.bfloat16)
+    pixel_values, mask = images()
+    got, expected = fast(pixel_values.bfloat16(), mask), model(pixel_values, mask)
+    assert got.logits.dtype == torch.bfloat16
+    assert got.pred_boxes.dtype == torch.float32
+    assert (got.logits.float() - expected.logits).abs().max() < 0.2
+    assert (got.pred_boxes - expected.pred_boxes).abs().max() < 0.02
+    assert "bf16" in fast.explain()
+    with pytest.raises(TypeError, match=r"pixel_values: expected torch\.bfloat16"):
+        fast(pixel_values, mask)
+
+
+def test_int8():
+    pytest.importorskip("nncf")
+    model = random_model()
+    calibration = [images(1, padded=False)[0] for _ in range(2)]
+    fast = optimize(model, engine="openvino", int8_calibration=calibration)
+    got, expected = fast(calibration[0]), model(calibration[0])
+    difference = (got.logits - expected.logits).norm() / expected.logits.norm()
+    assert 1e-6 < difference < 0.25
+    assert "int8 by NNCF, the rest in fp32" in fast.explain()
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"engine": "onnx"}, ValueError, 'engine: expected "torch" or "openvino", got \'onnx\''),
+        ({"compile": True}, ValueError, "compile: expected False"),
+        ({"cuda_graphs": True}, (ValueError, RuntimeError), "cuda_graphs: expected"),
+        ({"dtype": torch.float16}, RuntimeError, "expected float32 or bfloat16"),
+        ({"int8_calibration": []}, TypeError, "int8_calibration: expected"),
+    ],
+)
+def test_options_are_checked(model, options, kind, message):
+    with pytest.raises(kind, match=message):
+        optimize(model, **{"engine": "openvino", **options})
+
+
+def test_segmentation_is_refused():
+    with pytest.raises(TypeError, match="runs no segmentation"):
+        optimize(random_model("segmentation"), engine="openvino")
+
+
+@pytest.mark.parametrize(("missing", "extra"), [("openvino", "openvino"), ("nncf", "int8")])
+def test_a_missing_package_is_named(model, monkeypatch, missing, extra):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == missing else found(name)
+    )
+    calibration = [images()[0]] if missing == "nncf" else None
+    message = rf"needs {missing}: pip install 'cdetr-fast\[{extra}\]'"
+    with pytest.raises(RuntimeError, match=message):
+        optimize(model, engine="openvino", int8_calibration=calibration)
+
+
+def test_outputs_that_differ_are_refused(fast, monkeypatch):
+    changed = random_model()
+    changed.class_labels_classifier.bias.add_(1)
+    compiled = fast.runner._openvino._compiled
+    monkeypatch.setattr(module, "convert", lambda *arguments: None)
+    monkeypatch.setattr(module, "compiled", lambda *arguments: compiled)
+    expected = changed(*images())
+    with pytest.raises(RuntimeError, match=r'"openvino" in fp32 is off by .* of logits, expected'):
+        optimize(changed, engine="openvino")
+    assert type(changed) is ConditionalDetrForObjectDetection
+    assert_same(changed(*images()), expected, 0)
+
+
+# Files and commands ------------------------------------------------------------------------------
+
+
+class Done(NamedTuple):
+    """Result of a command: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs `cdetr-fast` with arguments."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cdetr-fast", *map(str, arguments), "--device", "cpu"])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return Done(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def checkpoint(model, tmp_path):
+    """The model in a folder with its image processor, and an image beside it."""
+    folder = tmp_path / "checkpoint"
+    model.save_pretrained(folder)
+    size = {"shortest_edge": 64, "longest_edge": 96}
+    ConditionalDetrImageProcessor(size=size).save_pretrained(folder)
+    Image.radial_gradient("L").resize((60, 40)).convert("RGB").save(tmp_path / "a.png")
+    return folder
+
+
+def run_file(path, *arguments):
+    import openvino
+
+    run = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    results = run([tensor.float().numpy() for tensor in arguments])
+    return {port.any_name: torch.from_numpy(results[port]) for port in run.outputs}
+
+
+def test_a_file_of_any_size(model, tmp_path):
+    path = tmp_path / "model.xml"
+    assert export(model, path, "openvino", size=(64, 96), masked=True) <= 1e-4
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.bin", "model.xml"]
+    arguments = images(3, 70, 130)
+    got, expected = run_file(path, *arguments), model(*arguments)
+    assert list(got) == ["logits", "pred_boxes"]
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-4)
+
+
+def test_a_file_of_one_size_by_the_command(model, run, checkpoint, tmp_path):
+    path = tmp_path / "model.xml"
+    done = run("export", path, "--format", "openvino", "--static", "--size", 64, 96, "--model",
+               checkpoint)  # fmt: skip
+    assert done.code == 0, done.err
+    assert "its outputs are within" in done.out
+    pixel_values = images(1)[0]
+    got = run_file(path, pixel_values)
+    torch.testing.assert_close(got["logits"], model(pixel_values).logits, rtol=0, atol=1e-4)
+    with pytest.raises(RuntimeError):
+        run_file(path, images(1, 96, 64)[0])
+
+
+def test_a_file_in_int8(run, checkpoint, tmp_path):
+    pytest.importorskip("nncf")
+    path = tmp_path / "model.xml"
+    done = run("export", path, "--format", "openvino", "--int8", tmp_path, "--size", 64, 96,
+               "--model", checkpoint)  # fmt: skip
+    assert done.code == 0, done.err
+    assert "FakeQuantize" in path.read_text()
+
+
+def test_arguments_of_a_file_are_checked(model, run, checkpoint, tmp_path):
+    path, calibration = tmp_path / "model.xml", [images(1)[0]]
+    for options, message in (
+        ({"dynamic": False}, "expected dynamic=True"),
+        ({"format": "torch"}, 'expected format="openvino" with it, got'),
+    ):
+        name = "model.pt2" if "format" in options else "model.xml"
+        options = {"format": "openvino", "int8_calibration": calibration} | options
+        with pytest.raises(ValueError, match=message):
+            export(model, tmp_path / name, **options)
+    with pytest.raises(ValueError, match=r"model: expected float32, got torch\.bfloat16"):
+        export(random_model().bfloat16(), path, "openvino")
+    done = run("export", path, "--format", "openvino", "--int8", path, "--model", checkpoint)
+    assert done.code == 1
+    assert "expected a folder with images" in done.err
+
+
+def test_detect_by_the_command(model, run, checkpoint, tmp_path):
+    done = run("detect", tmp_path / "a.png", "--engine", "openvino", "--threshold", 0, "--model",
+               checkpoint, "--output", tmp_path / "found")  # fmt: skip
+    assert done.code == 0, done.err
+    results = json.loads((tmp_path / "found/detections.json").read_text())
+    loaded = ConditionalDetrForObjectDetection.from_pretrained(checkpoint, dtype=torch.float32)
+    expected = loaded.predict(tmp_path / "a.png", 0.0).scores
+    scores = torch.tensor([result["score"] for result in results])
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+
+
+def test_the_command_names_a_missing_package(run, checkpoint, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "openvino" else found(name)
+    )
+    done = run("detect", tmp_path / "a.png", "--engine", "openvino", "--model", checkpoint)
+    assert done.code == 1
+    assert "needs openvino: pip install 'cdetr-fast[openvino]'" in done.err
