@@ -48,7 +48,7 @@ def _capabilities() -> list[str]:
 
 
 class Precision(NamedTuple):
-    """How a model is compiled.
+    """Precision in which a model is compiled.
 
     Attributes:
         dtype: float32 or bfloat16: of everything that is not in int8.

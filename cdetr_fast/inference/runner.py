@@ -16,7 +16,7 @@ from cdetr_fast.inference.following import Original, Watch
 from cdetr_fast.inference.graphs import GraphCache
 from cdetr_fast.inference.openvino import OpenVinoCall
 from cdetr_fast.inference.plain import forward_hooks, unsupported_reason
-from cdetr_fast.inference.prepare import PreparedModel
+from cdetr_fast.inference.prepare import PreparedModel, shallow_copy
 
 Outputs = dict[str, Tensor]
 
@@ -154,7 +154,9 @@ class Runner:
                 self._call = self._graphs = None
             if uses_openvino:
                 self._call = self._openvino = None  # no call may run with the old weights
-                self._call = self._openvino = OpenVinoCall(source, calibration)
+                self._call = self._openvino = OpenVinoCall(
+                    _with_own_forward(source, self.family), calibration
+                )
         self.refreshed += self._watch is not None
         self._watch, self._settings = watch, settings
 
@@ -261,6 +263,15 @@ class Runner:
             options = (self.options.max_graphs, self.options.static_outputs)
             call = self._graphs = GraphCache(call, self._model.constants, *options)
         return call
+
+
+def _with_own_forward(model: nn.Module, family: Family) -> nn.Module:
+    """Return a model that is not optimised: the same one, or a copy that shares its weights."""
+    if type(model) is not family.optimized_class:
+        return model
+    copied: nn.Module = shallow_copy(model)
+    copied.__class__ = family.optimized_class.__bases__[-1]
+    return copied
 
 
 def _settings(model: nn.Module) -> tuple[Any, ...]:
