@@ -22,7 +22,7 @@ Outputs = dict[str, Tensor]
 
 DTYPES = (torch.float32, torch.bfloat16)
 _TRIAL = (2, 96, 128)
-"""Batch, height and width of the images that an engine is exported and checked with."""
+"""Batch, height and width of the images that an engine is exported, and checked, with."""
 _LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 _INT8_LIMIT = 0.25
 """Largest errors on a trial, relative to the norm of an output."""
@@ -82,21 +82,19 @@ class OpenVinoCall:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
             # Exported in fp32: OpenVINO rounds weights itself, after norms are folded.
             prepared = PreparedModel(copy.deepcopy(model).float())
-            pixel_values, pixel_mask = _trial(prepared.num_channels, int8_calibration)
-            expected = dict(model(pixel_values.to(dtype), pixel_mask, return_dict=True))
+            trial = _trial(prepared.num_channels)
             network = convert(
-                torch.export.export(
-                    _Forward(prepared).eval(),
-                    (pixel_values, pixel_mask),
-                    dynamic_shapes=OPEN_SHAPES,
-                )
+                torch.export.export(_Forward(prepared).eval(), trial, dynamic_shapes=OPEN_SHAPES)
             )
             if int8_calibration:
                 network = quantized(network, int8_calibration)
+                images = int8_calibration[-1]  # in the range that the codes are for
+                trial = images, torch.ones(len(images), *images.shape[-2:])
             self._compiled = compiled(network, dtype, self.threads)
             self._idle: list[Any] = []  # requests, each of one thread at a time
+            expected = dict(model(trial[0].to(dtype), trial[1], return_dict=True))
             self._dtypes = {name: tensor.dtype for name, tensor in expected.items()}
-            self.error = self._check(self(pixel_values, pixel_mask), expected)
+            self.error = self._check(self(*trial), expected)
 
     def __call__(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Outputs:
         """Run the model; arguments and results as in `PreparedModel.forward`."""
@@ -104,7 +102,10 @@ class OpenVinoCall:
             batch, _, height, width = pixel_values.shape
             pixel_mask = torch.ones(batch, height, width)
         arrays = [_array(pixel_values), _array(pixel_mask != 0)]
-        request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
+        try:
+            request = self._idle.pop()
+        except IndexError:  # all are in use by other threads
+            request = self._compiled.create_infer_request()
         results = request.infer(arrays, share_inputs=True)
         self._idle.append(request)
         return {
@@ -149,17 +150,13 @@ class _Forward(nn.Module):
         return tuple(self.prepared(pixel_values, pixel_mask).values())
 
 
-def _trial(channels: int, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return images and their mask, which pads the second; of calibration images the last batch."""
-    if images:
-        pixel_values = images[-1]
-    else:
-        batch, height, width = _TRIAL
-        generator = torch.Generator().manual_seed(0)
-        pixel_values = torch.randn(batch, channels, height, width, generator=generator)
-    mask = torch.ones(len(pixel_values), *pixel_values.shape[-2:])
-    mask[1:, pixel_values.shape[-2] * 3 // 4 :] = 0
-    return pixel_values, mask
+def _trial(channels: int) -> tuple[Tensor, Tensor]:
+    """Return images and their mask, which pads the second."""
+    batch, height, width = _TRIAL
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(batch, height, width)
+    mask[1:, height * 3 // 4 :] = 0
+    return torch.randn(batch, channels, height, width, generator=generator), mask
 
 
 def convert(program: torch.export.ExportedProgram) -> Any:
