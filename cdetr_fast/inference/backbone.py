@@ -31,6 +31,9 @@ from cdetr_fast.models.feature_maps import maps_of
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add}
 
+_PROBES = (64, 96), (96, 128)
+"""Height and width of the images that a rewritten backbone is compared on."""
+
 ModuleOf = Callable[[fx.Node], nn.Module | None]
 """Returns the module that a node of a graph calls; None if it calls none."""
 
@@ -113,21 +116,25 @@ class FusedBackbone(nn.Module):
         return maps if self.all_maps else maps[-1:]
 
     def _compare(self, backbone: nn.Module) -> None:
-        """Check the rewritten backbone, then its fused operators, against the original."""
-        image = _probe(self.body)
+        """Check the rewritten backbone, then its fused operators, against the original.
+
+        The last check is at another size: tracing may have made a number of a size.
+        """
+        image, other = (_probe(self.body, size) for size in _PROBES)
         expected = backbone(image)
         convolutions = [m for m in self.body.modules() if isinstance(m, FusedConv2d)]
         _check_maps(self.body(image), expected)
         reasons = {reason for conv in convolutions if (reason := conv.choose_implementation())}
         self.notes += sorted(f"backbone: {reason}" for reason in reasons)
         _check_maps(self.body(image), expected)
+        _check_maps(self.body(other), backbone(other))
 
 
-def _probe(module: nn.Module) -> Tensor:
+def _probe(module: nn.Module, size_hw: tuple[int, int]) -> Tensor:
     """Return a small image for a backbone."""
     weight = next(m for m in module.modules() if isinstance(m, (nn.Conv2d, FusedConv2d))).weight
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, weight.shape[1], 64, 96, generator=generator)
+    image = torch.randn(1, weight.shape[1], *size_hw, generator=generator)
     return image.to(weight.device, weight.dtype, memory_format=torch.channels_last)
 
 
@@ -337,5 +344,5 @@ def _shapes(traced: fx.GraphModule) -> dict[str, tuple[int, ...] | None]:
 
     traced.graph.lint()
     traced.recompile()
-    Recorder(traced).run(_probe(traced))
+    Recorder(traced).run(_probe(traced, _PROBES[0]))
     return shapes

@@ -238,7 +238,8 @@ def _early_by_gradients(
     name: str, channels: int, arguments: dict[str, Any], size: tuple[int, int], device: str
 ) -> frozenset[str]:
     """Return what the last map at stride 4 or finer depends on."""
-    blueprint = _without_weights(name, channels, None, arguments, device)
+    # It has the strides of all maps; timm's default maps may be more than a shallow model has.
+    blueprint = _without_weights(name, channels, (-1,), arguments, device)
     strides = [info["reduction"] for info in _feature_info(blueprint).info]
     last = max((index for index, stride in enumerate(strides) if stride <= 4), default=None)
     if last is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.ops import box_iou
+from torchvision.ops import box_convert, box_iou
 
 from cdetr_fast.images.detections import detections as to_detections
 from cdetr_fast.training.data.dataset import Batch
@@ -179,15 +179,13 @@ def evaluate_detections(
         detections: Detections on images of the index.
         segments: Scores of the segments on the same images.
     """
-    left, top, right, bottom = detections.boxes_xyxy.astype(np.float64).T
-    rows = np.stack(
-        [
+    rows = np.column_stack(
+        (
             detections.images.astype(np.float64),
-            *(left, top, right - left, bottom - top),
+            box_convert(torch.from_numpy(detections.boxes_xyxy).double(), "xyxy", "xywh").numpy(),
             detections.scores.astype(np.float64),
             detections.labels.astype(np.float64),
-        ],
-        axis=1,
+        )
     )
     scores = score_boxes(index.coco_dictionary(), rows)
     counts = np.bincount(index.labels[~index.crowd], minlength=len(index.classes))
@@ -258,6 +256,5 @@ def true_boxes(index: CocoIndex, image: int) -> tuple[np.ndarray, np.ndarray]:
     """Return boxes xyxy fp32 `[T, 4]` and labels `[T]` of an image, without crowds."""
     where = index.objects(image)
     keep = ~index.crowd[where]
-    boxes = index.boxes_xywh[where][keep].astype(np.float32)
-    boxes[:, 2:] += boxes[:, :2]
-    return boxes, index.labels[where][keep]
+    boxes_xywh = torch.from_numpy(index.boxes_xywh[where][keep].astype(np.float32))
+    return box_convert(boxes_xywh, "xywh", "xyxy").numpy(), index.labels[where][keep]
