@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+import yaml
+from support.training_settings import blank_charts  # noqa: F401 - a fixture
 
 from benchmarks import results as results_module
 
@@ -18,9 +20,12 @@ def test_convergence_compares_and_draws(tmp_path, results, capsys):
     pytest.importorskip("accelerate")
     from benchmarks.convergence import plot, study
 
-    arguments = ["--scenes", "8", "--val-scenes", "3", "--epochs", "1", "--evaluate-every", "1",
-                 "--head-epochs", "1", "--repeats", "1", "--folder", str(tmp_path / "runs"),
-                 "--output", "trial"]  # fmt: skip
+    sizes = {"scales": [64], "eval_size": 64, "max_size": 64}
+    settings = yaml.safe_load(study.SCENES.read_text())
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings | sizes))
+    arguments = ["--config", str(tmp_path / "small.yaml"), "--scenes", "4", "--val-scenes", "2",
+                 "--epochs", "1", "--evaluate-every", "1", "--head-epochs", "1", "--repeats", "1",
+                 "--folder", str(tmp_path / "runs"), "--output", "trial"]  # fmt: skip
     assert study.main(arguments) == 0
     content = json.loads((results / "trial.json").read_text())
     arms = {row["arm"]: row for row in content["rows"]}

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,39 +15,11 @@ from PIL import Image
 from support.tiny import randomized, tiny_config
 
 import cdetr_fast
-from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor, cli
+from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
 from cdetr_fast.checkpoints.key_maps import to_authors
 from cdetr_fast.cli.demo import SCENES_PER_SEED
 from cdetr_fast.common import files
 from cdetr_fast.demo.scenes import CLASSES, TRAIN_SEED
-
-
-class Done(NamedTuple):
-    """Result of a command: exit code, stdout, stderr."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Runs `cdetr-fast` with arguments in an empty folder."""
-    work = tmp_path / "work"
-    work.mkdir()
-
-    def call(*arguments: object) -> Done:
-        monkeypatch.chdir(work)
-        monkeypatch.setattr(sys, "argv", ["cdetr-fast", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return Done(code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="module")

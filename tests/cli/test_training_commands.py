@@ -1,4 +1,4 @@
-"""The commands as users run them: convert, train, evaluate, in processes of their own."""
+"""The commands as users run them: convert, train, evaluate."""
 
 import json
 import os
@@ -18,27 +18,6 @@ from cdetr_fast import (
 from cdetr_fast.checkpoints.key_maps import to_authors
 from cdetr_fast.demo.scenes import CLASSES
 from cdetr_fast.training.run.state import checkpoint_files, load_checkpoint
-
-
-@pytest.fixture
-def cdetr_fast(root, tmp_path):
-    """Runs `cdetr-fast` in an empty folder; returns the finished process."""
-    work = tmp_path / "work"
-    work.mkdir()
-    paths = [str(root), str(root / "kernels")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-
-    def call(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "cdetr_fast", *map(str, arguments)],
-            cwd=work,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    return call
 
 
 @pytest.fixture
@@ -70,10 +49,10 @@ def yolo(scenes, tmp_path):
     return folder
 
 
-def test_from_a_yolo_folder_to_figures(cdetr_fast, yolo, settings, scenes, tmp_path):
-    done = cdetr_fast("convert", "yolo", yolo, "--output", "coco")
-    assert done.returncode == 0, done.stderr
-    flags = done.stdout.split("\n", 2)[2].split()  # as printed, for `train`
+def test_from_a_yolo_folder_to_figures(run, yolo, settings, scenes, tmp_path):
+    done = run("convert", "yolo", yolo, "--output", "coco")
+    assert done.code == 0, done.err
+    flags = done.out.split("\n", 2)[2].split()  # as printed, for `train`
     converted = json.loads((tmp_path / "work/coco/instances_val.json").read_text())
     original = json.loads((scenes / "val" / "annotations.json").read_text())
     for ours, theirs in zip(converted["annotations"], original["annotations"], strict=True):
@@ -83,37 +62,37 @@ def test_from_a_yolo_folder_to_figures(cdetr_fast, yolo, settings, scenes, tmp_p
     for name in ("train_annotations", "output"):
         del values[name]
     (tmp_path / "work" / "settings.yaml").write_text(yaml.safe_dump(values))
-    done = cdetr_fast(
+    done = run(
         *("train", "--config", "settings.yaml", *flags, "--output", "run", "--seed", 3),
         *("--model-options", *(f"{k}={v}" for k, v in values["model_options"].items())),
     )
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"step 2: loss [\d.]+ \(ce [\d.]+, bbox [\d.]+, giou [\d.]+\)", done.stderr)
-    assert re.search(r"epoch 1: AP 0\.\d+, AP50 0\.\d+, AP75 0\.\d+\n", done.stderr)
-    run = tmp_path / "work" / "run"
-    assert done.stdout.splitlines()[-1].startswith("2 steps, AP ")
-    assert done.stdout.splitlines()[-1].endswith(": run")
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert done.code == 0, done.err
+    assert re.search(r"step 2: loss [\d.]+ \(ce [\d.]+, bbox [\d.]+, giou [\d.]+\)", done.err)
+    assert re.search(r"epoch 1: AP 0\.\d+, AP50 0\.\d+, AP75 0\.\d+\n", done.err)
+    output = tmp_path / "work" / "run"
+    assert done.out.splitlines()[-1].startswith("2 steps, AP ")
+    assert done.out.splitlines()[-1].endswith(": run")
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["train", "train", "eval"]
-    assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == 3
+    assert yaml.safe_load((output / "config.yaml").read_text())["seed"] == 3
 
-    done = cdetr_fast(
+    done = run(
         *("evaluate", "--model", "run/model", "--device", "cpu", "--num-workers", 0),
         *("--annotations", "coco/instances_val.json", "--images", yolo, "--output", "test"),
     )
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     figures = json.loads((tmp_path / "work/test/metrics.json").read_text())
     assert figures["images"] == 5
     trained = {k: v for k, v in rows[-1].items() if k in figures["stats"]}
     assert figures["stats"] == trained  # the run's own evaluation, of the same weights
-    assert f"{'AP50':14} {figures['stats']['AP50']:.3f}" in done.stdout
+    assert f"{'AP50':14} {figures['stats']['AP50']:.3f}" in done.out
 
-    done = cdetr_fast("train", "--config", "settings.yaml", *flags, "--output", "run")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("cdetr-fast: output: run has a run already")
+    done = run("train", "--config", "settings.yaml", *flags, "--output", "run")
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith("cdetr-fast: output: run has a run already")
 
 
-def test_from_a_file_of_the_authors(cdetr_fast, scenes, tmp_path):
+def test_from_a_file_of_the_authors(run, scenes, tmp_path):
     """A class head for the data; all other weights are those of the file, while nothing learns."""
     options = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 32, "num_queries": 7}
     options |= {f"{x}_ffn_dim": 32 for x in ("encoder", "decoder")}
@@ -122,7 +101,7 @@ def test_from_a_file_of_the_authors(cdetr_fast, scenes, tmp_path):
     )
     source = tmp_path / "work" / "authors.pth"
     torch.save({"model": to_authors(model.state_dict()), "epoch": 49}, source)
-    done = cdetr_fast(
+    done = run(
         *(
             "train",
             "--model",
@@ -134,7 +113,7 @@ def test_from_a_file_of_the_authors(cdetr_fast, scenes, tmp_path):
         *("--scales", 64, "--crop-probability", 0, "--learning-rate", 0),
         *("--backbone-learning-rate", 0, "--output", "run"),
     )
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     folder = tmp_path / "work" / "run" / "model"
     trained = ConditionalDetrForObjectDetection.from_pretrained(folder, strict=True)
     assert list(trained.config.id2label.values()) == list(CLASSES)
@@ -190,11 +169,11 @@ def test_accelerate_launch(root, settings, tmp_path):
         ),
     ],
 )
-def test_errors_are_one_line(cdetr_fast, arguments, message):
-    done = cdetr_fast(*arguments)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(message)
+def test_errors_are_one_line(run, arguments, message):
+    done = run(*arguments)
+    assert done.code == 1
+    assert "Traceback" not in done.err
+    assert done.err.splitlines()[-1].startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +201,7 @@ def test_errors_are_one_line(cdetr_fast, arguments, message):
         (("convert", "voc", "x", "--output", "y", "--imagse", "z"), "did you mean '--images'?"),
     ],
 )
-def test_unknown_option(cdetr_fast, arguments, message):
-    done = cdetr_fast(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_unknown_option(run, arguments, message):
+    done = run(*arguments)
+    assert done.code == 2
+    assert message in done.err

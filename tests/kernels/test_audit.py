@@ -22,7 +22,8 @@ def brief(architecture: str) -> dict[str, Audited]:
     return found
 
 
-@pytest.mark.parametrize("architecture", TARGETS)
+# sm_89 has the tiles of sm_86 and, for our dtypes, its instructions.
+@pytest.mark.parametrize("architecture", [name for name in TARGETS if name != "sm_89"])
 def test_every_kernel_stays_within_its_budgets(architecture):
     found = {
         name: complaints(examine(audited.launch, architecture), audited, architecture)

@@ -1,6 +1,6 @@
 """Helpers of the kernel tests: where they run, awkward inputs, the twice-the-error rule, checks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -20,6 +20,16 @@ needs_kernels = pytest.mark.skipif(
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="needs kernels that can be compiled")
 in_this_process = pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def cases_and_dtypes(cases: Iterable[str], few: Collection[str]) -> list[tuple[str, torch.dtype]]:
+    """Return all pairs; in the interpreter, where all take minutes, half precision of a few."""
+    return [
+        (case, dtype)
+        for case in cases
+        for dtype in DTYPES
+        if DEVICE == "cuda" or dtype == torch.float32 or case in few
+    ]
 
 
 def in_double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
