@@ -1,8 +1,6 @@
 """Pascal VOC and YOLO folders become COCO files that training reads; boxes worked out by hand."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
@@ -333,28 +331,19 @@ def test_output_cannot_be_made(yolo, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["voc", "yolo"])
-def test_command(kind, request, tmp_path, root):
+def test_command(kind, request, tmp_path, run):
     source = request.getfixturevalue(kind)
-    command = [sys.executable, "-m", "cdetr_fast", "convert", kind, source, "--output"]
-    done = subprocess.run(
-        [*command, tmp_path / "coco"], cwd=root, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = run("convert", kind, source, "--output", tmp_path / "coco")
+    assert done.code == 0, done.err
     path = tmp_path / "coco" / "instances_train.json"
     count = {"voc": "2 images, 3 objects", "yolo": "3 images, 2 objects"}[kind]
-    assert f"train: {count}" in done.stdout
+    assert f"train: {count}" in done.out
     flags = f"--train-annotations {path} --train-images {image_folder(kind, source)}"
-    assert flags in done.stdout
+    assert flags in done.out
     read_coco(path, image_folder(kind, source))
-    done = subprocess.run(
-        [*command[:-2], "nowhere", "--output", tmp_path],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr == "cdetr-fast: source: expected a folder, got nowhere\n"
+    done = run("convert", kind, "nowhere", "--output", tmp_path)
+    assert done.code == 1
+    assert done.err == "cdetr-fast: source: expected a folder, got nowhere\n"
 
 
 def test_yolo_names_that_come_twice(tmp_path):

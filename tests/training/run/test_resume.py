@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.training_settings import short_run
 
 from cdetr_fast.training import DataError, TrainingConfig, train
 from cdetr_fast.training.run import launch
@@ -25,12 +27,21 @@ def last_rates(config):
     return rate, groups[0]["weight_decay"]
 
 
-@pytest.fixture
-def begun(settings):
-    """Settings of a run with two steps, and `resume` set."""
-    config = TrainingConfig(**settings(max_steps=2))
+@pytest.fixture(scope="module")
+def first_steps(scenes, tmp_path_factory):
+    """Settings of a run with two steps."""
+    output = tmp_path_factory.mktemp("begun") / "run"
+    config = TrainingConfig(**short_run(scenes, output) | {"max_steps": 2})
     train(config)
-    return dataclasses.replace(config, resume=True, max_steps=4)
+    return config
+
+
+@pytest.fixture
+def begun(first_steps, tmp_path):
+    """Settings of a copy of that run, and `resume` set."""
+    output = tmp_path / "run"
+    shutil.copytree(first_steps.output, output)
+    return dataclasses.replace(first_steps, output=str(output), resume=True, max_steps=4)
 
 
 @pytest.mark.parametrize(
