@@ -5,9 +5,10 @@ import torch
 from support.oracle import leaves, make_pair, padded_images, random_labels
 
 CASES = {
-    "resnet18": {},
-    "resnet18-aux": {"auxiliary_loss": True},
+    "resnet18": {"backbone": "resnet18"},
+    "resnet18-aux": {"backbone": "resnet18", "auxiliary_loss": True},
     "resnet18-learned-gelu": {
+        "backbone": "resnet18",
         "position_embedding_type": "learned",
         "activation_function": "gelu",
         "auxiliary_loss": True,

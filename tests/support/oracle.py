@@ -25,7 +25,7 @@ CLASSES = {
 }
 
 TINY: dict[str, Any] = {
-    "backbone": "resnet18",
+    "backbone": "test_resnet",
     "d_model": 64,
     "encoder_layers": 2,
     "decoder_layers": 3,
