@@ -54,14 +54,15 @@ def test_last_auxiliary_state_is_the_last_state_in_the_paper(images):
 
 def test_reference_points_start_spread_over_the_image(images):
     spread = {}
+    settings = {"backbone": "resnet18", "d_model": 256, "num_queries": 300}
     for compat in ("paper", "transformers"):
         torch.manual_seed(0)
-        model = make_ours("base", compat, d_model=256, num_queries=300).eval()
+        model = make_ours("base", compat, **settings).eval()
         with torch.no_grad():
             spread[compat] = model(*images).reference_points.std().item()
     torch.manual_seed(0)
     theirs = transformers.ConditionalDetrModel(
-        transformers.ConditionalDetrConfig(**(TINY | {"d_model": 256, "num_queries": 300}))
+        transformers.ConditionalDetrConfig(**(TINY | settings))
     )
     with torch.no_grad():
         spread["theirs"] = theirs.eval()(*images).reference_points.std().item()
