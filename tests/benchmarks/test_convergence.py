@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import yaml
-from support.training_settings import blank_charts  # noqa: F401 - a fixture
 
 from benchmarks import results as results_module
 

@@ -1,4 +1,4 @@
 """Fixtures of the tests of commands."""
 
 from support.command_line import run  # noqa: F401 - a fixture
-from support.training_settings import blank_charts, scenes, settings  # noqa: F401 - fixtures
+from support.training_settings import scenes, settings  # noqa: F401 - fixtures
