@@ -1,0 +1,3 @@
+"""Fixtures of the tests of checkpoints."""
+
+from support.checkpoints import quiet, seed  # noqa: F401 - fixtures
