@@ -50,7 +50,7 @@ def pages() -> dict[str, dict[str, str]]:
             "runtimes of a padded batch": _with_note("cpu_runtimes_480x640_b4_padded", _runtimes),
             "stages": _with_note("cpu_stages_800x1066", _stages),
             "precision": _with_note("cpu_precision_demo", _precision),
-            "serve": _served("cpu_serve_demo", "cpu_serve_resnet50"),
+            "serve": _served("cpu_serve_demo"),
         },
         "docs/guides/serve.md": {"serve": _served("cpu_serve_demo")},
     }

@@ -105,6 +105,7 @@ def make_checkpoint(folder: Path, options: argparse.Namespace) -> Path:
     model = cdetr_fast.ConditionalDetrForObjectDetection(config).eval()
     with torch.no_grad():
         model.class_labels_classifier.weight.normal_(std=0.1)
+        model.bbox_predictor.layers[-1].weight.normal_(std=0.05)  # 0 at first: no image would count
     checkpoint = folder / "checkpoint"
     model.save_pretrained(checkpoint)
     edges = dict(zip(("shortest_edge", "longest_edge"), options.edges, strict=True))
