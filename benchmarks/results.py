@@ -26,6 +26,9 @@ from cdetr_fast.common.files import write_text
 
 RESULTS = Path(os.environ.get("CDETR_FAST_RESULTS", Path(__file__).parent / "results"))
 
+PACKAGES = ("triton", "timm", "transformers", "onnxruntime", "openvino", "nncf")
+"""Whose versions a file has, besides torch's; null if they are not installed."""
+
 Row = dict[str, Any]
 
 
@@ -80,7 +83,7 @@ def environment(command: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: _version(name) for name in ("triton", "timm", "transformers")},
+        **{name: _version(name) for name in PACKAGES},
     }
 
 
