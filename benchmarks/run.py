@@ -9,6 +9,7 @@ import torch
 from benchmarks import results
 from benchmarks.case import OptionError
 from benchmarks.registry import BENCHMARKS, REGISTRY, TOOLS, Entry
+from cdetr_fast.common import progress
 from cdetr_fast.common.validation import did_you_mean
 from cdetr_kernels.qualification import ensure_qualified
 
@@ -55,6 +56,7 @@ def make_parser(entry: Entry) -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=10, help="timed calls of each provider")
     parser.add_argument("--device", default=entry.devices[0], help=" or ".join(entry.devices))
     parser.add_argument("--output", metavar="NAME", help="write benchmarks/results/NAME.json")
+    parser.add_argument("--quiet", action="store_true", help="no progress on the terminal")
     module.add_options(parser)
     return parser
 
@@ -69,9 +71,15 @@ def run(entry: Entry, arguments: Sequence[str]) -> int:
     ensure_qualified(torch.device(options.device))
     rows: list[results.Row] = []
     failures = 0
+    # Not drawn while something is timed.
+    shows = sys.stderr.isatty() and not options.quiet
+    display = progress.Bars(animated=False) if shows else progress.Display()
     try:
         for case in entry.load().cases(options):
-            new = [{"benchmark": entry.name, **row} for row in case.measure(options.repeats)]
+            doing = f"measuring {case.work} {case.shape}: {len(case.providers)} providers"
+            with display.task(doing):
+                measured = case.measure(options.repeats)
+            new = [{"benchmark": entry.name, **row} for row in measured]
             results.print_table([{k: v for k, v in row.items() if k != "benchmark"} for row in new])
             failures += len(case.failures(new))
             rows += new

@@ -1,9 +1,11 @@
-"""The application: its commands, and errors as one line."""
+"""The application: its commands, the options that all of them share, and errors as one line."""
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -12,18 +14,56 @@ from cdetr_fast.cli.build_native import build_native
 from cdetr_fast.cli.convert import convert
 from cdetr_fast.cli.demo import demo
 from cdetr_fast.cli.detect import detect
-from cdetr_fast.cli.errors import UserError
+from cdetr_fast.cli.errors import UserError, errors_as_lines
 from cdetr_fast.cli.evaluate import evaluate
 from cdetr_fast.cli.export import export
 from cdetr_fast.cli.info import info
 from cdetr_fast.cli.options import Command
 from cdetr_fast.cli.qualify import qualify
+from cdetr_fast.cli.reporting import Verbosity, reporting
 from cdetr_fast.cli.serve import serve
 from cdetr_fast.cli.train import train
-from cdetr_fast.training.errors import DataError, TrainingStopped
+
+_SHARED = {
+    "quiet": "Only results and errors: no progress, notes or warnings.",
+    "verbose": "Also debug messages, every warning with its place, and the traceback of an error.",
+}
+
+_FORKING = (train, evaluate)  # their data loaders start processes
+
+
+def reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with --quiet and --verbose, whose errors are lines."""
+
+    def run(*, quiet: bool = False, verbose: bool = False, **given: Any) -> None:
+        if quiet and verbose:
+            raise typer.BadParameter("--quiet and --verbose exclude each other")
+        with (
+            reporting(Verbosity(quiet, verbose), command not in _FORKING) as reporter,
+            errors_as_lines(reporter.write, with_traceback=verbose),
+        ):
+            command(**given)
+
+    signature = inspect.signature(command, eval_str=True)
+    shared = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[
+                bool, typer.Option(f"--{name}", f"-{name[0]}", help=help, show_default=False)
+            ],
+        )
+        for name, help in _SHARED.items()
+    ]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = signature.replace(  # type: ignore[attr-defined] # typer reads it
+        parameters=[*signature.parameters.values(), *shared]
+    )
+    return run
+
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # one-line usage errors
@@ -41,32 +81,25 @@ for _command in (
     qualify,
     build_native,
 ):
-    app.command(cls=Command)(_command)
+    app.command(cls=Command)(reported(_command))
 app.command(
+    cls=Command,
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)(benchmark)
+)(reported(benchmark))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     The exit code is 2 for wrong usage, 1 for another error or a skipped image, 128 + n after a
-    signal n that ended a training run.
+    signal n that ended the command.
 
     Args:
         arguments: Command and flags; None takes those of the process.
     """
     try:
         app(arguments, prog_name="cdetr-fast")
-    except TrainingStopped as error:
-        _fail(error, error.exit_code)
-    except (UserError, DataError) as error:
-        # One process of a training run reports what all of them have raised.
-        _fail(None if getattr(error, "reported_elsewhere", False) else error, 1)
-
-
-def _fail(error: Exception | None, code: int) -> None:
-    if error is not None:
+    except UserError as error:  # of an option's value, before the command runs
         print(f"cdetr-fast: {error}", file=sys.stderr)
-    sys.exit(code)
+        sys.exit(1)

@@ -11,11 +11,17 @@ from cdetr_fast.cli.errors import UserError
 
 
 def benchmark(context: typer.Context) -> None:
-    """Time the whole model against transformers on this machine (from a checkout)."""
+    """Time the model against transformers, in a checkout."""
+    from cdetr_fast.common import progress
+
     root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "run.py").is_file():
-        raise UserError("benchmark needs a checkout of the project, with its folder benchmarks/")
+        raise UserError(
+            "benchmark needs the folder benchmarks/, which is not installed: run it in a checkout"
+        )
     command = [sys.executable, "-m", "benchmarks", "model", *context.args]
+    if not progress.current().shows_lines:
+        command.append("--quiet")
     paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     raise typer.Exit(subprocess.run(command, cwd=root, env=environment, check=False).returncode)

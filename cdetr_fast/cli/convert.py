@@ -54,9 +54,10 @@ def convert(
         typer.Option(help="What to do with invalid labels.", rich_help_panel=_SHARDS),
     ] = "stop",
 ) -> None:
-    """Write COCO JSON files for a Pascal VOC or YOLO folder, divide a set, or write shards.
+    """Convert a data set to COCO files, divide it, or write shards.
 
-    Shards are tar files for WebDataset.
+    voc and yolo are folders of Pascal VOC and YOLO; coco divides a COCO file by --split. Shards are
+    tar files for WebDataset.
     """
     require_packages("yaml", extra="train")
     if kind == "shards":

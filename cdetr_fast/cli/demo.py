@@ -13,6 +13,7 @@ from cdetr_fast.cli.detector import Detector, read_image, save_picture
 from cdetr_fast.cli.errors import UserError, require_packages
 from cdetr_fast.cli.options import DeviceOption, ModelOption, ThresholdOption
 from cdetr_fast.cli.output import PictureNames, make_output_folder
+from cdetr_fast.common import progress
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,7 +49,10 @@ def demo(
     threshold: ThresholdOption = 0.4,
     device: DeviceOption = None,
 ) -> None:
-    """Draw scenes that no training has seen, detect their objects, and score the result."""
+    """Draw scenes, detect their objects, and score the result.
+
+    No training has seen these scenes.
+    """
     if image is None:
         _score_scenes(seed, count, output, model, threshold, device)
     else:
@@ -59,9 +63,6 @@ def _score_scenes(
     seed: int, count: int, output: Path, model: str | None, threshold: float, device: str | None
 ) -> None:
     require_packages("faster_coco_eval", extra="eval")
-    from rich.console import Console
-    from rich.progress import Progress
-
     from cdetr_fast.demo import scenes
     from cdetr_fast.images.draw import contact_sheet
     from cdetr_fast.training.evaluation.box_scores import score_boxes
@@ -79,22 +80,22 @@ def _score_scenes(
     results: list[dict[str, Any]] = []
     seconds: list[float] = []
     sheet: list[Image.Image] = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        for i in progress.track(range(count), description="scenes"):
-            scene, annotation = scenes.draw_scene(seed * SCENES_PER_SEED + i)
-            start = time.perf_counter()
-            result = detector.predict(scene, threshold=0.0)
-            seconds.append(time.perf_counter() - start)
-            annotations.append(annotation)
-            results.extend(result.to_coco(i))
-            if len(sheet) < _SHEET_COLUMNS * _SHEET_ROWS:
-                zoomed = scene.resize((2 * scene.width, 2 * scene.height))
-                sheet.append(result.above(threshold).draw(zoomed))
+    for i in progress.track(range(count), "detecting in drawn scenes"):
+        scene, annotation = scenes.draw_scene(seed * SCENES_PER_SEED + i)
+        start = time.perf_counter()
+        result = detector.predict(scene, threshold=0.0)
+        seconds.append(time.perf_counter() - start)
+        annotations.append(annotation)
+        results.extend(result.to_coco(i))
+        if len(sheet) < _SHEET_COLUMNS * _SHEET_ROWS:
+            zoomed = scene.resize((2 * scene.width, 2 * scene.height))
+            sheet.append(result.above(threshold).draw(zoomed))
 
     for i, picture in enumerate(sheet[:_SINGLE_PICTURES]):
         picture.save(output / f"scene_{i}.png")
     contact_sheet(sheet, _SHEET_COLUMNS).save(output / "contact_sheet.png")
-    figures = score_boxes(scenes.coco_ground_truth(annotations), results).stats
+    with progress.task("scoring"):
+        figures = score_boxes(scenes.coco_ground_truth(annotations), results).stats
     objects = sum(len(annotation["labels"]) for annotation in annotations)
     print(f"model      {detector.describe()}")
     print(f"scenes     {count} unseen, {objects} objects, seed {seed}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,11 +14,14 @@ from cdetr_fast.cli.detector import Detector, read_image, save_picture
 from cdetr_fast.cli.errors import UserError
 from cdetr_fast.cli.options import DeviceOption, ModelOption, RevisionOption, ThresholdOption
 from cdetr_fast.cli.output import PictureNames, make_output_folder
+from cdetr_fast.common import progress
 from cdetr_fast.common.errors import first_line
 from cdetr_fast.common.files import write_json
 
 if TYPE_CHECKING:
     from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 
 def detect(
@@ -52,9 +56,6 @@ def detect(
     and skipped, and so is a picture that cannot be written; the exit code is then 1. With
     --report also report.html, and report_2.html and so on if there are many images.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     import cdetr_fast
     from cdetr_fast.reports.detections import DetectionReport
     from cdetr_fast.reports.page import describe_environment
@@ -63,10 +64,10 @@ def detect(
     make_output_folder(output)
     detector = Detector(model, revision, device)
     if engine == "openvino":
-        detector.use_openvino()
+        with progress.task("compiling the model"):
+            detector.use_openvino()
     else:
         detector.optimize_for(len(paths))
-    console = Console(stderr=True)
     records: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     names = PictureNames(output, paths)
@@ -74,19 +75,15 @@ def detect(
     undrawn = 0
     page = DetectionReport(threshold) if html else None
 
-    def report(message: str) -> None:
-        console.print(f"cdetr-fast: {message}", markup=False, highlight=False, soft_wrap=True)
-
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("detecting", total=len(paths))
+    with progress.task("detecting", len(paths)) as task:
 
         def readable() -> Iterator[Image.Image]:  # in a thread of its own, ahead of the model
             for image_id, path in enumerate(paths):
                 try:
                     image = read_image(path)
                 except UserError as error:
-                    report(f"skipped: {error}")
-                    progress.advance(task)
+                    logger.error("skipped: %s", error)
+                    task.advance()
                 else:
                     read.append((image_id, path, image))
                     yield image
@@ -98,7 +95,7 @@ def detect(
             try:
                 save_picture(result.draw(image), picture)
             except UserError as error:
-                report(f"not drawn: {error}")
+                logger.error("not drawn: %s", error)
                 is_drawn = False
                 undrawn += 1
             records.append(
@@ -113,26 +110,29 @@ def detect(
             results.extend(result.to_coco(image_id))
             if page is not None:
                 page.add(str(path), image, result, picture.name if is_drawn else None)
-            progress.advance(task)
+            task.advance()
     skipped = len(paths) - len(records)
 
     if not records:
-        raise UserError(f"none of {len(paths)} images could be read")
+        raise UserError(f"none of {len(paths)} images could be read; see above why")
     categories = [{"id": i, "name": name} for i, name in sorted(detector.id2label.items())]
     index = {"info": {}, "images": records, "annotations": [], "categories": categories}
     try:
         write_json(output / "images.json", index, indent=1, sort_keys=False)
         write_json(output / "detections.json", results, indent=1, sort_keys=False)
     except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({first_line(error)})") from error
+        raise UserError(
+            f"--output {output}: cannot be written ({first_line(error)}); name another folder"
+        ) from error
     unwritten = False
     if page is not None:
         settings = {"threshold": threshold, "top_k": top_k, "batch_size": batch_size}
         environment = describe_environment(detector.device, cdetr_fast.__version__)
         try:
-            page.write(output, detector.name, environment, settings)
+            with progress.task("writing the report"):
+                page.write(output, detector.name, environment, settings)
         except OSError as error:
-            report(f"--report: {output} cannot be written ({first_line(error)})")
+            logger.error("--report: %s cannot be written (%s)", output, first_line(error))
             unwritten = True
     notes = ((skipped, "skipped"), (undrawn, "without a picture"))
     note = "".join(f", {count} {what}" for count, what in notes if count)
@@ -151,7 +151,9 @@ def _list_images(arguments: Iterable[Path]) -> list[Path]:
         if argument.is_dir():
             found = image_files(argument)
             if not found:
-                raise UserError(f"{argument}: no images in this folder")
+                raise UserError(
+                    f"{argument}: no images in this folder; name one that holds them directly"
+                )
         for path in found:
             paths.setdefault(path.resolve(), path)
     return list(paths.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,9 +36,9 @@ class Detector:
         import torch
 
         import cdetr_fast
-        from cdetr_fast.common.devices import usable_device
+        from cdetr_fast.common import progress
+        from cdetr_fast.common.devices import qualify_kernels, usable_device
         from cdetr_fast.models.auto import class_of_checkpoint
-        from cdetr_kernels.qualification import ensure_qualified
 
         self.name = "embedded" if name is None else name
         source = str(DEMO) if name is None else name
@@ -46,12 +47,15 @@ class Detector:
             self.device = usable_device("--device", device)
         except RuntimeError as error:
             raise UserError(str(error)) from error
-        ensure_qualified(self.device)
+        qualify_kernels(self.device)
+        # The hub's library shows its downloads itself.
+        waiting = progress.task("loading the model") if Path(source).exists() else nullcontext()
         try:
-            model_class = class_of_checkpoint(source, **options)
-            self.segments = model_class is cdetr_fast.ConditionalDetrForSegmentation
-            model = model_class.from_pretrained(source, dtype=torch.float32, **options)
-            model.image_processor  # noqa: B018 - read here, where its errors are reported
+            with waiting:
+                model_class = class_of_checkpoint(source, **options)
+                self.segments = model_class is cdetr_fast.ConditionalDetrForSegmentation
+                model = model_class.from_pretrained(source, dtype=torch.float32, **options)
+                model.image_processor  # noqa: B018 - read here, where its errors are reported
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"--model {self.name}: {first_line(error)}") from error
         self.model = model.to(self.device)
@@ -68,9 +72,11 @@ class Detector:
     def optimize(self) -> None:
         """Optimize the model; results stay the same up to rounding."""
         from cdetr_fast import optimize
+        from cdetr_fast.common import progress
 
         # images of a user have many sizes, each of which would be a graph to capture
-        self.model = optimize(self.model, cuda_graphs=False, inplace=True)
+        with progress.task("optimizing the model"):
+            self.model = optimize(self.model, cuda_graphs=False, inplace=True)
 
     def use_openvino(self) -> None:
         """Let OpenVINO run the model.

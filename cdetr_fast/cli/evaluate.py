@@ -64,7 +64,10 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Score a checkpoint by COCO's rules; writes report.html, figures and detections."""
+    """Score a checkpoint by COCO's rules.
+
+    Prints the figures, and writes report.html, figures and detections.
+    """
     prepare_training()
     from cdetr_fast.training.evaluation.checkpoint import evaluate as run
     from cdetr_fast.training.run.launch import end_process_group

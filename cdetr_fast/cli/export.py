@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,7 +19,7 @@ def export(
     output: Annotated[Path, typer.Argument(help="The file: .pt2, or .onnx, .xml.")],
     model: ModelOption = None,
     format: Annotated[
-        str, typer.Option(metavar="TEXT", help="torch, aoti, onnx or openvino.")
+        Literal["torch", "aoti", "onnx", "openvino"], typer.Option(help="Kind of file.")
     ] = "torch",
     size: Annotated[
         tuple[int, int],
@@ -43,7 +43,10 @@ def export(
     device: DeviceOption = None,
     revision: RevisionOption = None,
 ) -> None:
-    """Write a model to a file for torch.export, AOTInductor, ONNX or OpenVINO, and check it."""
+    """Write a model for torch.export, AOTInductor, ONNX or OpenVINO.
+
+    The file is loaded, and its outputs are compared with those of the model.
+    """
     from cdetr_fast.inference.export import export as write
 
     detector = Detector(model, revision, device)

@@ -85,6 +85,8 @@ class Command(TyperCommand):
         options = self.get_params(ctx)
         known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
         for flag in (argument.partition("=")[0] for argument in args):
+            if ctx.ignore_unknown_options:
+                break
             if flag.startswith("--") and flag not in known:
                 ctx.fail(f"No such option: {flag}{did_you_mean(flag, known)}")
         lists = {

@@ -13,7 +13,7 @@ def make_output_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {path}: {error.strerror}") from error
+        raise UserError(f"--output {path}: {error.strerror}; name another folder") from error
 
 
 class PictureNames:

@@ -20,15 +20,24 @@ def qualify(
     ] = "quick",
     device: DeviceOption = None,
 ) -> None:
-    """Find out which kernels are right and faster on this GPU, and use those from then on.
+    """Find out which kernels are right and faster on this GPU.
 
-    Takes at most 90 seconds. Each operator runs in a process of its own, so that a crash or a
-    hang is a line of the report. What is found is kept in the user's cache (CDETR_FAST_CACHE).
+    Those are used from then on. Takes at most 90 seconds. Each operator runs in a process of its
+    own, so that a crash or a hang is a line of the report. What is found is kept in the user's
+    cache (CDETR_FAST_CACHE).
     """
     import cdetr_kernels
+    from cdetr_fast.common import progress
 
+    display = progress.current()
     try:
-        report = cdetr_kernels.qualify(device, operators or None, level, say=print)
+        with display.task(f"trying kernels ({level})", len(operators or ()) or None) as task:
+
+            def say(line: str) -> None:
+                display.result(line)
+                task.advance()
+
+            report = cdetr_kernels.qualify(device, operators or None, level, say=say)
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
     for finding in report.rejected:

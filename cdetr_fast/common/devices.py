@@ -2,7 +2,9 @@
 
 import torch
 
+from cdetr_fast.common import progress
 from cdetr_fast.common.errors import first_line
+from cdetr_kernels.qualification import automatic
 
 
 def usable_device(name: str, device: str | torch.device | None) -> torch.device:
@@ -22,3 +24,10 @@ def usable_device(name: str, device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
         raise RuntimeError(f"{name}: {device!r} cannot be used: {first_line(error)}") from error
     return torch.device(device)
+
+
+def qualify_kernels(device: torch.device) -> None:
+    """Qualify the kernels on a GPU that there is no record of; see `ensure_qualified`."""
+    if device.type == "cuda" and automatic.missing_operators(device):
+        with progress.task("trying the kernels on this GPU, once"):
+            automatic.ensure_qualified(device)

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from cdetr_fast.common import progress
 from cdetr_fast.common.files import write_atomically
 from cdetr_fast.common.validation import PositiveInt, checked
 from cdetr_fast.inference.openvino import compiled, convert, quantized
@@ -24,6 +25,12 @@ from cdetr_fast.inference.prepare import OPEN_SHAPES, PreparedModel
 FORMATS = ("torch", "aoti", "onnx", "openvino")
 SUFFIXES = {"torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
 _OUTPUTS = ("logits", "pred_boxes", "pred_masks")
+_WRITING = {
+    "torch": "writing the program",
+    "aoti": "compiling the package, which takes some minutes",
+    "onnx": "translating to ONNX",
+    "openvino": "translating to OpenVINO",
+}
 _REQUIRED = {
     "torch": (),
     "aoti": (),
@@ -121,7 +128,8 @@ def export(
             f"model: expected float32, got {dtype}; OpenVINO rounds weights when it compiles the "
             "file (INFERENCE_PRECISION_HINT)"
         )
-    optimized: Any = optimize(model, cuda_graphs=False)
+    with progress.task("optimizing the model"):
+        optimized: Any = optimize(model, cuda_graphs=False)
     forward = ExportedForward(optimized.runner.prepared, None if dynamic else size, masked).eval()
     example = _images(model, batch + (batch == 1 and dynamic), size, masked)
     trials = [example]
@@ -138,13 +146,15 @@ def export(
     errors: list[float] = []
 
     def write(temporary: Path) -> None:
-        run = write_file(program, temporary, masked)
-        for trial in trials:
+        with progress.task(_WRITING[format]):
+            run = write_file(program, temporary, masked)
+        for trial in progress.track(trials, "comparing with the model"):
             errors.append(_largest_error(model, run, trial, path, tolerance))
 
     shapes = OPEN_SHAPES[: 1 + masked] if dynamic else None
     with torch.no_grad():
-        program = torch.export.export(forward, example, dynamic_shapes=shapes)
+        with progress.task("tracing the model"):
+            program = torch.export.export(forward, example, dynamic_shapes=shapes)
         write_atomically(path, write)
     return max(errors)
 

@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from cdetr_fast import ConditionalDetrConfig, ConditionalDetrForObjectDetection
+from cdetr_fast.common import progress
+from cdetr_fast.common.devices import qualify_kernels
 from cdetr_fast.common.files import write_text
 from cdetr_fast.training import setup
 from cdetr_fast.training.config import TrainingConfig
@@ -51,7 +53,6 @@ from cdetr_fast.training.run.state import (
     set_random_state,
 )
 from cdetr_fast.training.step import StepReport, TrainingStep
-from cdetr_kernels.qualification import ensure_qualified
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class Engine:
         self.config = config
         self.signals = signals
         self.accelerator = setup.make_accelerator(config)
-        ensure_qualified(self.accelerator.device)
+        qualify_kernels(self.accelerator.device)
         self.is_main = self.accelerator.is_main_process
         self.folder = Path(config.output)
         self.agents = launch.agents(self.accelerator)
@@ -123,7 +124,8 @@ class Engine:
 
         with shared_errors(self.accelerator):
             self.train_index, self.val_index, self.label_reports = setup.read_data(config)
-            model = build(config, self.train_index.classes)
+            with progress.task("building the model"):
+                model = build(config, self.train_index.classes)
             self.model_config = cast(ConditionalDetrConfig, model.config)
             self.processor = setup.make_processor(config, model)
             self.model_class: Any = type(model)
@@ -187,7 +189,7 @@ class Engine:
 
     def run(self) -> dict[str, Any]:
         """Run to the end; see `train`."""
-        with self.log.progress:
+        with self.log.shown():
             if self.awaits_evaluation:
                 self._finish_epoch()
             while self.step < self.total_steps:
@@ -371,7 +373,8 @@ class Engine:
                 scored = Scored(index, found, evaluation)
                 self.result = evaluation.stats
                 if found.failures:
-                    print(f"{found.described_failures()}\nthey are left out of the figures")
+                    text = found.described_failures()
+                    logger.warning("%s\nthey are left out of the figures", text)
                 self.log.write_evaluation(self.epoch, self.step, evaluation.stats)
                 figure = self.result["AP" if segments is None else segments.figure]
                 # The newest of equals: PQ and mask AP stay 0 for a while. NaN: no objects.

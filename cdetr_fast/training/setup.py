@@ -220,7 +220,7 @@ def evaluation_loader(
         pin = accelerator.device.type == "cuda"
     sampler = EvaluationSampler(_aspect_ratios(index), batch_size, rank, processes)
     dataset = DetectionDataset(index, EvaluationTransform(size), with_maps=True)
-    return make_loader(dataset, sampler, workers, multiple, pin)
+    return make_loader(dataset, sampler, workers, multiple, pin, persistent=False)
 
 
 def _aspect_ratios(index: CocoIndex) -> list[float]:

@@ -41,12 +41,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @dataclass(frozen=True)
 class Choice:
-    """The implementation that `backend="auto"` takes for one kind of calls, and the reason.
+    """The implementation that `backend="auto"` takes for one kind of calls, and the reasons.
 
     Args:
         op: Name of the operator.
         path: Name of the implementation.
-        reason: Why it is taken.
+        reasons: Why it is taken, and others are not; equal ones are equal for all operators.
         calls: Which calls; all if empty.
         figure: What was measured, if anything was.
         date: When.
@@ -54,10 +54,15 @@ class Choice:
 
     op: str
     path: str
-    reason: str
+    reasons: tuple[str, ...]
     calls: str = ""
     figure: str = ""
     date: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Return all reasons as a line."""
+        return "; ".join(self.reasons)
 
 
 def _supports_everything(*_: Any) -> None:
@@ -193,7 +198,7 @@ class Operator:
         where = tensor.device
         preferred = self.implementations.get(PREFERRED)
         if preferred is not None and preferred.unsupported_reason(tensor) is None:
-            return [Choice(self.name, PREFERRED, f"CDETR_FAST_BACKEND={PREFERRED}")]
+            return [Choice(self.name, PREFERRED, (f"CDETR_FAST_BACKEND={PREFERRED}",))]
         known = evidence.peek(where) if where.type == "cuda" or INTERPRETED else None
         findings = known.findings(self.name) if known is not None else []
         if findings and known is not None:
@@ -215,14 +220,14 @@ class Operator:
                 if reason is None and known is not None:
                     reason = f"{known.source}; `cdetr-fast qualify` makes a record"
                 reasons.append(f"not {name}: {reason or 'slower here'}")
-        return [Choice(self.name, selected, "; ".join(reasons))]
+        return [Choice(self.name, selected, tuple(reasons))]
 
     def choice(self, device: torch.device | str = "cpu") -> Choice:
         """Return the first line of `choices`."""
         return self.choices(device)[0]
 
     def _missing_reason(self, backend: str) -> str:
-        return f"this version of cdetr_kernels has no {backend} path for {self.name}"
+        return f"this version of cdetr_kernels has no {backend} path for it"
 
 
 def _choice_of(finding: Finding, is_taken: bool) -> Choice:
@@ -236,7 +241,7 @@ def _choice_of(finding: Finding, is_taken: bool) -> Choice:
     figure = "" if speed_up is None else f"{finding.ms:.4f} ms, {speed_up:.2f} times as fast"
     calls = f"{finding.dtype} {finding.label}, {finding.mode}"
     taken = path if is_taken else "torch"
-    return Choice(finding.operator, taken, reason, calls, figure, finding.date)
+    return Choice(finding.operator, taken, (reason,), calls, figure, finding.date)
 
 
 @torch.compiler.assume_constant_result

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field
 
+from cdetr_fast.common import progress
 from cdetr_fast.common.validation import Expected
 from cdetr_fast.images.load import read_header
 from cdetr_fast.training.data.index import CocoIndex
@@ -79,7 +80,8 @@ def read_coco(
         DataError: A file is missing or broken, or ids are not unique.
     """
     path = Path(annotations)
-    return index_of(load_json(path), path, images, masks, exif, segments)
+    with progress.task(f"reading {path.name}"):
+        return index_of(load_json(path), path, images, masks, exif, segments)
 
 
 def index_of(

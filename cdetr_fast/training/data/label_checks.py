@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cdetr_fast.common import progress
 from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.records import NO_ID
 from cdetr_fast.training.errors import DataError
@@ -90,7 +91,8 @@ def check_labels(
             "segmentations that are neither polygons of three points or more nor run lengths of "
             "their image"
         ] = (spans < 0).all(1)
-    present = np.array([os.path.isfile(index.image_path(i)) for i in range(len(index))])
+    with progress.task("looking for the images"):
+        present = np.array([os.path.isfile(index.image_path(i)) for i in range(len(index))])
     sized = (index.sizes_hw > 0).all(1)
 
     report = LabelReport(index.path)

@@ -25,6 +25,7 @@ def make_loader(
     workers: int,
     multiple: int,
     pin_memory: bool,
+    persistent: bool = True,
 ) -> DataLoader[Any]:
     """Return a loader of `Batch`; it leaves the random numbers of the process alone.
 
@@ -34,6 +35,9 @@ def make_loader(
         workers: Processes that load; 0 = the calling one.
         multiple: Heights and widths of batches are rounded up to it; a stream does that itself.
         pin_memory: Whether batches go to pinned memory.
+        persistent: Whether the workers stay for the next epoch. Those of a loader that is read once
+            must not: whenever the garbage collector finds it, its workers may be past being told to
+            end, and the run waits for them until they are killed.
     """
     is_stream = isinstance(dataset, IterableDataset)
     return DataLoader(
@@ -43,7 +47,7 @@ def make_loader(
         num_workers=workers,
         collate_fn=None if is_stream else Collate(multiple),
         pin_memory=pin_memory,
-        persistent_workers=workers > 0,
+        persistent_workers=persistent and workers > 0,
         worker_init_fn=initialize_worker,
         # Workers take their base seed from here; nothing random in them depends on it.
         generator=torch.Generator().manual_seed(0),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,12 +18,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cdetr_fast.common import progress
 from cdetr_fast.common.files import write_json
 from cdetr_fast.training.data.coco import Exif, read_coco, sorted_categories
 from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.label_checks import LabelReport, check_labels
 from cdetr_fast.training.data.records import ShardIndex, parsed_whole
 from cdetr_fast.training.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 _INDEX = "shards.json"
 _SHUFFLE_SEED = 0
@@ -93,7 +97,7 @@ def read_shards(annotations: str) -> ShardSet:
     place = f"{folder}/" if "/" in head else ""
     where = place + _INDEX
     try:
-        with library.gopen(where, "rb") as stream:
+        with progress.task("reading the index of the shards"), library.gopen(where, "rb") as stream:
             content = json.loads(stream.read())
         index = parsed_whole(ShardIndex, content, where, "write the shards again")
         categories = sorted_categories(index.categories, where)
@@ -189,15 +193,17 @@ def write_shards(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # until all is there
-        for start in range(0, len(order), images_per_shard):
-            part = order[start : start + images_per_shard]
-            name = f"{split}-{len(shards):06d}.tar"
-            # mtime: equal sets make equal files
-            with library.TarWriter(str(folder / name), encoder=False, mtime=0) as shard:
-                for place, image in enumerate(part, start):
-                    shard.write(_sample(index, image, f"{place:09d}"))
-            objects = sum(len(index.object_ids[index.objects(i)]) for i in part)
-            shards.append({"name": name, "images": len(part), "objects": objects})
+        with progress.task("writing images", len(order)) as task:
+            for start in range(0, len(order), images_per_shard):
+                part = order[start : start + images_per_shard]
+                name = f"{split}-{len(shards):06d}.tar"
+                # mtime: equal sets make equal files
+                with library.TarWriter(str(folder / name), encoder=False, mtime=0) as shard:
+                    for place, image in enumerate(part, start):
+                        shard.write(_sample(index, image, f"{place:09d}"))
+                        task.advance()
+                objects = sum(len(index.object_ids[index.objects(i)]) for i in part)
+                shards.append({"name": name, "images": len(part), "objects": objects})
         ids = index.category_ids.tolist()
         content = {
             "source": Path(annotations).name,
@@ -208,7 +214,7 @@ def write_shards(
         write_json(path, content, indent=1, sort_keys=False)
     except OSError as error:
         raise DataError(f"{folder}: the shards could not be written ({error})") from error
-    print("\n".join(report.lines()))
+    logger.info("\n".join(report.lines()))
     return path
 
 

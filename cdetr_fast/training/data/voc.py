@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from cdetr_fast.common import progress
 from cdetr_fast.common.validation import Expected, first_problem
 from cdetr_fast.images.load import IMAGE_SUFFIXES, visible
 from cdetr_fast.training.data.labelled import (
@@ -65,7 +66,10 @@ def read_voc(source: Path) -> tuple[list[str], dict[str, list[LabelledImage]]]:
             f"{source}: expected the folders Annotations and JPEGImages of Pascal VOC, or train, "
             "valid and test with images and XML files"
         )
-    found = {name: [_read_file(path, source) for path in paths] for name, paths in splits.items()}
+    found = {
+        name: [_read_file(path, source) for path in progress.track(paths, f"reading {name}")]
+        for name, paths in splits.items()
+    }
     names = {item.label for images in found.values() for image in images for item in image.objects}
     return sorted(names), found
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cdetr_fast.common import progress
 from cdetr_fast.images.load import image_files, read_header
 from cdetr_fast.training.config import read_yaml
 from cdetr_fast.training.data.labelled import LabelledImage, LabelledObject, read_lines
@@ -54,7 +55,8 @@ def read_yolo(
         entries = content.get(split) or []
         images = []
         for entry in entries if isinstance(entries, list) else [entries]:
-            for image in _images(str(entry), root, source, f"{settings}: {split}"):
+            found = _images(str(entry), root, source, f"{settings}: {split}")
+            for image in progress.track(found, f"reading {split}"):
                 labels = _label_path(image)
                 labelled |= labels.is_file()
                 images.append(_read_file(source, image, labels, names, keypoints, exif))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,8 @@ from cdetr_fast import (
     ConditionalDetrForSegmentation,
     ConditionalDetrImageProcessor,
 )
+from cdetr_fast.common import progress
+from cdetr_fast.common.devices import qualify_kernels
 from cdetr_fast.common.validation import NonNegativeInt, PositiveInt, Probability, checked
 from cdetr_fast.models.auto import class_of_checkpoint
 from cdetr_fast.models.predict import PredictingModel
@@ -33,7 +36,8 @@ from cdetr_fast.training.evaluation.scored import (
 )
 from cdetr_fast.training.evaluation.segments import segment_scorer
 from cdetr_fast.training.run.launch import shared_errors
-from cdetr_kernels.qualification import ensure_qualified
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -94,7 +98,7 @@ def evaluate(
     except (TypeError, ValueError) as error:
         raise DataError(str(error)) from error
     accelerator = Accelerator(cpu=device == "cpu")
-    ensure_qualified(accelerator.device)
+    qualify_kernels(accelerator.device)
     with shared_errors(accelerator):
         if output is not None:  # before an hour of work, not after
             setup.make_output_folder(output)
@@ -103,7 +107,8 @@ def evaluate(
         index = read_set(annotations, images, masks, exif, segments)
         if segments and masks is None and not index.has_segmentations:
             index, network_class = index.without_segmentations(), ConditionalDetrForObjectDetection
-        network, processor = _load(model, network_class)
+        with progress.task("loading the model"):
+            network, processor = _load(model, network_class)
         names = _class_names(network.config, model, index)
         index, report = check_labels(index.with_classes(names, f"the model {model}"), bad_labels)
         if against is not None and output is None:
@@ -111,7 +116,7 @@ def evaluate(
         if against is not None and accelerator.is_main_process:  # before an hour of work, too
             saved_detections(Path(against), index)
     if accelerator.is_main_process:
-        print("\n".join(report.lines()))
+        logger.info("\n".join(report.lines()))
     loader = setup.evaluation_loader(
         index, batch_size, processor.size, num_workers, accelerator=accelerator
     )
@@ -129,8 +134,9 @@ def evaluate(
     if not accelerator.is_main_process:
         return None
     if found.failures:
-        print(f"{found.described_failures()}\nthey are left out of the figures")
-    evaluation = evaluate_detections(index, found, scorer)
+        logger.warning("%s\nthey are left out of the figures", found.described_failures())
+    with progress.task("scoring"):
+        evaluation = evaluate_detections(index, found, scorer)
     if output is None:
         return evaluation
     scored = Scored(index, found, evaluation, threshold)
@@ -157,8 +163,9 @@ def evaluate(
         else (str(against), read_saved(Path(against), index, threshold)),
     )
     try:
-        write_evaluation(scored, Path(output))
-        write_report(content, Path(output, "report.html"))
+        with progress.task("writing the report"):
+            write_evaluation(scored, Path(output))
+            write_report(content, Path(output, "report.html"))
     except OSError as error:  # a full disk is no reason to lose the figures
         figures = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.stats.items())
         raise DataError(f"output: {output} cannot be written ({error}); {figures}") from error

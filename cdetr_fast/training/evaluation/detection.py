@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert, box_iou
 
+from cdetr_fast.common import progress
 from cdetr_fast.images.detections import detections as to_detections
 from cdetr_fast.training.data.dataset import Batch
 from cdetr_fast.training.data.index import CocoIndex
@@ -113,7 +114,7 @@ def predict(
     columns += [[np.zeros(0, np.float32)], [np.zeros((0, 4), np.float32)]]
     failures: list[str] = []
     evaluated: list[int] = []
-    for batch in batches:
+    for batch in progress.track(batches, "evaluating"):
         failures += batch.failures
         batch.fill_if_empty()
         inputs = batch.model_inputs(parameter.device, mean, std, parameter.dtype)

@@ -1,19 +1,17 @@
-"""Training log: metrics.jsonl, trackers and a progress bar."""
+"""Training log: metrics.jsonl, trackers, and a progress bar or lines."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from cdetr_fast.common import progress
 from cdetr_fast.common.files import write_text
 from cdetr_fast.training.step import StepReport
 
@@ -59,21 +57,28 @@ class RunLog:
         self.rate: float | None = None  # images per second, once known
         self.seconds = 0.0  # in training steps; evaluation is not counted
         self.step_clock = time.perf_counter()
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=path is None or not sys.stderr.isatty(),
-        )
-        self.task = self.progress.add_task("training", total=total_steps)
+        self.total_steps = total_steps
+        self.done = 0
+        self.display = progress.Display()
+        if path is not None:
+            self.display = progress.chosen() or progress.suitable()
+        self.task = progress.Task()
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the steps, and what else is done while the context is open."""
+        with (
+            progress.shown_by(self.display),
+            self.display.task("training", self.total_steps) as self.task,
+        ):
+            self.task.update(done=self.done)
+            yield
 
     def resume(self, step: int, state: dict[str, Any]) -> None:
         """Continue after `step` steps; rows of later steps, which will run again, are removed."""
         self.window, self.skipped = list(state["window"]), state["skipped"]
         self.seconds = state.get("seconds", 0.0)  # missing in old checkpoints
-        self.progress.update(self.task, completed=step)
+        self.done = step
         if self.path is not None:
             rows = [row for row in read_rows(self.path) if row["step"] <= step]
             text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -102,10 +107,8 @@ class RunLog:
         self._measure_rate(report.images)
         before, self.step_clock = self.step_clock, time.perf_counter()
         self.seconds += self.step_clock - before
-        self.progress.update(
-            self.task,
-            completed=report.step + 1,
-            description=f"{_losses_text(report.losses)}  {self._rate_text()}",
+        self.task.update(
+            done=report.step + 1, doing=f"{_losses_text(report.losses)}  {self._rate_text()}"
         )
         if (report.step + 1) % self.every == 0:
             self._write_window(report, rates)
@@ -131,21 +134,17 @@ class RunLog:
         rate = None if self.rate is None else round(self.rate, 2)
         extra = {"images_per_second": rate, "skipped": self.skipped}
         self.write("train", report.step + 1, means | rates | extra)
-        if self.progress.disable and self.path is not None and means:
-            self.print_line(
+        if means and not self.display.shows_tasks:
+            self.display.line(
                 f"step {report.step + 1}: {_losses_text(means)}, "
                 f"gradient {means['grad_norm']:.2f}, {self._rate_text()}".rstrip(", ")
             )
         self.window = []
 
-    def print_line(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
-        self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     def write_evaluation(self, epoch: int, step: int, stats: dict[str, float]) -> None:
         """Print the main figures of an evaluation and write all of them."""
         figures = [f"{name} {stats[name]:.3f}" for name in _MAIN_FIGURES if name in stats]
-        self.print_line(f"epoch {epoch}: {', '.join(figures)}")
+        self.display.line(f"epoch {epoch}: {', '.join(figures)}")
         self.write("eval", step, {"epoch": epoch} | without_nan(stats))
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
