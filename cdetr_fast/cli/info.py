@@ -44,7 +44,7 @@ def lines(found: dict[str, Any], columns: int = 80) -> Iterator[str]:
         found: From `facts`.
         columns: Width of the lines, as far as their words fit.
     """
-    yield f"cdetr_fast {found['version']} on {_device(found)}"
+    yield from _wrapped(f"cdetr_fast {found['version']} on {_device(found)}", columns, "")
     yield from ("", "Fast here")
     for line in _fast(found):
         yield from _wrapped(line, columns, "  ")

@@ -1,5 +1,7 @@
 """Boxes, labels and masks follow the picture; evaluation sees what the image processor makes."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -123,6 +125,17 @@ def test_batches_do_not_depend_on_workers(index):
         assert a.pixels.shape[2] % 16 == a.pixels.shape[3] % 16 == 0
         for x, y in zip(a.labels, b.labels, strict=True):
             assert torch.equal(x["boxes"], y["boxes"])
+
+
+def test_workers_of_a_loader_that_is_read_once_end_with_it(index):
+    """While the loader lives: a garbage collector that finds it later would wait for them."""
+    from cdetr_fast.training.setup import evaluation_loader
+
+    size = {"shortest_edge": 48, "longest_edge": 64}
+    before = multiprocessing.active_children()
+    loader = evaluation_loader(index, 2, size, 2)
+    assert sum(len(batch.indices) for batch in loader) == len(index)
+    assert multiprocessing.active_children() == before
 
 
 def test_padding_is_masked():
