@@ -8,8 +8,8 @@ import pytest
 from cdetr_fast import cli
 
 COMMANDS = (
-    "detect", "serve", "demo", "train", "evaluate", "convert", "export", "info", "qualify", "build-native",
-    "benchmark",
+    "detect", "serve", "demo", "train", "evaluate", "convert", "export", "info", "qualify",
+    "build-native", "benchmark",
 )  # fmt: skip
 
 
