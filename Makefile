@@ -12,12 +12,13 @@ PYTEST ?=
 DEMO ?=
 
 CPP := $(wildcard csrc/* tests/kernels/emulation/*)
+SCHEMA := $(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test coverage test-oldest docs lint format clean
+.PHONY: help demo test coverage test-oldest docs lint format dist clean
 
 help:
 	@echo "make demo         draw scenes, detect, print AP, write pictures to output/demo"
@@ -27,6 +28,7 @@ help:
 	@echo "make docs         build the documentation into build/site"
 	@echo "make lint         check style, formatting, wording, imports and types"
 	@echo "make format       fix what can be fixed automatically"
+	@echo "make dist         build and check the wheel and the sources in dist"
 	@echo "make clean        remove the environments and build products"
 
 demo: $(VENV)/.installed-eval $(VENV)/.native
@@ -57,6 +59,9 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 	$(VENV)/bin/python tools/words.py
+	$(SCHEMA).github-workflows .github/workflows/*.yml
+	$(SCHEMA).github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(SCHEMA).citation-file-format CITATION.cff
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
 
@@ -65,8 +70,17 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP)
 
+# A wheel for any platform, whose sources `cdetr-fast build-native` compiles, and the source distribution; the
+# wheel is built from that. In an environment of its own, since twine brings thirty packages.
+dist:
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip --disable-pip-version-check install --quiet build twine
+	rm -rf dist
+	CDETR_FAST_NATIVE=0 $(VENV)-dist/bin/python -m build
+	$(VENV)-dist/bin/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist output *.egg-info .coverage .hypothesis
+	rm -rf $(VENV)-dist $(VENV) $(OLDEST) build dist output *.egg-info .coverage .hypothesis
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	rm -f kernels/cdetr_kernels/_native_*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,6 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
-from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent
 BUILD = runpy.run_path(str(ROOT / "kernels/cdetr_kernels/build.py"))
@@ -51,13 +50,4 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-class SourcesToo(sdist):
-    """Source distribution with csrc, which no package owns."""
-
-    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
-        """Copy csrc, which setuptools does not know of."""
-        super().make_release_tree(base_dir, files)
-        shutil.copytree(ROOT / "csrc", Path(base_dir) / "csrc", dirs_exist_ok=True)
-
-
-setup(cmdclass={"build_py": BuildWithExtension, "bdist_wheel": PlatformWheel, "sdist": SourcesToo})
+setup(cmdclass={"build_py": BuildWithExtension, "bdist_wheel": PlatformWheel})
