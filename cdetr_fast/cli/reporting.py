@@ -1,4 +1,4 @@
-"""What commands say beside their results: progress, warnings and logs, on stderr, once each.
+"""Progress, warnings and logs of commands, on stderr, once each.
 
 `--quiet` leaves results and errors. `--verbose` adds debug messages, every repetition of a warning
 with its place in the code, and the traceback of an error.
@@ -33,7 +33,7 @@ _VARIABLE = re.compile(r"\S*[\d/\\]\S*|\S+\.\w\S*")  # paths, files and numbers
 
 @dataclass
 class Verbosity:
-    """How much is said; flags of the command line set it.
+    """Flags of the command line: the amount of output.
 
     Attributes:
         quiet: Only results and errors.
@@ -105,7 +105,7 @@ class Reporter(logging.Handler):
     def show_warning(
         self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any
     ) -> None:
-        """Take the place of `warnings.showwarning`."""
+        """Write a warning; replaces `warnings.showwarning`."""
         text = " ".join(str(message).split())
         if self.verbosity.quiet or not self._is_shown(text):
             return

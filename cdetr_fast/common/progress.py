@@ -21,7 +21,7 @@ _SECONDS_BETWEEN_DRAWS = 0.1
 
 
 class Task:
-    """A piece of work that is going on; this one is shown nowhere."""
+    """A piece of work in progress; this one is shown nowhere."""
 
     def advance(self, steps: int = 1) -> None:
         """Count steps that are done."""

@@ -1,4 +1,4 @@
-"""What commands say beside their results: once, on stderr, as much as the flags ask for."""
+"""Progress, warnings, logs and errors of commands: once, on stderr, as the flags ask for."""
 
 import errno
 import io
