@@ -21,7 +21,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -31,7 +30,7 @@ from cdetr_kernels import registry
 from cdetr_kernels.gpu import configurations, launching
 from cdetr_kernels.gpu.tiles import Tile
 from cdetr_kernels.ops.conditional_attention import triton as fused
-from cdetr_kernels.qualification.tuning import Key, candidates, text, with_tile
+from cdetr_kernels.qualification.tuning import Key, candidates, replaced, text, with_tile
 from cdetr_kernels.testing import machine_code
 
 TABLE = Path(configurations.__file__).with_name("tiles.py")
@@ -110,11 +109,11 @@ def parts_table(
             chosen.append(counts(*arguments))
             return chosen[-1]
 
-        with mock.patch.object(configurations, "parts", noted):
+        with replaced("parts", noted):
             fused.ATTENTION.forward(*inputs)
         times = {}
         for count in (1, 2, 3, 4, 6, 8):
-            with mock.patch.object(configurations, "parts", return_value=count):
+            with replaced("parts", lambda *_, count=count: count):
                 forward = functools.partial(fused.ATTENTION.forward, *inputs)
                 call = timing.call_times(forward, device, repeats, 0.2)
             times[count] = call["ms"]

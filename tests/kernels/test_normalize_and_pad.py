@@ -133,7 +133,7 @@ def test_the_kernel_writes_all_of_its_outputs_and_nothing_else():
     ]
     values, mask = buffers[0][1024:-1024].view(3, 17, 45), buffers[1][1024:-1024].view(17, 45)
     launch = pad_launch(frame[2:-2, 2:-2, 2:-2], MEAN, STD, values, mask)
-    launch.run(image.device)
+    launch.run()
     wanted_values, wanted_mask = expected([image], MEAN, STD, 1.0, (17, 45))
     assert torch.equal(values.cpu(), wanted_values[0])
     assert torch.equal(mask.cpu(), wanted_mask[0])

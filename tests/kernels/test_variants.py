@@ -103,7 +103,7 @@ def test_separable_attention_has_one_for_all_maps(masked):
             forward = separable.forward_launch(*inputs, tensors[0], logsumexp)
             gradients = separable.ATTENTION.gradient_buffers(*tensors)
             backward = separable.backward_launches(
-                tensors[0], *inputs, tensors[0], logsumexp, gradients
+                tensors[0], *inputs, tensors[0], logsumexp, *gradients
             )
         for name, launch in zip("fqkab", (forward, *backward), strict=True):
             launches.setdefault(name, []).append(launch)

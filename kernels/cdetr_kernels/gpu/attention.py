@@ -109,7 +109,7 @@ class AttentionOperator:
         count: Their number n.
         forward_launch: Takes all inputs, the output and the log-sum-exp.
         backward_launches: Takes the gradient of the output, all inputs, output, log-sum-exp, and
-            memory for the gradients of the tensors that are present.
+            memory for the gradient of each tensor that is present.
         map_launch: Takes queries, keys, mask, seed, log-sum-exp, options, and the map.
         parts: Returns into how many parts forward splits the keys, given all inputs.
         score_gradients: Returns the gradients of queries and keys, given those of the scores.
@@ -156,18 +156,23 @@ class AttentionOperator:
 
     def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
         """Launch forward, in parts and with their merge where one launch would not fill a GPU."""
-        device = inputs[0].device
         output, logsumexp = self.forward_outputs(*inputs)
+        launching.run(self.forward_launches, *inputs, output, logsumexp)
+        return output, logsumexp
+
+    def forward_launches(self, *arguments: Any) -> Sequence[Launch]:
+        """Return the launches of forward, given all inputs, the output and the log-sum-exp."""
+        *inputs, output, logsumexp = arguments
         parts = self.parts(*inputs)
         if parts == 1:
-            self.forward_launch(*inputs, output, logsumexp).run(device)
-            return output, logsumexp
+            return (self.forward_launch(*arguments),)
         batch, heads, queries = logsumexp.shape
         part = output.new_empty(parts * batch, *output.shape[1:], dtype=torch.float32)
         part_logsumexp = logsumexp.new_empty(parts * batch, heads, queries)
-        self.forward_launch(*inputs, part, part_logsumexp).run(device)
-        merge_launch(part, part_logsumexp, output, logsumexp).run(device)
-        return output, logsumexp
+        return (
+            self.forward_launch(*inputs, part, part_logsumexp),
+            merge_launch(part, part_logsumexp, output, logsumexp),
+        )
 
     def forward_outputs(self, *inputs: Any) -> tuple[Tensor, Tensor]:
         """Return memory for the output and the log-sum-exp."""
@@ -193,8 +198,7 @@ class AttentionOperator:
     def _backward(self, grad_output: Tensor, *inputs: Any) -> list[Tensor]:
         tensors = inputs[: self.count + 1]
         gradients = self.gradient_buffers(*tensors)
-        for launch in self.backward_launches(grad_output, *inputs, gradients):
-            launch.run(grad_output.device)
+        launching.run(self.backward_launches, grad_output, *inputs, *gradients)
         batch = len(inputs[0])
         present = (x for x in tensors if x is not None)
         return [
@@ -209,14 +213,14 @@ class AttentionOperator:
         if grad_output is None:
             return (None,) * (self.count + 5)
         *tensors, output, logsumexp = ctx.saved_tensors
-        backward = getattr(torch.ops.cdetr_fast, f"{self.name}_backward")
+        backward = getattr(torch.ops.cdetr_fast, f"{self.name}_backward").default
         found = iter(backward(grad_output, *tensors, ctx.scale, ctx.dropout_p, output, logsumexp))
         gradients = (None if x is None else next(found) for x in tensors[: self.count + 1])
         return (*gradients, None, None, None, None)
 
     def _map(self, *inputs: Any) -> Tensor:
         attention = self._map_output(*inputs)
-        self.map_launch(*inputs, attention).run(attention.device)
+        launching.run(self.map_launch, *inputs, attention)
         return attention
 
     def _map_output(self, q_content: Tensor, _: Any, k_content: Tensor, *__: Any) -> Tensor:
@@ -228,7 +232,7 @@ class AttentionOperator:
         *tensors, key_mask, _, logsumexp, attention = ctx.saved_tensors
         undropped = attention
         if ctx.dropout_p > 0.0:
-            attention_map = getattr(torch.ops.cdetr_fast, f"{self.name}_map")
+            attention_map = getattr(torch.ops.cdetr_fast, f"{self.name}_map").default
             undropped = attention_map(*tensors, key_mask, None, logsumexp, ctx.scale, 0.0)
         weighted = attention.float() * grad_attention.float()  # [B, N, Q, S]
         dscore = (weighted - undropped.float() * weighted.sum(-1, keepdim=True)) * ctx.scale

@@ -1,6 +1,13 @@
-"""Helpers of the launchers: the architecture of a device, the precision of dots, the launch."""
+"""Helpers of the launchers: the architecture of a device, the precision of dots, the launch.
+
+triton binds, specialises and looks up every argument in every call, which takes more of the host
+than all else that an operator does. So `run` keeps, for each kind of call (shapes, strides, dtypes,
+alignment, numbers), the compiled kernels and their arguments; a later call of the kind fills in
+addresses.
+"""
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +42,131 @@ class Launch:
             "enable_fp_fusion": True,
         }
 
-    def run(self, device: torch.device) -> None:
-        """Launch on the current stream of `device`."""
+    def run(self) -> Any:
+        """Launch on the current stream of the current device; return the compiled kernel."""
         if self.programs == 0:
-            return
-        with torch.cuda.device(device.index if device.type == "cuda" else -1):
-            self.kernel[(self.programs,)](**self.arguments, **self.options)
+            return None
+        return self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+
+Make = Callable[..., Launch | Sequence[Launch]]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A compiled kernel with its grid, its arguments, and which of them are addresses."""
+
+    launch: Callable[..., None]
+    arguments: list[Any]
+    addresses: tuple[tuple[int, int], ...]  # position among the arguments, index of the tensor
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The launches of one kind of call, and the memory that they need besides its tensors."""
+
+    prepared: tuple[_Prepared, ...]
+    scratch: tuple[tuple[torch.Size, torch.dtype], ...]
+
+    def run(self, like: Tensor, addresses: list[int]) -> None:
+        scratch = [like.new_empty(shape, dtype=dtype) for shape, dtype in self.scratch]
+        addresses += [x.data_ptr() for x in scratch]
+        for x in self.prepared:
+            arguments = x.arguments.copy()
+            for position, index in x.addresses:
+                arguments[position] = addresses[index]
+            x.launch(*arguments)
+
+
+_PLANS: dict[tuple[Any, ...], _Plan] = {}
+# Of a few kilobytes each. Beyond that, sizes change all the time: all are dropped.
+_MOST_PLANS = 4096
+
+
+def run(make: Make, *inputs: Any) -> None:
+    """Launch what `make` returns for some inputs, on the current stream of their device.
+
+    Args:
+        make: Returns a launch, or several in their order. It may go by shapes, strides and dtypes
+            of the tensors, by the numbers among the inputs, and by what is the same in the whole
+            process. Memory that it allocates is allocated in each call.
+        inputs: Tensors, all that the kernels read and write, and what else `make` takes. The first
+            one is a tensor.
+    """
+    index = inputs[0].get_device()
+    if index >= 0 and index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            _run(make, inputs)
+    else:
+        _run(make, inputs)
+
+
+def _run(make: Make, inputs: tuple[Any, ...]) -> None:
+    if INTERPRETED:
+        for launch in _launches(make, inputs):
+            launch.run()
+        return
+    key: list[Any] = [make, dot_precision(torch.float32)]
+    addresses = []
+    for x in inputs:
+        if isinstance(x, Tensor):
+            address = x.data_ptr()
+            addresses.append(address)
+            # Besides sizes, triton specialises kernels on the alignment of addresses, and for AMD
+            # on whether 32 bits reach all of a tensor.
+            key += x.dtype, x.shape, x.stride(), address % 16 == 0, x.get_device()
+            if torch.version.hip:
+                key.append(x.untyped_storage().nbytes() < 2**31)
+        else:
+            key.append(x)
+    kind = tuple(key)
+    plan = _PLANS.get(kind)
+    if plan is not None:
+        plan.run(inputs[0], addresses)
+        return
+    if len(_PLANS) >= _MOST_PLANS:
+        _PLANS.clear()
+    _PLANS[kind] = _launch_first(make, inputs)
+
+
+def _launch_first(make: Make, inputs: tuple[Any, ...]) -> _Plan:
+    """Launch by way of triton, which compiles; return the plan of later calls."""
+    # A tensor that is there twice need not be in the next call of this kind.
+    seen: set[int] = set()
+    inputs = tuple(
+        x.detach() if isinstance(x, Tensor) and (id(x) in seen or seen.add(id(x))) else x
+        for x in inputs
+    )
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    known = {id(x): i for i, x in enumerate(tensors)}
+    prepared, scratch = [], []
+    for launch in _launches(make, inputs):
+        compiled = launch.run()
+        if compiled is None:
+            continue
+        arguments, addresses = [], []
+        for position, name in enumerate(launch.kernel.arg_names):
+            x = launch.arguments[name]
+            if isinstance(x, Tensor):
+                if id(x) not in known:
+                    known[id(x)] = len(tensors) + len(scratch)
+                    scratch.append(x)
+                addresses.append((position, known[id(x)]))
+                x = 0
+            arguments.append(x)
+        grid = (launch.programs, 1, 1)
+        prepared.append(_Prepared(compiled[grid], arguments, tuple(addresses)))
+    return _Plan(tuple(prepared), tuple((x.shape, x.dtype) for x in scratch))
+
+
+def _launches(make: Make, inputs: tuple[Any, ...]) -> Sequence[Launch]:
+    made = make(*inputs)
+    return (made,) if isinstance(made, Launch) else made
+
+
+def forget() -> None:
+    """Have later calls choose tiles and parts again: what chooses them has changed."""
+    _PLANS.clear()
 
 
 def strides(name: str, axes: str, tensor: Tensor) -> dict[str, int]:

@@ -173,8 +173,21 @@ def with_tile(kernel: str, tile: Tile) -> Iterator[None]:
     def chosen(name: str, *arguments: Any) -> Tile:
         return tile if name == kernel else stored(name, *arguments)
 
-    with mock.patch.object(configurations, "tile", chosen):
+    with replaced("tile", chosen):
         yield
+
+
+@contextlib.contextmanager
+def replaced(name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Have launchers ask another function of `gpu.configurations`."""
+    from cdetr_kernels.gpu import launching
+
+    launching.forget()
+    try:
+        with mock.patch.object(configurations, name, function):
+            yield
+    finally:
+        launching.forget()
 
 
 def precision_of_dots(key: Key) -> contextlib.AbstractContextManager[Any]:
@@ -235,10 +248,10 @@ def calls(
             batch, queries, heads, _ = tensors[0].shape
             attention = output.new_empty(batch, heads, queries, tensors[2].shape[1])
             launch = module.map_launch(*tensors[:-1], None, None, logsumexp, scale, 0.0, attention)
-            yield case.label, functools.partial(launch.run, device)
+            yield case.label, launch.run
         else:
             gradients = module.ATTENTION.gradient_buffers(*tensors)
-            passes = module.backward_launches(output, *inputs, output, logsumexp, gradients)
-            passes[0].run(device)  # the others read what the first one leaves
+            passes = module.backward_launches(output, *inputs, output, logsumexp, *gradients)
+            passes[0].run()  # the others read what the first one leaves
             launch = passes[key.pass_ == "backward_keys"]
-            yield case.label, functools.partial(launch.run, device)
+            yield case.label, launch.run

@@ -284,7 +284,7 @@ def audited(
     inputs = (*tensors, mask, seed, 0.1, dropout_p)
     gradients = ATTENTION.gradient_buffers(*tensors)
     over_queries, over_keys = ATTENTION.backward_launches(
-        query, *inputs, query, logsumexp, gradients
+        query, *inputs, query, logsumexp, *gradients
     )
     part = query.new_empty(3 * batch, queries, heads, value.shape[-1], dtype=torch.float32)
     part_logsumexp = logsumexp.new_empty(3 * batch, heads, queries)

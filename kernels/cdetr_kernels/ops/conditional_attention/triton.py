@@ -68,7 +68,7 @@ def backward_launches(
     dropout_p: float,
     output: Tensor,
     logsumexp: Tensor,
-    gradients: list[Tensor],
+    *gradients: Tensor,
 ) -> tuple[Launch, Launch]:
     """Launch the kernel over queries, which leaves delta for the other, and that over keys."""
     batch, queries, heads, _ = q_content.shape
@@ -210,12 +210,12 @@ def conditional_attention(
     """
     drawn = seed_tensor(seed, dropout_p, q_content.device)
     queries_and_keys = (q_content, q_spatial, k_content, k_spatial)
-    output, logsumexp = torch.ops.cdetr_fast.conditional_attention(
+    output, logsumexp = torch.ops.cdetr_fast.conditional_attention.default(
         *queries_and_keys, value, key_mask, drawn, scale, dropout_p
     )
     attention = None
     if return_attention:
-        attention = torch.ops.cdetr_fast.conditional_attention_map(
+        attention = torch.ops.cdetr_fast.conditional_attention_map.default(
             *queries_and_keys, key_mask, drawn, logsumexp, scale, dropout_p
         )
     return output, attention

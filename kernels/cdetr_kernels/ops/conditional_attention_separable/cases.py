@@ -136,7 +136,7 @@ def audited(precision: str, size: int, dropout_p: float) -> "dict[str, Audited]"
     logsumexp = query.new_empty(batch, heads, queries, dtype=torch.float32)
     inputs = (*tensors, mask, seed, 0.1, dropout_p)
     gradients = ATTENTION.gradient_buffers(*tensors)
-    backward = ATTENTION.backward_launches(query, *inputs, query, logsumexp, gradients)
+    backward = ATTENTION.backward_launches(query, *inputs, query, logsumexp, *gradients)
     attention = query.new_empty(batch, heads, queries, value.shape[1])
     map_launch = ATTENTION.map_launch(
         *tensors[:5], mask, seed, logsumexp, 0.1, dropout_p, attention

@@ -75,7 +75,7 @@ def backward_launches(
     dropout_p: float,
     output: Tensor,
     logsumexp: Tensor,
-    gradients: list[Tensor],
+    *gradients: Tensor,
 ) -> tuple[Launch, ...]:
     """Launch the kernels over queries, over keys, and over the codes of lines and of places."""
     batch, queries, heads, _ = q_content.shape
@@ -299,12 +299,12 @@ def conditional_attention_separable(
     """
     drawn = seed_tensor(seed, dropout_p, q_content.device)
     queries_and_keys = (q_content, q_spatial, k_content, k_rows, k_columns)
-    output, logsumexp = torch.ops.cdetr_fast.conditional_attention_separable(
+    output, logsumexp = torch.ops.cdetr_fast.conditional_attention_separable.default(
         *queries_and_keys, value, key_mask, drawn, scale, dropout_p
     )
     attention = None
     if return_attention:
-        attention = torch.ops.cdetr_fast.conditional_attention_separable_map(
+        attention = torch.ops.cdetr_fast.conditional_attention_separable_map.default(
             *queries_and_keys, key_mask, drawn, logsumexp, scale, dropout_p
         )
     return output, attention

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cdetr_kernels.gpu import launching
 from cdetr_kernels.gpu.arithmetic import power
 from cdetr_kernels.gpu.boxes import generalized_iou, l1_distance, load_boxes
 from cdetr_kernels.gpu.launching import Launch, strides
@@ -172,10 +173,10 @@ def _forward(
     class_weight, bbox_weight, giou_weight, softmax, alpha, gamma,
 ) -> Tensor:  # fmt: skip
     output = _output(logits, target_labels)
-    cost_launch(
-        logits, boxes_cxcywh, target_labels, target_boxes_cxcywh, target_counts,
+    launching.run(
+        cost_launch, logits, boxes_cxcywh, target_labels, target_boxes_cxcywh, target_counts,
         (class_weight, bbox_weight, giou_weight), softmax, alpha, gamma, output,
-    ).run(logits.device)  # fmt: skip
+    )  # fmt: skip
     return output.mT
 
 
@@ -219,7 +220,7 @@ def matching_cost(
 
     A label out of range costs NaN.
     """
-    return torch.ops.cdetr_fast.matching_cost(
+    return torch.ops.cdetr_fast.matching_cost.default(
         logits, boxes_cxcywh, target_labels, target_boxes_cxcywh, target_counts,
         class_weight, bbox_weight, giou_weight, classification == "softmax", alpha, gamma,
     )  # fmt: skip

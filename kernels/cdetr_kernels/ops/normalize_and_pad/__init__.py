@@ -1,5 +1,6 @@
 """`normalize_and_pad`: public function, argument checks and implementations."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -132,8 +133,10 @@ def normalize_and_pad(
         if factor == 0.0:
             raise ValueError("rescale_factor: expected a number other than 0, got 0")
         channels = first.shape[0]
-        shift = _per_channel("mean", _tuple(mean), channels, factor)
-        divisor = _per_channel("std", _tuple(std), channels, factor)
+        # torch.compile cannot look into a cache, and needs none.
+        per_channel = _per_channel if torch.compiler.is_compiling() else _known_per_channel
+        shift = per_channel("mean", _tuple(mean), channels, factor)
+        divisor = per_channel("std", _tuple(std), channels, factor)
     return OPERATOR(backend, images, shift, divisor, factor, height, width)
 
 
@@ -152,6 +155,9 @@ def _per_channel(
     scale = _to_single(1.0 / factor)
     scaled = tuple(_to_single(_to_single(value) * scale) for value in values)
     return scaled * channels if len(scaled) == 1 else scaled
+
+
+_known_per_channel = functools.lru_cache(maxsize=64)(_per_channel)
 
 
 def _to_single(value: float) -> float:

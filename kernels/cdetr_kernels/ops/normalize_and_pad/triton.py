@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cdetr_kernels.gpu import launching
 from cdetr_kernels.gpu.launching import Launch, strides
 from cdetr_kernels.gpu.registration import register
 from cdetr_kernels.gpu.tiles import Tile
@@ -101,8 +102,9 @@ def pad_launch(
 
 def _forward(images, shift, divisor, height, width) -> tuple[Tensor, Tensor]:
     values, mask = _outputs(images, shift, divisor, height, width)
-    for image, image_values, image_mask in zip(images, values, mask, strict=True):
-        pad_launch(image, shift, divisor, image_values, image_mask).run(image.device)
+    options = tuple(shift), tuple(divisor)
+    for i, image in enumerate(images):
+        launching.run(pad_launch, image, *options, values[i], mask[i])
     return values, mask
 
 
@@ -132,6 +134,6 @@ def normalize_and_pad(
     """Run the path "triton" of `cdetr_kernels.normalize_and_pad`; see the reference for shapes."""
     if shift is None:
         shift, divisor = (), (factor,) * images[0].shape[0]
-    return torch.ops.cdetr_fast.normalize_and_pad_fused(
+    return torch.ops.cdetr_fast.normalize_and_pad_fused.default(
         list(images), list(shift), list(divisor), height, width
     )

@@ -82,8 +82,11 @@ def norm_launch(
 
 def _forward(x, residual, weight, bias, eps) -> Tensor:
     output = _output(x, residual, weight, bias, eps)
-    contiguous = (tensor.contiguous() for tensor in (x, residual, weight, bias))
-    norm_launch(*contiguous, eps, output).run(x.device)
+    launching.run(
+        norm_launch,
+        *(x.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous()),
+        *(eps, output),
+    )
     return output
 
 
@@ -104,4 +107,4 @@ def residual_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
     """Run the path "triton" of `cdetr_kernels.residual_layer_norm`; see there for shapes."""
-    return torch.ops.cdetr_fast.residual_layer_norm(x, residual, weight, bias, eps)
+    return torch.ops.cdetr_fast.residual_layer_norm.default(x, residual, weight, bias, eps)

@@ -280,6 +280,30 @@ def sum_launch(partial: Tensor, target_counts: Tensor, num_boxes: Tensor, losses
     return Launch(sum_kernel, losses.shape[1], arguments, _SUMMED)
 
 
+def forward_launches(
+    logits: Tensor,
+    boxes_cxcywh: Tensor,
+    target_labels: Tensor,
+    target_boxes_cxcywh: Tensor,
+    target_counts: Tensor,
+    matches: Tensor,
+    num_boxes: Tensor,
+    alpha: float,
+    gamma: float,
+    losses: Tensor,
+    dlogits: Tensor,
+    dboxes: Tensor,
+) -> tuple[Launch, Launch]:
+    """Compute the losses, by way of partial sums, and the gradients."""
+    layers, batch, queries, _ = logits.shape
+    partial = losses.new_empty(layers * batch, triton.cdiv(queries, QUERIES), 4)
+    forward = forward_launch(
+        logits, boxes_cxcywh, target_labels, target_boxes_cxcywh, matches, alpha, gamma,
+        dlogits, dboxes, partial,
+    )  # fmt: skip
+    return forward, sum_launch(partial, target_counts, num_boxes, losses)
+
+
 def backward_launch(
     grad_losses: Tensor,
     saved_logits: Tensor,
@@ -318,14 +342,10 @@ def _forward(
         logits, boxes_cxcywh, target_labels, target_boxes_cxcywh, target_counts, matches,
         num_boxes, alpha, gamma, with_gradient,
     )  # fmt: skip
-    layers, batch, queries, _ = logits.shape
-    blocks = triton.cdiv(queries, QUERIES)
-    partial = losses.new_empty(layers * batch, blocks, 4)
-    forward_launch(
-        logits, boxes_cxcywh, target_labels, target_boxes_cxcywh, matches, alpha, gamma,
-        dlogits, dboxes, partial,
-    ).run(logits.device)  # fmt: skip
-    sum_launch(partial, target_counts, num_boxes, losses).run(logits.device)
+    launching.run(
+        forward_launches, logits, boxes_cxcywh, target_labels, target_boxes_cxcywh, target_counts,
+        matches, num_boxes, alpha, gamma, losses, dlogits, dboxes,
+    )  # fmt: skip
     return losses, dlogits, dboxes
 
 
@@ -345,8 +365,8 @@ def _backward(
     dlogits, dboxes = gradients = _backward_outputs(
         grad_losses, saved_logits, saved_boxes, num_boxes, logits_dtype, boxes_dtype
     )
-    backward_launch(grad_losses, saved_logits, saved_boxes, num_boxes, dlogits, dboxes).run(
-        dlogits.device
+    launching.run(
+        backward_launch, grad_losses, saved_logits, saved_boxes, num_boxes, dlogits, dboxes
     )
     return gradients
 
@@ -367,7 +387,9 @@ def _save_for_backward(ctx, inputs, output) -> None:
 def _gradients(ctx, grad_losses, *_):
     if grad_losses is None:
         return (None,) * 10
-    gradients = torch.ops.cdetr_fast.set_loss_backward(grad_losses, *ctx.saved_tensors, *ctx.dtypes)
+    gradients = torch.ops.cdetr_fast.set_loss_backward.default(
+        grad_losses, *ctx.saved_tensors, *ctx.dtypes
+    )
     return (*gradients, *(None,) * 8)
 
 
@@ -405,7 +427,7 @@ def set_loss(
     if not isinstance(num_boxes, Tensor):
         num_boxes = torch.full((), num_boxes, device=logits.device)
     differentiable = logits.requires_grad or boxes_cxcywh.requires_grad
-    losses, _, _ = torch.ops.cdetr_fast.set_loss(
+    losses, _, _ = torch.ops.cdetr_fast.set_loss.default(
         logits, boxes_cxcywh, target_labels, target_boxes_cxcywh, target_counts, matches,
         num_boxes.detach().float(), alpha, gamma, differentiable and torch.is_grad_enabled(),
     )  # fmt: skip

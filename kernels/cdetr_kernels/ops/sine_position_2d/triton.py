@@ -132,7 +132,7 @@ def position_launch(
 
 def _forward(mask, channels, temperature, normalize, scale, dtype) -> Tensor:
     output = _output(mask, channels, temperature, normalize, scale, dtype)
-    position_launch(mask, temperature, normalize, scale, output).run(mask.device)
+    launching.run(position_launch, mask, temperature, normalize, scale, output)
     return output
 
 
@@ -163,6 +163,6 @@ def sine_position_2d(
     Raises:
         ValueError: `temperature` or `channels` is out of the kernels' range.
     """
-    return torch.ops.cdetr_fast.sine_position_2d(
+    return torch.ops.cdetr_fast.sine_position_2d.default(
         mask, channels, temperature, normalize, scale, dtype
     )

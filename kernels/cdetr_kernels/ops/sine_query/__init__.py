@@ -110,5 +110,7 @@ def sine_query(
 
 def _broadcast(a: Tensor, b: Tensor) -> bool:
     """Return whether all sizes but the last fit together."""
+    if a.shape[:-1] == b.shape[:-1]:
+        return True
     pairs = zip(reversed(a.shape[:-1]), reversed(b.shape[:-1]), strict=False)
     return all(x == y or x == 1 or y == 1 for x, y in pairs)

@@ -212,15 +212,12 @@ def _strides(name: str, tensor: Tensor | None) -> dict[str, int]:
 
 def _forward(reference_points, query_scale, channels, temperature, scale, dtype) -> Tensor:
     output = _output(reference_points, query_scale, channels, temperature, scale, dtype)
-    launch = forward_launch(reference_points, query_scale, temperature, scale, output)
-    launch.run(reference_points.device)
+    launching.run(forward_launch, reference_points, query_scale, temperature, scale, output)
     return output
 
 
 def _output(reference_points, query_scale, channels, temperature, scale, dtype) -> Tensor:
-    rows = reference_points.shape[:2]
-    if query_scale is not None:
-        rows = torch.broadcast_shapes(rows, query_scale.shape[:2])
+    rows = _row_sizes(reference_points, query_scale)
     return reference_points.new_empty(*rows, channels, dtype=dtype)
 
 
@@ -234,10 +231,10 @@ def _backward(grad_output, reference_points, query_scale, temperature, scale) ->
         for x in inputs
     ]
     dpoints, dlambda = (*per_row, None)[:2]
-    launch = backward_launch(
-        grad_output, reference_points, query_scale, temperature, scale, dpoints, dlambda
+    launching.run(
+        backward_launch,
+        *(grad_output, reference_points, query_scale, temperature, scale, dpoints, dlambda),
     )
-    launch.run(grad_output.device)
     return [
         gradient if x.shape == gradient.shape else gradient.sum_to_size(x.shape).to(x.dtype)
         for gradient, x in zip(per_row, inputs, strict=True)
@@ -256,7 +253,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad_output):
-    gradients = torch.ops.cdetr_fast.sine_query_backward(
+    gradients = torch.ops.cdetr_fast.sine_query_backward.default(
         grad_output, *ctx.saved_tensors, ctx.temperature, ctx.scale
     )
     dpoints, dlambda = (*gradients, None)[:2]
@@ -296,17 +293,28 @@ def sine_query(
     Raises:
         ValueError: `temperature` or `channels` is out of the kernels' range.
     """
-    tensors = [x for x in (reference_points, query_scale) if x is not None]
-    rows = torch.broadcast_shapes(*(x.shape[:-1] for x in tensors))
-    tensors = [_in_three_dimensions(x, rows) for x in tensors]
-    points, lambda_ = (*tensors, None)[:2]
-    code = torch.ops.cdetr_fast.sine_query(points, lambda_, channels, temperature, scale, dtype)
-    return code.reshape(*rows, channels)
+    rows = _row_sizes(reference_points, query_scale)
+    points = _in_three_dimensions(reference_points, rows)
+    lambda_ = None if query_scale is None else _in_three_dimensions(query_scale, rows)
+    code = torch.ops.cdetr_fast.sine_query.default(
+        points, lambda_, channels, temperature, scale, dtype
+    )
+    return code if len(rows) == 2 else code.reshape(*rows, channels)
+
+
+def _row_sizes(reference_points: Tensor, query_scale: Tensor | None) -> torch.Size:
+    """Return all sizes of the code but the last."""
+    rows = reference_points.shape[:-1]
+    if query_scale is None or query_scale.shape[:-1] == rows:
+        return rows
+    return torch.broadcast_shapes(rows, query_scale.shape[:-1])
 
 
 def _in_three_dimensions(x: Tensor, rows: torch.Size) -> Tensor:
     """Fold rows into two sizes, a view where they have two at most; sizes of 1 stay."""
     rank = max(len(rows), 2) + 1
+    if x.ndim == rank == 3:
+        return x
     x = x[(None,) * (rank - x.ndim)]
     if rank == 3:
         return x
