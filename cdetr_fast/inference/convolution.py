@@ -7,7 +7,7 @@ runs them; without them channels-last memory is what remains.
 """
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -272,6 +272,8 @@ def _try(conv: FusedConv2d, implementation: str) -> str | None:
 
 def _precision(x: Tensor) -> float:
     """Return the unit of rounding of a convolution of `x`, which on a GPU may be that of TF32."""
-    if x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+    # `torch.backends.cudnn.allow_tf32` raises once a precision has been set by the newer names.
+    cudnn: Any = torch.backends.cudnn  # torch declares no type for `conv`
+    if x.is_cuda and x.dtype == torch.float32 and cudnn.conv.fp32_precision == "tf32":
         return 2.0**-13
     return torch.finfo(x.dtype).eps

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from cdetr_fast.inference.convolution import has_onednn
 from cdetr_fast.models.encoder import ConditionalDetrMLP
+from cdetr_fast.models.heads import ConditionalDetrMLPPredictionHead
+from cdetr_fast.models.known import all_known
 from cdetr_fast.models.projections import is_plain, is_plain_linear
 from cdetr_fast.models.residual import ResidualLinear
 
@@ -95,6 +97,10 @@ def fuse_linears(part: nn.Module) -> int:
         if is_plain(block, ConditionalDetrMLP) and _has_plain_relu(block):
             block.fc1 = FusedLinear(block.fc1.weight, block.fc1.bias, relu=True)
             block.activation_fn = nn.Identity()
+        elif is_plain(block, ConditionalDetrMLPPredictionHead) and _has_plain_layers(block):
+            for i, hidden in enumerate(all_known(block.layers[:-1], nn.Linear)):
+                block.layers[i] = FusedLinear(hidden.weight, hidden.bias, relu=True)
+            block.activation_fn = nn.Identity()
     for parent in list(part.modules()):
         for name, layer in parent.named_children():
             if is_plain_linear(layer):
@@ -103,6 +109,14 @@ def fuse_linears(part: nn.Module) -> int:
                     setattr(parent, name, fused)
     fused_layers = [layer for layer in part.modules() if isinstance(layer, FusedLinear)]
     return sum(layer.implementation == "onednn" for layer in fused_layers)
+
+
+def _has_plain_layers(head: ConditionalDetrMLPPredictionHead) -> bool:
+    """Return whether all hidden layers are plain, and of the dtype that the head computes in."""
+    hidden = list(head.layers[:-1])
+    return is_plain(head.activation_fn, nn.ReLU) and all(
+        is_plain_linear(x) and (not head.fp32 or x.weight.dtype.itemsize >= 4) for x in hidden
+    )
 
 
 def _has_plain_relu(block: ConditionalDetrMLP) -> bool:

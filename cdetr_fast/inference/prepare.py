@@ -149,7 +149,7 @@ class PreparedModel(nn.Module):
         return True
 
     def _prepare_heads(self, detector: ConditionalDetrForObjectDetection, has_prefix: bool) -> None:
-        kinds = (nn.Linear, nn.ModuleList, ConditionalDetrMLPPredictionHead)
+        kinds = (nn.Linear, nn.ReLU, nn.ModuleList, ConditionalDetrMLPPredictionHead)
         for name in ("class_labels_classifier", "bbox_predictor"):
             for path, module in getattr(detector, name).named_modules(prefix=name):
                 if not is_plain(module, *kinds):

@@ -29,16 +29,17 @@ class ConditionalDetrMLPPredictionHead(nn.Module):
         self.layers = nn.ModuleList(
             nn.Linear(size_in, size_out) for size_in, size_out in pairwise(sizes)
         )
+        self.activation_fn: nn.Module = nn.ReLU()
         self.fp32 = fp32
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.fp32:
             for layer in self.layers[:-1]:
-                x = layer(x).relu()
+                x = self.activation_fn(layer(x))
             return self.layers[-1](x)
         with torch.autocast(x.device.type, enabled=False):
             for layer in self.layers[:-1]:
-                x = linear_in_fp32(x, layer).relu()
+                x = self.activation_fn(linear_in_fp32(x, layer))
             return linear_in_fp32(x, self.layers[-1])
 
 

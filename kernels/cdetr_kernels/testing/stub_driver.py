@@ -35,7 +35,7 @@ class _Loaded(CompiledKernel):
 
 @dataclass
 class StubDriver:
-    """What triton asks of a driver, with the launches that were asked for.
+    """The part of a driver that triton asks, with the launches that were asked for.
 
     Args:
         capability: Compute capability, as 90.
