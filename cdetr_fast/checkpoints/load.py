@@ -119,7 +119,8 @@ def load_pretrained(
         max_memory: Largest size per device.
         offload_folder: Folder for what is on "disk".
         offload_buffers: Offload buffers with the parameters.
-        output_loading_info: Return (model, dict of missing_keys, unexpected_keys, mismatched_keys).
+        output_loading_info: Return (model, dict of the sets missing_keys, unexpected_keys and
+            mismatched_keys).
         attn_implementation: As in `cdetr_fast.config.attention`; by default the operators choose.
         low_cpu_mem_usage: Accepted for callers of transformers, where it has no effect either.
         **config_overrides: Configuration fields that replace those in config.json. Options of
@@ -210,7 +211,8 @@ def load_pretrained(
     offload = None if offload_folder is None else os.fspath(offload_folder)
     place(model, device_map, max_memory, offload, offload_buffers)
     if output_loading_info:
-        return model, report._asdict() | {"error_msgs": []}
+        info: dict[str, Any] = {name: set(keys) for name, keys in report._asdict().items()}
+        return model, info | {"error_msgs": []}
     return model
 
 

@@ -454,10 +454,10 @@ class ConditionalDetrForSegmentation(SegmentingModel):
         backbone = self.conditional_detr.model.backbone
         backbone.read_all_maps()
         channels = backbone.intermediate_channel_sizes
-        if len(channels) < 4:
+        if len(channels) < 3:
             raise ValueError(
-                "backbone_config.out_indices: expected four feature maps for segmentation, "
-                f"got {len(channels)}"
+                "backbone_config.out_indices: expected three feature maps or more for "
+                f"segmentation, got {len(channels)}"
             )
         self.mask_head = ConditionalDetrMaskHeadSmallConv(
             config.d_model,

@@ -238,7 +238,8 @@ class ConditionalDetrPreTrainedModel(AdapterMethods, nn.Module):
         if handle is not None:
             handle.remove()
 
-    def can_generate(self) -> bool:
+    @classmethod
+    def can_generate(cls) -> bool:
         """Return False: there is no text to generate (transformers' pipelines ask)."""
         return False
 

@@ -203,3 +203,27 @@ def test_finer_maps_train_for_segmentation():
     segmenter(torch.randn(2, 3, 64, 64), labels=labels).loss.backward()
     named = segmenter.named_parameters()
     assert [n for n, p in named if p.requires_grad and p.grad is None] == []
+
+
+@torch.no_grad()
+def test_segmentation_reads_three_maps_without_the_finest():
+    fields = resnet(out_features=["stage2", "stage3", "stage4"])
+    settings = SIZES | {"encoder_attention_heads": 8, "backbone_config": fields}
+    settings |= {"backbone": None, "use_timm_backbone": False}
+    theirs = transformers.ConditionalDetrForSegmentation(
+        transformers.ConditionalDetrConfig(**settings)
+    ).eval()
+    oracle.randomise(theirs)
+    config = cdetr_fast.ConditionalDetrConfig(compat="transformers", **settings)
+    ours = cdetr_fast.ConditionalDetrForSegmentation(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(1, 3, 64, 96)
+    expected = theirs(images).pred_masks
+    assert expected.shape[-2:] == (8, 12)
+    for model in (ours, cdetr_fast.optimize(ours)):
+        torch.testing.assert_close(model(images).pred_masks, expected, atol=1e-4, rtol=1e-4)
+    fields["out_features"] = ["stage3", "stage4"]
+    with pytest.raises(ValueError, match="expected three feature maps or more"):
+        cdetr_fast.ConditionalDetrForSegmentation(
+            cdetr_fast.ConditionalDetrConfig(**settings | {"backbone_config": fields})
+        )

@@ -55,6 +55,7 @@ def test_sizes_and_parts(model):
     assert model.get_decoder() is model.model.decoder
     assert model.get_encoder("image") is model
     assert model.get_output_embeddings() is None
+    assert type(model).can_generate() is False
     assert model.get_input_embeddings() is None  # Accelerate's FSDP asks
 
 
