@@ -289,6 +289,17 @@ def _():
     torch.testing.assert_close(scaled, expected, rtol=0, atol=1e-4)
 
 
+@line("images of four channels")
+def _():
+    pixels = np.zeros((64, 96, 4), dtype=np.uint8)
+    assert processor()(pixels)["pixel_values"].shape[1] == 3
+    four = {"image_mean": [0.5] * 4, "image_std": [0.5] * 4, "size": SIZE}
+    with pytest.raises(ValueError, match=r"image_mean: expected 3 values \(channels\), got 4"):
+        cdetr_fast.ConditionalDetrImageProcessor(**four)(pixels)
+    kept = transformers.ConditionalDetrImageProcessor(**four)(pixels, return_tensors="pt")
+    assert kept["pixel_values"].shape[1] == 4
+
+
 @line("bad segmentations and fields of annotations")
 def _():
     good = {"id": 9, "bbox": [1, 2, 30, 20], "area": 600, "category_id": 1, "iscrowd": 0}
