@@ -50,6 +50,8 @@ def run(app: FastAPI, opened: socket.socket, timeout: float, announce: Callable[
     """
     config = uvicorn.Config(
         app,
+        # Its own configuration closes the handlers of all loggers in the process.
+        log_config=None,
         log_level="warning",
         access_log=False,
         backlog=_BACKLOG,

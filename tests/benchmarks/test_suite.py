@@ -153,6 +153,8 @@ def test_a_missing_runtime_is_named(folder, monkeypatch):
     assert reasons == {
         "transformers sdpa": None,
         "optimize(cdetr_fast) fp32": None,
+        'engine="openvino" fp32': 'RuntimeError: engine: "openvino" needs openvino: '
+        "pip install 'cdetr-fast[openvino]'",
         "ONNX Runtime fp32": "needs onnx: pip install 'cdetr-fast[peers]'",
         "OpenVINO fp32": "needs openvino: pip install 'cdetr-fast[peers]'",
     }

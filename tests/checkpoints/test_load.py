@@ -131,10 +131,10 @@ def test_shapes_that_do_not_fit(tmp_path):
     message = str(caught[-1].message)
     assert "class_labels_classifier.bias: expected [3], got [7]" in message
     assert "bbox_predictor" not in message
-    assert info["mismatched_keys"] == [
+    assert info["mismatched_keys"] == {
         ("class_labels_classifier.weight", (7, 64), (3, 64)),
         ("class_labels_classifier.bias", (7,), (3,)),
-    ]
+    }
     # the initial value of the paper, not zero and not the checkpoint's
     torch.testing.assert_close(
         model.class_labels_classifier.bias, torch.full((3,), -torch.tensor(99.0).log().item())
@@ -155,9 +155,9 @@ def test_missing_and_unexpected_are_all_listed(tmp_path):
     assert all(key in message for key in [*removed, "extra.weight"])
     assert "num_batches_tracked" not in message
     assert info == {
-        "missing_keys": removed,
-        "unexpected_keys": ["extra.weight"],
-        "mismatched_keys": [],
+        "missing_keys": set(removed),
+        "unexpected_keys": {"extra.weight"},
+        "mismatched_keys": set(),
         "error_msgs": [],
     }
     with pytest.raises(ValueError, match=r"expected exactly the weights of .*(\n.*)*extra\.weight"):

@@ -1,6 +1,7 @@
 """`cdetr-fast serve`: the command, and a real process with its socket and signals."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -14,6 +15,14 @@ import pytest
 from cdetr_fast import cli
 from cdetr_fast.demo.scenes import draw_scene
 from cdetr_fast.serving import server
+
+
+class ClosedHandler(logging.NullHandler):
+    closed = False
+
+    def close(self):
+        self.closed = True
+        super().close()
 
 
 def run(*arguments):
@@ -49,14 +58,18 @@ def test_wrong_model_is_reported(capsys, tmp_path):
     assert f"--model {tmp_path}" in capsys.readouterr().err
 
 
-def test_application_that_does_not_start(tmp_path, capsys):
+def test_application_that_does_not_start(caplog):
     from fastapi import FastAPI
 
     def lifespan(app):
         raise OSError("no luck")
 
+    handler = ClosedHandler()
+    logging.getLogger("another_library").addHandler(handler)
     with server.open_socket("127.0.0.1", 0) as opened, pytest.raises(RuntimeError, match="started"):
         server.run(FastAPI(lifespan=lifespan), opened, 1.0, lambda: None)
+    assert "no luck" in caplog.text
+    assert not handler.closed, "the server closes handlers of other libraries"
 
 
 def test_socket_is_on_the_address_and_v6():
