@@ -26,6 +26,7 @@ _MODULES = {
     "ConditionalDetrImageProcessorPil": "images",
     "ConditionalDetrModel": "models.modeling",
     "ConditionalDetrPreTrainedModel": "models.pretrained",
+    "draw_attention": "models.attention_maps",
     "optimize": "inference",
     "patch_transformers": "integrations.patching",
     "register_auto_classes": "integrations.auto_classes",
@@ -44,6 +45,7 @@ __all__ = [
     "ConditionalDetrModel",
     "ConditionalDetrPreTrainedModel",
     "__version__",
+    "draw_attention",
     "optimize",
     "patch_transformers",
     "register_auto_classes",
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
         unregister_auto_classes,
     )
     from cdetr_fast.integrations.patching import patch_transformers, unpatch_transformers
+    from cdetr_fast.models.attention_maps import draw_attention
     from cdetr_fast.models.modeling import (
         ConditionalDetrForObjectDetection,
         ConditionalDetrForSegmentation,

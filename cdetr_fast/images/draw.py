@@ -1,4 +1,4 @@
-"""Detections and segments drawn on pictures."""
+"""Detections, segments and attention maps drawn on pictures."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 Box = tuple[float, float, float, float]
 
 _GOLDEN_RATIO = 0.618033988749895
+# Colours of a heat map from its lowest to its highest value, evenly spaced.
+_HEAT = np.array(
+    [(40, 10, 90), (120, 28, 110), (187, 55, 84), (237, 105, 37), (251, 180, 26), (252, 255, 190)],
+    dtype=np.float32,
+)
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
@@ -135,6 +140,59 @@ def draw_masks(
     captioner = _Captioner(ImageDraw.Draw(picture), picture.size)
     for caption, left, top, colour in captions:
         captioner.write(caption, left, top, top, colour)
+    return picture
+
+
+def draw_heatmap(
+    image: Image.Image,
+    weights: np.ndarray,
+    extent: tuple[float, float],
+    box_xyxy: Sequence[float],
+    point_xy: Sequence[float],
+    label: int,
+    caption: str,
+) -> Image.Image:
+    """Draw a map of weights over a picture, with a box and a point.
+
+    Args:
+        image: Picture of any mode; it appears dark and with little colour under the map.
+        weights: `[h, w]`, 0 or more; the brightest colour stands for the largest.
+        extent: Width and height of the picture in cells of the map, from its upper left corner on.
+        box_xyxy: Pixels of the picture; cut off at its edges.
+        point_xy: Pixels of the picture.
+        label: Class index, which gives the colour of the caption.
+        caption: Written into the upper left corner.
+
+    Returns:
+        A new RGB image of the same size.
+    """
+    largest = weights.max()
+    scaled = weights / largest if largest > 0 else weights
+    heat = np.asarray(
+        Image.fromarray(scaled.astype(np.float32)).resize(
+            image.size, Image.Resampling.BICUBIC, box=(0, 0, *extent)
+        )
+    ).clip(0, 1)
+    steps = np.linspace(0, 1, len(_HEAT))
+    colours = np.stack([np.interp(heat, steps, channel) for channel in _HEAT.T], axis=-1)
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
+    background = 0.25 * pixels + 0.45 * grey
+    opacity = 0.9 * (heat**0.75)[..., None]
+    blended = background + opacity * (colours - background)
+
+    picture = Image.fromarray((blended + 0.5).astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    line = _line_width(picture.size)
+    corner = np.array([picture.width - 1, picture.height - 1] * 2)
+    box = np.clip(np.asarray(box_xyxy), 0, corner)
+    around = np.array([-1, -1, 1, 1])
+    draw.rectangle((box + around).tolist(), outline="black", width=line + 2)  # seen on any ground
+    draw.rectangle(box.tolist(), outline="white", width=line)
+    x, y = point_xy
+    for radius, fill in ((2 * line + 1, "black"), (2 * line, "white")):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+    _Captioner(draw, picture.size).write(caption, 0, 0, 0, class_colour(label))
     return picture
 
 

@@ -111,9 +111,9 @@ class PredictingModel(ModelWithLoss):
         compute: Callable[[Batch], list[Result]],
     ) -> Result | list[Result]:
         """Return one result for one image, a list for several."""
-        if _is_single(images):
+        if is_single(images):
             (batch,) = self._batches([images], 1)
-            with _evaluating(self):
+            with evaluating(self):
                 return compute(batch)[0]
         many = cast("Iterable[ImageInput]", images)
         return list(self._predict_each(many, batch_size, compute))
@@ -125,25 +125,16 @@ class PredictingModel(ModelWithLoss):
         compute: Callable[[Batch], list[Result]],
     ) -> Iterator[Result]:
         for batch in _ahead(self._batches(images, batch_size)):
-            with _evaluating(self):
+            with evaluating(self):
                 results = compute(batch)
             yield from results
 
     def _batches(self, images: Iterable[ImageInput], batch_size: int) -> Iterator[Batch]:
         """Read images and prepare them, a batch at a time."""
         processor = self.image_processor
-        device = self.device if processor.device is None else processor.device
         waiting: list[Tensor] = []
         for position, image in enumerate(images):
-            (pixels,) = load_images(
-                [image],
-                processor.do_convert_rgb,
-                processor.input_data_format,
-                device,
-                position,
-                rescale_factor=processor.rescale_factor if processor.do_rescale else None,
-                recognizes_floats=True,
-            )
+            pixels = self._read(image, position)
             size_hw = processor.resized_hw(pixels)
             if waiting and not (self._mixes_sizes or size_hw == processor.resized_hw(waiting[0])):
                 yield self._batch(waiting)
@@ -154,6 +145,20 @@ class PredictingModel(ModelWithLoss):
                 waiting = []
         if waiting:
             yield self._batch(waiting)
+
+    def _read(self, image: ImageInput, position: int) -> Tensor:
+        """Return the pixels of an image, upright, `[C, H, W]`; `position` is for messages."""
+        processor = self.image_processor
+        (pixels,) = load_images(
+            [image],
+            processor.do_convert_rgb,
+            processor.input_data_format,
+            self.device if processor.device is None else processor.device,
+            position,
+            rescale_factor=processor.rescale_factor if processor.do_rescale else None,
+            recognizes_floats=True,
+        )
+        return pixels
 
     def _batch(self, images: list[Tensor]) -> Batch:
         pixel_values, pixel_mask = self.image_processor.to_batch(images)
@@ -315,7 +320,7 @@ class SegmentingModel(PredictingModel):
         )
 
 
-def _is_single(images: ImageInput) -> bool:
+def is_single(images: ImageInput) -> bool:
     """Return whether this is one image, and not a list or batch of them."""
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim != 4
@@ -324,7 +329,7 @@ def _is_single(images: ImageInput) -> bool:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and each module back into its own mode at the end."""
     training = [module for module in model.modules() if module.training]
     if training:
