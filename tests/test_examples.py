@@ -1,10 +1,30 @@
 """The programs in cells in examples/ run, and what they claim is so."""
 
+import json
 import re
 import runpy
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+
+from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
+from cdetr_fast.demo import DEMO
+from cdetr_fast.demo.scenes import draw_scene
+from cdetr_fast.images import resize
+
+
+def run(path, argv=()):
+    """Run a program in this process; starting one and importing torch takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *argv])
+        patch.syspath_prepend(path.parent)  # as `python path` does
+        return runpy.run_path(str(path), run_name="__main__")
 
 
 def attention_maps(folder, out):
@@ -13,8 +33,38 @@ def attention_maps(folder, out):
     assert "0.89 ring" in out
 
 
+def detect_numpy(folder, out):
+    assert out == ""
+
+
+def onnx_without_torch(folder, out):
+    assert "0.89 ring at 188, 257, 129 x 128" in out
+
+
 # What each needs for a small run, and a check of what it left.
-EXAMPLES = {"attention_maps": ({"SIZE": "64"}, attention_maps)}
+EXAMPLES = {
+    "attention_maps": ({"SIZE": "64"}, attention_maps),
+    "detect_numpy": ({}, detect_numpy),
+    "onnx_without_torch": ({}, onnx_without_torch),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(root, tmp_path_factory):
+    """A folder with the export of examples/onnx_without_torch.py."""
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module)
+    folder = tmp_path_factory.mktemp("onnx")
+    text = (root / "examples" / "onnx_without_torch.py").read_text("utf-8")
+    program = folder / "export.py"
+    program.write_text(text.split('EXPORT = """')[1].split('"""')[0], "utf-8")
+    run(program, ["", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def numpy_code(root):
+    return run(root / "examples" / "detect_numpy.py")
 
 
 def test_all_are_run(root):
@@ -22,16 +72,88 @@ def test_all_are_run(root):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_example(name, root, monkeypatch, tmp_path, capsys):
+def test_example(name, root, monkeypatch, tmp_path, capsys, request):
     path = root / "examples" / f"{name}.py"
     text = path.read_text("utf-8")
     assert text.startswith("# %% [markdown]\n# # ")
     assert set(re.findall("^# %%.*", text, re.MULTILINE)) == {"# %%", "# %% [markdown]"}
     assert f"`examples/{name}.py`" in (root / "docs" / "examples.md").read_text("utf-8")
     settings, check = EXAMPLES[name]
-    for variable, value in ({"OUTPUT": str(tmp_path)} | settings).items():
-        assert f'"{variable}"' in text
+    output = request.getfixturevalue("exported") if "EXPORT" in text else tmp_path
+    for variable, value in ({"OUTPUT": str(output)} | settings).items():
+        assert f'"{variable}"' in text or name == "detect_numpy"
         monkeypatch.setenv(variable, value)
     monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(path), run_name="__main__")
-    check(tmp_path, capsys.readouterr().out)
+    capsys.readouterr()
+    run(path)
+    check(output, capsys.readouterr().out)
+
+
+# --- without torch --------------------------------------------------------------------------------
+
+
+def test_onnx_example_imports_no_torch(root, exported):
+    code = (
+        "import runpy, sys\n"
+        "sys.modules.update(dict.fromkeys(('torch', 'torchvision', 'cdetr_fast')))\n"
+        f"sys.path.insert(0, {str(root / 'examples')!r})\n"
+        f"runpy.run_path({str(root / 'examples' / 'onnx_without_torch.py')!r})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"OUTPUT": str(exported)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "0.89 ring at 188, 257, 129 x 128" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("size_hw", "pixels"),
+    [((128, 128), 1e-3), ((96, 128), 1e-3), ((128, 74), 1e-3), ((333, 500), 1.0)],
+)
+def test_numpy_gives_what_predict_gives(exported, numpy_code, size_hw, pixels):
+    """Images of the model's size have equal pixels; others are resized by another library."""
+    model = ConditionalDetrForObjectDetection.from_pretrained(DEMO, dtype=torch.float32)
+    detector = numpy_code["Detector"](exported)
+    for seed in (3, 4):
+        image = draw_scene(seed, size_hw)[0]
+        expected, found = model.predict(image, threshold=0.3), detector(image, threshold=0.3)
+        assert found.labels.tolist() == expected.labels.tolist() != []
+        assert abs(found.boxes_xyxy - expected.boxes_xyxy.numpy()).max() < pixels
+        assert abs(found.scores - expected.scores.numpy()).max() < pixels / 100
+
+
+sides = st.integers(1, 3000)
+
+
+@given(sides, sides, st.integers(1, 1000), sides)
+def test_numpy_resizes_to_the_same_size(numpy_code, height, width, shortest, longest):
+    size = {"shortest_edge": shortest, "longest_edge": longest}
+    assert numpy_code["resized_hw"](height, width, size) == resize.resized_hw(height, width, size)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK"])
+def test_numpy_prepares_images_as_the_processor(numpy_code, tmp_path, mode):
+    """Within a level of 255 where it resizes; turned upright."""
+    processor = ConditionalDetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    draw_scene(2, (160, 96))[0].convert(mode).save(path, exif=exif)
+    settings = json.loads(processor.to_json_string())
+    values = numpy_code["preprocess"](numpy_code["read_image"](path), settings)
+    expected = processor(path, return_tensors="np")["pixel_values"]
+    assert values.dtype == np.float32
+    assert values.shape == expected.shape == (1, 3, 58, 96)
+    assert abs(values - expected).max() < 1.01 / 255 / 0.224
+    exact = processor.with_overrides({"do_resize": False}, "test")
+    values = numpy_code["preprocess"](numpy_code["read_image"](path), exact.to_dict())
+    expected = exact(path, return_tensors="np")["pixel_values"]
+    assert abs(values - expected).max() < 1e-5
+
+
+def test_numpy_refuses_other_sizes(numpy_code):
+    with pytest.raises(ValueError, match="size: expected shortest_edge and longest_edge"):
+        numpy_code["resized_hw"](10, 10, {"max_height": 10, "max_width": 10})
