@@ -41,10 +41,18 @@ def onnx_without_torch(folder, out):
     assert "0.89 ring at 188, 257, 129 x 128" in out
 
 
+def kernels_alone(folder, out):
+    errors = [float(x) for x in re.findall(r"within (\S+)$", out, re.MULTILINE)]
+    assert len(errors) == 4
+    assert max(errors) < 1e-5
+    assert "\nset_loss: " in out
+
+
 # What each needs for a small run, and a check of what it left.
 EXAMPLES = {
     "attention_maps": ({"SIZE": "64"}, attention_maps),
     "detect_numpy": ({}, detect_numpy),
+    "kernels_alone": ({"DEVICE": "cpu", "BATCH": "2", "QUERIES": "20"}, kernels_alone),
     "onnx_without_torch": ({}, onnx_without_torch),
 }
 
@@ -81,7 +89,7 @@ def test_example(name, root, monkeypatch, tmp_path, capsys, request):
     settings, check = EXAMPLES[name]
     output = request.getfixturevalue("exported") if "EXPORT" in text else tmp_path
     for variable, value in ({"OUTPUT": str(output)} | settings).items():
-        assert f'"{variable}"' in text or name == "detect_numpy"
+        assert f'"{variable}"' in text or variable == "OUTPUT"
         monkeypatch.setenv(variable, value)
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
