@@ -15,7 +15,7 @@ from PIL import Image
 
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
 from cdetr_fast.demo import DEMO
-from cdetr_fast.demo.scenes import draw_scene
+from cdetr_fast.demo.scenes import draw_scene, write_coco_dataset
 from cdetr_fast.images import resize
 
 
@@ -37,6 +37,14 @@ def detect_numpy(folder, out):
     assert out == ""
 
 
+def fine_tune(folder, out):
+    model = ConditionalDetrForObjectDetection.from_pretrained(folder / "run" / "best")
+    assert model.config.id2label == {0: "round", 1: "angular"}
+    assert "AP50" in out
+    for page in (folder / "run" / "report.html", folder / "evaluation" / "report.html"):
+        assert "angular" in page.read_text("utf-8")
+
+
 def onnx_without_torch(folder, out):
     assert "0.89 ring at 188, 257, 129 x 128" in out
 
@@ -48,10 +56,13 @@ def kernels_alone(folder, out):
     assert "\nset_loss: " in out
 
 
+TRAINING = {"SCENES": "8", "EPOCHS": "1", "SIZE": "64", "BATCH": "4", "DEVICE": "cpu"}
+
 # What each needs for a small run, and a check of what it left.
 EXAMPLES = {
     "attention_maps": ({"SIZE": "64"}, attention_maps),
     "detect_numpy": ({}, detect_numpy),
+    "fine_tune": (TRAINING, fine_tune),
     "kernels_alone": ({"DEVICE": "cpu", "BATCH": "2", "QUERIES": "20"}, kernels_alone),
     "onnx_without_torch": ({}, onnx_without_torch),
 }
@@ -95,6 +106,19 @@ def test_example(name, root, monkeypatch, tmp_path, capsys, request):
     capsys.readouterr()
     run(path)
     check(output, capsys.readouterr().out)
+
+
+def test_fine_tune_takes_an_export(root, monkeypatch, tmp_path, capsys):
+    for split, seeds in (("train", range(6)), ("valid", range(6, 9))):
+        path = write_coco_dataset(tmp_path / "data" / split, seeds, (64, 80))
+        path.rename(path.with_name("_annotations.coco.json"))
+    own = {"DATA": str(tmp_path / "data"), "OUTPUT": str(tmp_path / "output")}
+    for variable, value in (TRAINING | own).items():
+        monkeypatch.setenv(variable, value)
+    run(root / "examples" / "fine_tune.py")
+    assert "after 2 steps" in capsys.readouterr().out
+    assert (tmp_path / "output" / "evaluation" / "report.html").is_file()
+    assert not (tmp_path / "output" / "scenes").exists()
 
 
 # --- without torch --------------------------------------------------------------------------------
