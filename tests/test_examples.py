@@ -37,6 +37,12 @@ def detect_numpy(folder, out):
     assert out == ""
 
 
+def convergence(folder, out):
+    assert "epoch   1  AP 0." in out
+    assert "AP 0.3: not reached" in out
+    assert (folder / "paper" / "report.html").is_file()
+
+
 def fine_tune(folder, out):
     model = ConditionalDetrForObjectDetection.from_pretrained(folder / "run" / "best")
     assert model.config.id2label == {0: "round", 1: "angular"}
@@ -61,6 +67,7 @@ TRAINING = {"SCENES": "8", "EPOCHS": "1", "SIZE": "64", "BATCH": "4", "DEVICE": 
 # What each needs for a small run, and a check of what it left.
 EXAMPLES = {
     "attention_maps": ({"SIZE": "64"}, attention_maps),
+    "convergence": ({"SCENES": "8", "EPOCHS": "1"}, convergence),
     "detect_numpy": ({}, detect_numpy),
     "fine_tune": (TRAINING, fine_tune),
     "kernels_alone": ({"DEVICE": "cpu", "BATCH": "2", "QUERIES": "20"}, kernels_alone),

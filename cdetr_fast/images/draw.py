@@ -192,7 +192,8 @@ def draw_heatmap(
     x, y = point_xy
     for radius, fill in ((2 * line + 1, "black"), (2 * line, "white")):
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
-    _Captioner(draw, picture.size).write(caption, 0, 0, 0, class_colour(label))
+    # Larger than on a picture by itself: these are looked at side by side.
+    _Captioner(draw, picture.size, 0.055).write(caption, 0, 0, 0, class_colour(label))
     return picture
 
 
@@ -225,13 +226,21 @@ def contact_sheet(images: Sequence[Image.Image], columns: int, gap: int = 6) -> 
 
 
 class _Captioner:
-    """Writer of captions on filled plates that avoid earlier ones where possible."""
+    """Writer of captions on filled plates that avoid earlier ones where possible.
 
-    def __init__(self, draw: ImageDraw.ImageDraw, size: tuple[int, int]) -> None:
+    Args:
+        draw: Draws on the picture.
+        size: Width and height of the picture.
+        height: Of the letters, as a fraction of the shorter side, but 10 pixels at least.
+    """
+
+    def __init__(
+        self, draw: ImageDraw.ImageDraw, size: tuple[int, int], height: float = 0.025
+    ) -> None:
         self.draw = draw
         self.width, self.height = size
-        # 2.5 % of the shorter side reads well from thumbnails' 10 pixels up to posters.
-        self.font = ImageFont.load_default(size=max(10, round(0.025 * min(size))))
+        # 2.5 % reads well from thumbnails' 10 pixels up to posters.
+        self.font = ImageFont.load_default(size=max(10, round(height * min(size))))
         self.padding = _line_width(size)
         self.taken: list[Box] = []
 
