@@ -1,4 +1,4 @@
-"""`cdetr-fast detect`: objects in image files and folders."""
+"""`cdetr-fast detect`: objects in image files and folders; videos are in `detect_video`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def detect(
-    images: Annotated[
-        list[Path], typer.Argument(help="Image files, and folders whose images are taken.")
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Image files and folders whose images are taken; or video files, a camera's "
+            "index or a stream's URL."
+        ),
     ],
     model: ModelOption = None,
     threshold: ThresholdOption = 0.5,
@@ -48,26 +52,50 @@ def detect(
         bool,
         typer.Option("--report", help="Also write report.html: a page to look through and filter."),
     ] = False,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            metavar="INTEGER",
+            min=1,
+            help="Most frames of each video or camera. Default: all of them.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Detect objects in images.
+    """Detect objects in images, videos or what a camera sees.
 
     Writes detections.json (COCO results), images.json (the COCO images and categories that its
     ids mean) and an annotated picture of each image. An image that cannot be read is reported
     and skipped, and so is a picture that cannot be written; the exit code is then 1. With
     --report also report.html, and report_2.html and so on if there are many images.
+
+    Of a video file every frame is used, and an annotated video is written. A camera or a stream
+    runs until Ctrl-C, and frames that come while the model is busy are dropped. The extra "video"
+    is needed.
     """
     import cdetr_fast
+    from cdetr_fast.cli.detect_video import detect_videos, list_videos
     from cdetr_fast.reports.detections import DetectionReport
     from cdetr_fast.reports.page import describe_environment
 
-    paths = _list_images(images)
+    videos = list_videos(inputs)
+    if videos and html:
+        raise typer.BadParameter("--report shows images, not videos; leave it out")
+    if frames is not None and not videos:
+        raise typer.BadParameter("--frames is for videos, cameras and streams; leave it out")
+    paths = [] if videos else _list_images(map(Path, inputs))
     make_output_folder(output)
     detector = Detector(model, revision, device)
     if engine == "openvino":
         with progress.task("compiling the model"):
             detector.use_openvino()
+    elif videos:
+        detector.optimize()
     else:
         detector.optimize_for(len(paths))
+    if videos:
+        detect_videos(detector, videos, output, threshold, top_k, batch_size, frames)
+        return
     records: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     names = PictureNames(output, paths)

@@ -1,9 +1,11 @@
-"""Folders of results, and names of the pictures in them."""
+"""Folders of results, names of the pictures in them, and files that grow with the results."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from cdetr_fast.cli.errors import UserError
 
@@ -17,7 +19,7 @@ def make_output_folder(path: Path) -> None:
 
 
 class PictureNames:
-    """Names for annotated pictures: all different, and none that would overwrite an input.
+    """Names for annotated pictures and videos: all different, and none that overwrites an input.
 
     Args:
         folder: Where the pictures go.
@@ -28,12 +30,12 @@ class PictureNames:
         self.folder = folder
         self.taken = {self._key(path) for path in inputs}
 
-    def take(self, source: Path) -> Path:
-        """Return the path of the picture that is made from `source`."""
+    def take(self, source: Path, suffix: str = ".jpg") -> Path:
+        """Return the path of the picture, or of another kind of file, that `source` becomes."""
         number = 1
         while True:
-            suffix = "" if number == 1 else f"_{number}"
-            path = self.folder / f"{source.stem}{suffix}.jpg"
+            ending = "" if number == 1 else f"_{number}"
+            path = self.folder / f"{source.stem}{ending}{suffix}"
             if self._key(path) not in self.taken:
                 self.taken.add(self._key(path))
                 return path
@@ -42,3 +44,29 @@ class PictureNames:
     @staticmethod
     def _key(path: Path) -> str:
         return str(path.resolve()).lower()  # some file systems do not tell A.jpg from a.jpg
+
+
+class GrowingArray:
+    """A JSON file with an array that is written item by item, so that it may be of any length.
+
+    Args:
+        path: The file.
+        before: What precedes the items, with the opening bracket.
+        after: What follows them; `close` writes it.
+    """
+
+    def __init__(self, path: Path, before: str = "[", after: str = "]") -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._after = after
+        self._file.write(before)
+        self._separator = "\n"
+
+    def append(self, item: dict[str, Any]) -> None:
+        """Write an item."""
+        self._file.write(self._separator + json.dumps(item))
+        self._separator = ",\n"
+
+    def close(self) -> None:
+        """Complete the file."""
+        with self._file:
+            self._file.write(f"\n{self._after}\n")

@@ -22,17 +22,6 @@ from cdetr_fast.common import files
 from cdetr_fast.demo.scenes import CLASSES, TRAIN_SEED
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """A tiny model with random weights, saved with its image processor."""
-    config = tiny_config()
-    folder = tmp_path_factory.mktemp("checkpoint")
-    ConditionalDetrForObjectDetection(config).save_pretrained(folder)
-    size = {"shortest_edge": 64, "longest_edge": 96}
-    ConditionalDetrImageProcessor(size=size).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     """Three images of different sizes, and a file that is none."""
