@@ -198,7 +198,7 @@ class VideoWriter:
         self._last = -1
         self._path = path
         with self._errors():
-            self._container = av.open(str(path), "w", format="mp4")
+            self._container = av.open(f"file:{path}", "w", format="mp4")
         added = self._container.add_stream(name, rate=rate.limit_denominator(1001))
         self._stream = cast("VideoStream", added)
         width, height = size[0] + size[0] % 2, size[1] + size[1] % 2
@@ -266,7 +266,9 @@ def _open(source: str | int) -> InputContainer:
     import av
 
     if isinstance(source, str):
-        return av.open(source, timeout=_TIMEOUT_SECONDS if "://" in source else None)
+        if "://" in source:
+            return av.open(source, timeout=_TIMEOUT_SECONDS)
+        return av.open(f"file:{source}")  # or FFmpeg takes what precedes a colon for a protocol
     if sys.platform not in _CAMERAS:
         raise ValueError(f"cameras are read on {' and '.join(_CAMERAS)}, not on {sys.platform}")
     kind, device = _CAMERAS[sys.platform]

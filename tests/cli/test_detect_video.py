@@ -56,15 +56,15 @@ def read(folder: Path) -> tuple[dict, list]:
     return index, objects
 
 
-def interrupt_after(count: int, monkeypatch) -> None:
-    """Press Ctrl-C when the model has done so many frames."""
+def interrupt_after(count: int, monkeypatch, number: int = signal.SIGINT) -> None:
+    """Send a signal, that of Ctrl-C, when the model has done so many frames."""
     predict_each = Detector.predict_each
 
     def interrupted(self, *arguments):
         for i, result in enumerate(predict_each(self, *arguments)):
             yield result
             if i + 1 == count:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
 
     monkeypatch.setattr(Detector, "predict_each", interrupted)
 
@@ -118,6 +118,8 @@ def test_several_videos_and_upright_ones(detect, tmp_path, found):
     """Image ids count through, names differ, and no input is overwritten."""
     found.mkdir()
     paths = [write_clip(found / "clip.mp4", 4), write_clip(tmp_path / "clip.mkv", 4)]
+    paths.append(Path("clip: 100 %d.mp4"))  # no protocol, no pattern
+    (tmp_path / "work" / paths[2]).write_bytes(paths[0].read_bytes())
     turn(paths[0], 1)
     before = paths[0].read_bytes()
     done = detect(*paths, "--frames", 2)
@@ -128,10 +130,13 @@ def test_several_videos_and_upright_ones(detect, tmp_path, found):
         (1, str(paths[0]), 1, 48),
         (2, str(paths[1]), 0, 64),
         (3, str(paths[1]), 1, 64),
+        (4, str(paths[2]), 0, 64),
+        (5, str(paths[2]), 1, 64),
     ]
     assert paths[0].read_bytes() == before
     assert [f.image.size for f in VideoReader(str(found / "clip_2.mp4"))] == [(48, 64)] * 2
     assert [f.image.size for f in VideoReader(str(found / "clip_3.mp4"))] == [(64, 48)] * 2
+    assert len(list(VideoReader(str(found / paths[2])))) == 2
 
 
 def test_a_camera_drops_what_the_model_has_no_time_for(detect, camera, found, monkeypatch):
@@ -190,11 +195,17 @@ def test_ctrl_c_ends_a_camera(detect, camera, found, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_in_a_file_keeps_what_was_found(detect, tmp_path, found, monkeypatch):
-    interrupt_after(3, monkeypatch)
+@pytest.mark.parametrize(
+    ("number", "code", "text"),
+    [(signal.SIGINT, 130, "cdetr-fast: interrupted\n"), (signal.SIGTERM, 143, "")],
+)
+def test_a_stopped_file_keeps_what_was_found(
+    detect, tmp_path, found, monkeypatch, number, code, text
+):
+    interrupt_after(3, monkeypatch, number)
     clips = [write_clip(tmp_path / name, 40) for name in ("a.mp4", "b.mp4")]
     done = detect(*clips)
-    assert (done.code, done.err) == (130, "cdetr-fast: interrupted\n")
+    assert (done.code, done.err) == (code, text)
     frames = read(found)[0]["images"]
     assert 3 <= len(frames) < 20
     assert len(list(VideoReader(str(found / "a.mp4")))) == len(frames)
