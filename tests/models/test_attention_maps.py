@@ -1,8 +1,12 @@
 """`draw_attention`: the weights of the model's forward, at their place in the upright image."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from support.tiny import randomized, tiny_config
 
@@ -14,6 +18,7 @@ from cdetr_fast import (
     draw_attention,
     optimize,
 )
+from cdetr_fast.images import draw
 from cdetr_fast.images.draw import draw_heatmap
 from cdetr_fast.models import attention_maps
 
@@ -153,18 +158,37 @@ def test_pixels_that_are_not_rescaled_are_stretched(model):
     assert rows.std() > 10
 
 
-def test_heat_is_where_the_weights_are():
-    """A cell of the map covers its part of the picture; padding is left out."""
-    image = Image.new("RGB", (80, 40), (90, 90, 90))
-    weights = np.zeros((4, 6), dtype=np.float32)
-    weights[1, 2] = 0.25
-    drawn = draw_heatmap(image, weights, (4, 2), [70, 2, 78, 8], [72, 5], 0, "")
-    brightness = np.asarray(drawn, dtype=int).sum(-1)[:, :68]
-    brightness[:16] = 0  # the caption
-    assert np.unravel_index(brightness.argmax(), brightness.shape) == pytest.approx((30, 50), abs=3)
+@settings(max_examples=30)
+@given(
+    st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    st.data(),
+)
+def test_heat_is_where_the_weights_are(cells_hw, padding_hw, data):
+    """A cell of the map covers its part of the picture, whatever the padding."""
+    (rows, columns), size = cells_hw, 12
+    image = Image.new("RGB", (columns * size, rows * size), (90, 90, 90))
+    weights = np.zeros((rows + padding_hw[0], columns + padding_hw[1]), dtype=np.float32)
+    row, column = data.draw(st.tuples(st.integers(0, rows - 1), st.integers(0, columns - 1)))
+    weights[row, column] = 0.25
+    with mock.patch("cdetr_fast.images.draw.ImageDraw"), mock.patch.object(draw, "_Captioner"):
+        drawn = draw_heatmap(image, weights, (columns, rows), [0] * 4, [0, 0], 0, "")
+    brightness = np.asarray(drawn, dtype=int).sum(-1)
+    y, x = np.unravel_index(brightness.argmax(), brightness.shape)
+    assert (y // size, x // size) == (row, column)
     assert (np.asarray(image) == 90).all()
-    flat = np.asarray(draw_heatmap(image, np.zeros_like(weights), (4, 2), [0] * 4, [0, 0], 0, ""))
-    assert np.unique(flat[20:, 20:]).size == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 2), (640, 480)])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_heat_on_any_picture(mode, size):
+    image = Image.new(mode, size)
+    weights = np.zeros((3, 4), dtype=np.float32)
+    outside = [-50.0, -50.0, 900.0, 900.0]
+    drawn = draw_heatmap(image, weights, (4, 3), outside, [500.0, -3.0], 0, "cat 0.50, head 11")
+    assert (drawn.mode, drawn.size) == ("RGB", size)
+    if min(size) > 100:  # no weights: no heat
+        assert (np.asarray(drawn)[200:220, 200:220] == 0).all()
 
 
 @pytest.mark.parametrize(
