@@ -256,6 +256,22 @@ def _():
     assert list(model.state_dict()) == before
 
 
+@line("`GradientCheckpointingLayer` and `_keep_in_fp32_modules`")
+def _():
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model = make().train()
+    assert not any(isinstance(x, GradientCheckpointingLayer) for x in model.modules())
+    assert any(isinstance(x, GradientCheckpointingLayer) for x in theirs().modules())
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing
+    half = make().bfloat16().eval()
+    half._keep_in_fp32_modules = ["bbox_predictor"]
+    outputs = half(IMAGES.bfloat16())
+    assert half.bbox_predictor.layers[0].weight.dtype == torch.bfloat16
+    assert outputs.pred_boxes.dtype == torch.float32
+
+
 @line("PIL images with an EXIF orientation")
 def _():
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
@@ -287,6 +303,15 @@ def _():
     scaled = processor(rescale_factor=1 / 65535)(257 * pixels)["pixel_values"]
     expected = processor()(pixels.astype(np.uint8))["pixel_values"]
     torch.testing.assert_close(scaled, expected, rtol=0, atol=1e-4)
+
+
+@line("None as a setting of the image processor")
+def _():
+    ours = processor(do_resize=None, image_mean=None)
+    assert ours.do_resize is True
+    assert ours.image_mean == processor().image_mean
+    their = transformers.ConditionalDetrImageProcessor(do_resize=None, image_mean=None)
+    assert their.do_resize is their.image_mean is None
 
 
 @line("images of four channels")
