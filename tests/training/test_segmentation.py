@@ -321,7 +321,7 @@ def test_processes_evaluate_as_one(covering, tmp_path, root):
     evaluate(**options, output=tmp_path / "skip one", bad_images="skip")
     done = two_processes("skip two", "--bad-images", "skip")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("1 of 7 images could not be read") == 1
+    assert done.stderr.count("1 of 7 images could not be read") == 1
     (images, stats, _), single = figures("skip two"), figures("skip one")
     assert images == single[0] == 6
     assert stats == pytest.approx(single[1], abs=1e-6)

@@ -183,7 +183,7 @@ def test_figures_are_not_lost_with_a_full_disk(scenes, checkpoint, tmp_path, mon
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_unreadable_images(checkpoint, damage, tmp_path, capsys, batch_size):
+def test_unreadable_images(checkpoint, damage, tmp_path, caplog, batch_size):
     """They are an error, or left out of the figures: not objects that were missed."""
     path = damage("val", "000003.png")
     options = {"batch_size": batch_size, "num_workers": 0, "device": "cpu"}
@@ -191,7 +191,7 @@ def test_unreadable_images(checkpoint, damage, tmp_path, capsys, batch_size):
     with pytest.raises(DataError, match=message):
         evaluate(checkpoint, path, **options)
     skipped = evaluate(checkpoint, path, output=tmp_path / "out", bad_images="skip", **options)
-    assert "1 of 5 images could not be read" in capsys.readouterr().out
+    assert "1 of 5 images could not be read" in caplog.text
     written = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert written["images"] == 4
     assert len(written["not_evaluated"]) == 1

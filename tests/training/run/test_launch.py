@@ -166,7 +166,8 @@ def test_killed_at_random_moments(settings, tmp_path):
 
     broken = settings(**options, output=str(tmp_path / "broken"), resume=True)
     moment = random.Random(0)
-    codes = [run(broken, moment.uniform(0.1, 0.9) * seconds) for _ in range(KILLS)]
+    # Early enough on a machine that became faster meanwhile.
+    codes = [run(broken, moment.uniform(0.1, 0.5) * seconds) for _ in range(KILLS)]
     assert -signal.SIGKILL in codes
     assert run(broken) == 0
     assert losses(broken["output"]) == losses(whole["output"])

@@ -176,7 +176,8 @@ def program(runs, folder):
 
 def torchrun(root, folder, *runs):
     """Runs `program` with two processes and two restarts."""
-    paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
+    folders = [str(root / name) for name in ("", "kernels", "tests")]
+    paths = [*folders, os.environ.get("PYTHONPATH", "")]
     environment = {
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",
@@ -210,7 +211,7 @@ def test_restarts_resume_their_own_runs_bitwise_and_no_other(settings, tmp_path,
     done = torchrun(root, tmp_path, whole, broken, settings(batch_size=2))
     assert done.returncode != 0
 
-    assert not dies.exists()
+    assert not dies.exists(), done.stderr[-3000:]
     ours, expected = (
         load_checkpoint(checkpoint_files(Path(x["output"]) / "checkpoints")[-1])
         for x in (broken, whole)
