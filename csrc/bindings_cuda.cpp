@@ -8,6 +8,11 @@
 #include "bindings.h"
 #include "launch.h"
 
+// torch 2.11 has it only under the name of libtorch itself.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace cdetr {
 namespace {
 
