@@ -6,6 +6,7 @@ with its place in the code, and the traceback of an error.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import mmap
 import os
@@ -202,9 +203,12 @@ def _download_bars_hidden() -> Iterator[None]:
     name = "HF_HUB_DISABLE_PROGRESS_BARS"
     with ExitStack() as stack:
         if "huggingface_hub" in sys.modules:
-            from huggingface_hub import utils
+            utils: Any = importlib.import_module("huggingface_hub.utils")
 
-            stack.enter_context(utils.disable_progress_bars())  # type: ignore[attr-defined]
+            # Two calls: in older releases the first one is no context manager.
+            if not utils.are_progress_bars_disabled():
+                utils.disable_progress_bars()
+                stack.callback(utils.enable_progress_bars)
         elif name not in os.environ:
             os.environ[name] = "1"
             stack.callback(os.environ.pop, name, None)
