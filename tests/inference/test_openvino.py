@@ -2,18 +2,16 @@
 
 import importlib.util
 import json
-import sys
-from typing import NamedTuple
 
 import pytest
 import torch
 from PIL import Image
+from support.command_line import run as command_line  # noqa: F401 - a fixture
 from support.oracle import SMALL_MODEL, make_ours, randomise
 
 from cdetr_fast import (
     ConditionalDetrForObjectDetection,
     ConditionalDetrImageProcessor,
-    cli,
     optimize,
 )
 from cdetr_fast.inference import openvino as module
@@ -197,29 +195,10 @@ def test_outputs_that_differ_are_refused(fast, monkeypatch):
 # Files and commands ------------------------------------------------------------------------------
 
 
-class Done(NamedTuple):
-    """Result of a command: exit code, stdout, stderr."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs `cdetr-fast` with arguments."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["cdetr-fast", *map(str, arguments), "--device", "cpu"])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return Done(code, *capsys.readouterr())
-
-    return call
+def run(command_line):  # noqa: F811 - the fixture
+    """Runs `cdetr-fast` with arguments on the CPU."""
+    return lambda *arguments: command_line(*arguments, "--device", "cpu")
 
 
 @pytest.fixture
