@@ -259,7 +259,7 @@ def _say_without_record(known: evidence.Evidence, device: torch.device) -> None:
     if known.record is None and device.type == "cuda":
         evidence.say_once(
             f"{known.source}, so PyTorch's own operators run on it. "
-            "`cdetr-fast qualify` tries this package's kernels here, in about 90 seconds."
+            "`cdetr-fast qualify`, or `qualify()` of the kernels, tries them in about 90 seconds."
         )
 
 

@@ -27,13 +27,13 @@ NAMES = (
 
 def operator(name: str) -> Operator:
     """Return an operator by its name."""
-    found: Operator = importlib.import_module(f"cdetr_kernels.ops.{name}").OPERATOR
+    found: Operator = importlib.import_module(f"{__package__}.ops.{name}").OPERATOR
     return found
 
 
 def cases(name: str) -> ModuleType:
     """Import the cases of an operator; they may need triton."""
-    return importlib.import_module(f"cdetr_kernels.ops.{name}.cases")
+    return importlib.import_module(f"{__package__}.ops.{name}.cases")
 
 
 def report(device: torch.device | str = "cpu") -> list[Choice]:

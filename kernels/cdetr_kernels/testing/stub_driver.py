@@ -82,7 +82,7 @@ def stubbed(capability: int = 90) -> Iterator[StubDriver]:
 
     for name in registry.NAMES:  # before the variable is set: triton reads it at decoration
         if "triton" in registry.operator(name).implementations:
-            importlib.import_module(f"cdetr_kernels.ops.{name}.triton")
+            importlib.import_module(f"{registry.__package__}.ops.{name}.triton")
     stub = StubDriver(capability)
 
     kernels: list[JITFunction[Any]] = []
