@@ -130,15 +130,12 @@ class Detector:
 
 def read_image(path: Path) -> Image.Image:
     """Read a file as an upright RGB image; UserError if it cannot be read."""
-    from PIL import Image
-
-    from cdetr_fast.images.load import load_images
+    from cdetr_fast.images.load import as_picture
 
     try:
-        (pixels,) = load_images(path)
+        return as_picture(path)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

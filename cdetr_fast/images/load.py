@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision import io
 
@@ -217,6 +217,25 @@ def load_images(
             )
         tensors.append(tensor.to(device=device))
     return tensors
+
+
+def as_picture(image: ImageInput) -> Image.Image:
+    """Return one image as an upright PIL image.
+
+    Args:
+        image: As for `load_images`, but only one. PIL images keep their mode; others come out as
+            RGB.
+
+    Raises:
+        As `load_images`; and ValueError for several images.
+    """
+    if isinstance(image, Image.Image):
+        return image if exif_orientation(image) == 1 else ImageOps.exif_transpose(image)
+    found = load_images([image], rescale_factor=1 / 255, recognizes_floats=True)
+    if len(found) != 1:
+        raise ValueError(f"image: expected one image, got {len(found)}")
+    pixels = found[0].cpu().float().round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def _flatten(images: Any) -> list[Any]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import supervision
     from PIL import Image
 
+    from cdetr_fast.images.load import ImageInput
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DetectionResult:
@@ -129,14 +131,20 @@ class DetectionResult:
             for (x0, y0, x1, y1), label, score in rows
         ]
 
-    def draw(self, image: Image.Image) -> Image.Image:
+    def draw(self, image: ImageInput) -> Image.Image:
         """Draw boxes, class names and scores on a copy of the image.
 
         Args:
-            image: The upright image, in any resolution.
+            image: What `predict` got, or the same picture in another resolution.
+
+        Raises:
+            OSError: The file cannot be read; the message names it.
+            ValueError: There are several images.
         """
         from cdetr_fast.images.draw import draw_detections
+        from cdetr_fast.images.load import as_picture
 
+        image = as_picture(image)
         scale = torch.tensor([image.width / self.image_hw[1], image.height / self.image_hw[0]])
         boxes_xyxy = self.boxes_xyxy * scale.repeat(2)
         return draw_detections(image, boxes_xyxy, self.labels, self.scores, self.id2label)
@@ -173,13 +181,18 @@ class SegmentationResult(DetectionResult):
         objects = super().to_coco(image_id)
         return [item | {"segmentation": code} for item, code in zip(objects, codes, strict=True)]
 
-    def draw(self, image: Image.Image) -> Image.Image:
+    def draw(self, image: ImageInput) -> Image.Image:
         """Tint the segments on a copy of the image, with class names and scores.
 
         Args:
-            image: The upright image, of the size of the result.
+            image: What `predict` got.
+
+        Raises:
+            OSError: The file cannot be read; the message names it.
+            ValueError: There are several images, or one of another size.
         """
         from cdetr_fast.images.draw import draw_masks
+        from cdetr_fast.images.load import as_picture
 
         infos = [
             {"id": segment_id, "label_id": label, "score": score}
@@ -187,7 +200,7 @@ class SegmentationResult(DetectionResult):
                 self.segment_ids, self.labels.tolist(), self.scores.tolist(), strict=True
             )
         ]
-        return draw_masks(image, self.segmentation, infos, self.id2label)
+        return draw_masks(as_picture(image), self.segmentation, infos, self.id2label)
 
 
 def detection_results(

@@ -439,6 +439,30 @@ def test_pictures(kind):
         assert example(kind).draw(image.resize((24, 16))).size == (24, 16)
 
 
+def test_pictures_of_what_predict_takes(tmp_path):
+    """Files, arrays and floats from 0 to 1; a photograph is turned by its EXIF orientation."""
+    result = example("detection")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8))
+    expected = np.asarray(result.draw(image))
+    path = tmp_path / "image.png"
+    image.save(path)
+    pixels = np.asarray(image)
+    kinds = (str(path), path, path.read_bytes(), pixels, pixels / 255, torch.tensor(pixels))
+    for one in (*kinds, torch.tensor(pixels).permute(2, 0, 1) / 255):
+        assert np.array_equal(np.asarray(result.draw(one)), expected)
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn to the right
+    turned = tmp_path / "turned.png"
+    image.transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
+    for one in (turned, Image.open(turned)):
+        assert np.array_equal(np.asarray(result.draw(one)), expected)
+    with pytest.raises(ValueError, match="image: expected one image, got 2"):
+        result.draw([image, image])
+    with pytest.raises(FileNotFoundError, match=r"none.jpg: cannot be read"):
+        result.draw("none.jpg")
+
+
 def test_results_are_checked():
     with pytest.raises(ValueError, match=r"expected \[n\], \[n\], \[n, 4\], got \[\[2\], \[1\]"):
         DetectionResult(torch.zeros(2), torch.zeros(1), torch.zeros(1, 4), (3, 3), {})
