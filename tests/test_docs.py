@@ -7,12 +7,14 @@ import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.tiny import randomized, tiny_config
 
-from cdetr_fast import cli
+from cdetr_fast import ConditionalDetrForSegmentation, ConditionalDetrImageProcessor, cli
 from cdetr_fast.demo import DEMO
-from cdetr_fast.demo.scenes import draw_scene, write_coco_dataset
+from cdetr_fast.demo.scenes import CLASSES, draw_scene, write_coco_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -70,7 +72,32 @@ def workplace(tmp_path_factory):
         annotations = write_coco_dataset(folder / "data" / split, seeds, (64, 80))
         annotations.rename(folder / "data" / f"instances_{split}.json")
     shutil.copytree(DEMO, folder / "runs" / "first" / "best")
+    masks = randomized(ConditionalDetrForSegmentation(tiny_config()))
+    masks.save_pretrained(folder / "runs" / "masks" / "best")
+    ConditionalDetrImageProcessor(size={"shortest_edge": 96}).save_pretrained(
+        folder / "runs" / "masks" / "best"
+    )
+    (folder / "voc").mkdir()
+    for seed in range(4):
+        image, truth = draw_scene(seed, (64, 80))
+        image.save(folder / "voc" / f"{seed}.png")
+        (folder / "voc" / f"{seed}.xml").write_text(voc_annotation(truth))
     return folder
+
+
+def voc_annotation(truth: dict[str, Any]) -> str:
+    """Return the annotation of a drawn scene as Pascal VOC's tools write it."""
+    objects = [
+        f"<object><name>{CLASSES[label]}</name><bndbox>"
+        + "".join(
+            f"<{name}>{side:.0f}</{name}>"
+            for name, side in zip(("xmin", "ymin", "xmax", "ymax"), box_xyxy, strict=True)
+        )
+        + "</bndbox></object>"
+        for label, box_xyxy in zip(truth["labels"], truth["boxes_xyxy"], strict=True)
+    ]
+    size = "<size><width>80</width><height>64</height><depth>3</depth></size>"
+    return f"<annotation>{size}{''.join(objects)}</annotation>"
 
 
 def test_blocks_were_found():

@@ -1,4 +1,4 @@
-"""Curves of `benchmarks.convergence`, and its table in docs/training.md.
+"""Curves of `benchmarks.convergence`, and its table in docs/convergence.md.
 
 python -m benchmarks.convergence.plot benchmarks/results/cpu_convergence_scenes.json --docs
 python -m benchmarks.convergence.plot benchmarks/results/cpu_convergence_bccd.json --docs
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--picture", type=Path, help="PNG file; beside the results if not given")
-    parser.add_argument("--docs", action="store_true", help="write into docs/training.md")
+    parser.add_argument("--docs", action="store_true", help="write into docs/convergence.md")
     options = parser.parse_args(arguments)
     file = results.load(options.results)
     picture = options.picture or options.results.with_suffix(".png")
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{environment['threads']} thread, torch {environment['torch']}, transformers "
             f"{environment['transformers']}."
         )
-        page = DOCS / "training.md"
+        page = DOCS / "convergence.md"
         text = page.read_text(encoding="utf-8")
         text = filled(text, {mark: f"{table(file.rows)}\n\n{note}"}, MARKS)
         page.write_text(text, encoding="utf-8")

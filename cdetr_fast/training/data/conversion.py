@@ -31,9 +31,10 @@ def convert(
     """Write `instances_<split>.json` for every split of a data set.
 
     Args:
-        kind: "voc" (Annotations, JPEGImages and ImageSets/Main; or XML files beside the images in
-            train, valid and test), "yolo" (data.yaml, images and labels: boxes, polygons, or poses,
-            whose points are left out) or "coco" (a JSON file, to be divided by `split`).
+        kind: "voc" (Annotations, JPEGImages and ImageSets/Main; or XML files beside the images, in
+            one folder or in train, valid and test), "yolo" (data.yaml, images and labels: boxes,
+            polygons, or poses, whose points are left out) or "coco" (a JSON file, to be divided by
+            `split`).
         source: The folder, or the JSON file.
         output: Folder for the JSON files; created if it does not exist.
         split: Fractions of the images for train, val and test, if the set has no splits; see
@@ -123,5 +124,7 @@ def summary_lines(written: dict[str, Path], images: Path, exif: Exif = "auto") -
     for split in ("train", "val"):
         if split in written:
             yield f"--{split}-annotations {written[split]} --{split}-images {images}"
-    if exif != "auto":
+    if list(written) == ["all"]:
+        yield "not divided: --split 0.8 0.2 writes a file to train on and one to validate on"
+    elif exif != "auto":
         yield f"--exif {exif}"

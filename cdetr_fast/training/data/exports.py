@@ -8,7 +8,7 @@ from pathlib import Path
 from cdetr_fast.training.data.coco import Exif, index_of, read_coco
 from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.labelled import coco_dictionary, split_folders, split_of_folder
-from cdetr_fast.training.data.voc import read_voc, voc_image_folder
+from cdetr_fast.training.data.voc import is_voc, read_voc, voc_image_folder
 from cdetr_fast.training.data.yolo import read_yolo, yolo_settings
 from cdetr_fast.training.errors import DataError
 
@@ -47,6 +47,11 @@ def read_set(
     if (path / COCO_NAME).is_file():
         return read_coco(path / COCO_NAME, path, masks, exif, segments)
     if not is_export(path):
+        if is_voc(path):
+            raise DataError(
+                f"{path}: a set of Pascal VOC without splits; run cdetr-fast convert voc {path} "
+                "--output annotations --split 0.8 0.2, which prints the flags to train with"
+            )
         raise DataError(
             f"{path}: expected a COCO JSON file, or a folder of Roboflow's exports: train, valid "
             f"and test with {COCO_NAME} (COCO) or XML files (VOC) beside the images, or data.yaml "

@@ -1,8 +1,9 @@
-"""Reader of Pascal VOC annotations, in VOC's own folders or beside the images."""
+"""Reader of Pascal VOC annotations, in a folder of their own or beside the images."""
 
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,9 @@ from cdetr_fast.training.data.labelled import (
     split_folders,
 )
 from cdetr_fast.training.errors import DataError
+
+_ANNOTATIONS = ("Annotations", "annotations")
+_IMAGES = ("JPEGImages", "images", "Images")
 
 # Numbers come as text, which pydantic parses.
 _Pixels = Annotated[int, Expected("a whole number of pixels")]
@@ -49,22 +53,24 @@ class _Annotation(BaseModel):
 
 
 def read_voc(source: Path) -> tuple[list[str], dict[str, list[LabelledImage]]]:
-    """Read VOC's folders, or Roboflow's with a folder for each split.
+    """Read VOC's folders, Roboflow's with one for each split, or XML files beside images.
 
     Returns:
-        Classes in alphabetical order, and the images of each split by its name.
+        Classes in alphabetical order, and the images of each split by its name: "all" if the set is
+        not divided.
 
     Raises:
         DataError: The folder has another structure, or a file is broken.
     """
     splits = _lists(source) or {
-        name: visible(folder, folder.glob("*.xml"), {".xml"})
-        for name, folder in split_folders(source).items()
+        name: _files(folder) for name, folder in split_folders(source).items()
     }
     if not any(splits.values()):
+        splits = {"all": _files(source)}
+    if not any(splits.values()):
         raise DataError(
-            f"{source}: expected the folders Annotations and JPEGImages of Pascal VOC, or train, "
-            "valid and test with images and XML files"
+            f"{source}: expected the folders Annotations and JPEGImages of Pascal VOC, or images "
+            "and XML files, in that folder or in train, valid and test in it"
         )
     found = {
         name: [_read_file(path, source) for path in progress.track(paths, f"reading {name}")]
@@ -76,13 +82,28 @@ def read_voc(source: Path) -> tuple[list[str], dict[str, list[LabelledImage]]]:
 
 def voc_image_folder(source: Path) -> Path:
     """Return the folder that the names of images are relative to."""
-    return source / "JPEGImages" if (source / "Annotations").is_dir() else source
+    if _folder(source, _ANNOTATIONS) is None:
+        return source
+    return _folder(source, _IMAGES) or source / _IMAGES[0]
+
+
+def is_voc(source: Path) -> bool:
+    """Return whether a folder has annotations of Pascal VOC that no folders of splits divide."""
+    return bool(_files(_folder(source, _ANNOTATIONS) or source))
+
+
+def _folder(source: Path, names: Iterable[str]) -> Path | None:
+    return next((source / name for name in names if (source / name).is_dir()), None)
+
+
+def _files(folder: Path) -> list[Path]:
+    return visible(folder, folder.glob("*.xml"), {".xml"})
 
 
 def _lists(source: Path) -> dict[str, list[Path]]:
     """Return the annotation files of each split in VOC's own folders."""
-    folder, lists = source / "Annotations", source / "ImageSets" / "Main"
-    if not folder.is_dir():
+    folder, lists = _folder(source, _ANNOTATIONS), source / "ImageSets" / "Main"
+    if folder is None:
         return {}
     splits = {}
     for path in visible(lists, lists.glob("*.txt"), {".txt"}):
@@ -90,7 +111,7 @@ def _lists(source: Path) -> dict[str, list[Path]]:
         # The class lists ("dog_train.txt") repeat the splits with a column of labels.
         if rows and all(len(row) == 1 for row in rows):
             splits[path.stem] = [folder / f"{row[0]}.xml" for row in rows]
-    return splits or {"all": visible(folder, folder.glob("*.xml"), {".xml"})}
+    return splits or {"all": _files(folder)}
 
 
 def _read_file(path: Path, source: Path) -> LabelledImage:

@@ -1,6 +1,7 @@
 """Pascal VOC and YOLO folders become COCO files that training reads; boxes worked out by hand."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -101,6 +102,38 @@ def test_voc_without_lists(voc, tmp_path):
     written = convert("voc", voc, tmp_path)
     assert list(written) == ["all"]
     assert list(boxes(written["all"])) == ["a.jpg", "b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("annotations", "images"), [("annotations", "images"), ("Annotations", "images"), (".", ".")]
+)
+def test_voc_in_other_folders(voc, tmp_path, annotations, images):
+    """As on Kaggle, and as labelling tools write it: one folder with images and XML files."""
+    expected = [*boxes(convert("voc", voc, tmp_path / "first")["train"]).values()]
+    folder = tmp_path / "other"
+    for old, new in (("Annotations", annotations), ("JPEGImages", images)):
+        shutil.copytree(voc / old, folder / new, dirs_exist_ok=True)
+    written = convert("voc", folder, tmp_path / "coco", split=(0.5, 0.5))
+    assert sorted(written) == ["train", "val"]
+    found = boxes(written["train"]) | boxes(written["val"])
+    assert [found["a.jpg"], found["b.jpg"]] == expected
+    place = image_folder("voc", folder)
+    assert place == folder / images
+    loaded, _ = items(written["train"], place)
+    assert len(loaded) == 1
+
+
+def test_an_undivided_set_names_the_way_to_divide_it(voc, tmp_path, run):
+    shutil.rmtree(voc / "ImageSets")
+    done = run("convert", "voc", voc, "--output", tmp_path / "coco")
+    assert done.code == 0, done.err
+    assert done.out.splitlines() == [
+        "all: 2 images, 3 objects",
+        "not divided: --split 0.8 0.2 writes a file to train on and one to validate on",
+    ]
+    done = run("train", "--train-annotations", voc, "--output", tmp_path / "run")
+    assert done.code == 1
+    assert f"cdetr-fast convert voc {voc} --output annotations --split 0.8 0.2" in done.err
 
 
 def test_voc_image_is_missing(voc, tmp_path):
