@@ -23,8 +23,10 @@ from typing import Any
 
 import torch
 
-FORMAT = 1
+FORMAT = 2
 FORWARD, BACKWARD = MODES = "forward", "forward and backward"
+Choice = tuple[int, int, int, int, int, int]
+"""A tile of attention: rows of queries and of keys, warps, stages, `fill` and `depth` of parts."""
 RIGHT = "right"
 """The verdict of a kernel that may be dispatched to; every other one says what is wrong."""
 
@@ -129,12 +131,13 @@ class Record:
     Args:
         key: What it holds for.
         findings: Each once.
-        tiles: Rows, columns, warps and stages by "precision width kernel".
+        tiles: Those of attention's kernels, by "precision width kernel", and with
+            `gpu.configurations.MANY` at the end for calls with many rows.
     """
 
     key: Key
     findings: tuple[Finding, ...] = ()
-    tiles: Mapping[str, tuple[int, int, int, int]] = field(default_factory=dict)
+    tiles: Mapping[str, Choice] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the text of the file."""
@@ -145,7 +148,14 @@ class Record:
         """Return this record, with what another one knows about the operators that it has."""
         known = {finding.operator for finding in other.findings}
         kept = tuple(x for x in self.findings if x.operator not in known)
-        return replace(self, findings=(*kept, *other.findings), tiles={**self.tiles, **other.tiles})
+        # Findings hold with the tiles that they were made with.
+        tiles = {name: x for name, x in self.tiles.items() if operator_of_tile(name) not in known}
+        return replace(self, findings=(*kept, *other.findings), tiles={**tiles, **other.tiles})
+
+
+def operator_of_tile(name: str) -> str:
+    """Return the operator whose kernel a tile of a record is for."""
+    return f"conditional_attention{'_separable' * (' separable_' in name)}"
 
 
 def parse(text: str) -> Record:
@@ -169,9 +179,9 @@ def parse(text: str) -> Record:
         raise RecordError(f"cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _tile(sizes: Any) -> tuple[int, int, int, int]:
-    queries, keys, warps, stages = map(int, sizes)
-    return queries, keys, warps, stages
+def _tile(numbers: Any) -> Choice:
+    queries, keys, warps, stages, fill, depth = map(int, numbers)
+    return queries, keys, warps, stages, fill, depth
 
 
 def _check_figures(finding: Finding) -> None:

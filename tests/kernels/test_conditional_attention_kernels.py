@@ -286,6 +286,12 @@ def test_number_of_parts():
     assert parts(programs=40, tiles_of_keys=17, multiprocessors=132) == 2
     assert parts(programs=40, tiles_of_keys=5, multiprocessors=132) == 1
     assert parts(programs=320, tiles_of_keys=66, multiprocessors=132) == 1
+    # One image of 25x42 with 64x64 tiles on an H100: 40 programs.
+    assert parts(40, 17, 132, fill=2, depth=4) == 4
+    assert parts(40, 17, 132, fill=2, depth=2) == 6
+    assert parts(40, 17, 132, fill=4, depth=2) == 6  # not 8: parts of 3 tiles, all with keys
+    assert parts(40, 66, 132, fill=0) == 1
+    assert parts(40, 0, 132) == 1
 
 
 def operators(mask_case, dropout_p=0.0):

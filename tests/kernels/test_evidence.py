@@ -41,7 +41,7 @@ def test_folders(monkeypatch, tmp_path):
 
 
 def test_a_record_is_read_as_it_was_written(cache):
-    record = Record(KEY, (FINDING, found(mode=BACKWARD)), {"half 32 forward": (64, 64, 4, 3)})
+    record = Record(KEY, (FINDING, found(mode=BACKWARD)), {"half 32 forward": (64, 64, 4, 3, 1, 8)})
     path = store.write(record)
     assert path.parent == cache
     assert evidence.find(KEY) == (record, str(path))
@@ -49,13 +49,16 @@ def test_a_record_is_read_as_it_was_written(cache):
 
 
 def test_the_operators_of_a_new_record_replace_their_findings_and_no_others(cache):
-    store.write(Record(KEY, (FINDING, found(operator="other")), {"a": (1, 2, 3, 4)}))
-    worse = found(verdict="wrong", dtype="float16")
-    store.write(Record(KEY, (worse,), {"b": (5, 6, 7, 8)}))
+    first, second = (1, 2, 3, 4, 5, 6), (5, 6, 7, 8, 9, 10)
+    general, separable = "half 32 forward", "half 32 separable_forward"
+    other = found(operator="conditional_attention_separable")
+    tiles = {general: first, "ieee 32 forward many": first, separable: first}
+    store.write(Record(KEY, (found(operator="conditional_attention"), other), tiles))
+    worse = found(operator="conditional_attention", verdict="wrong", dtype="float16")
+    store.write(Record(KEY, (worse,), {general: second}))
     record, _ = evidence.find(KEY)
-    assert record == Record(
-        KEY, (found(operator="other"), worse), {"a": (1, 2, 3, 4), "b": (5, 6, 7, 8)}
-    )
+    # Without the other tile of the operator: nothing was found with it now.
+    assert record == Record(KEY, (other, worse), {general: second, separable: first})
 
 
 @pytest.mark.parametrize("field", [x.name for x in dataclasses.fields(Key)])
@@ -76,7 +79,7 @@ def test_a_record_with_another_key_is_ignored_with_the_difference(cache, field):
     assert f"{field} {getattr(KEY, field)} instead of another" in reason
 
 
-TEXT = Record(KEY, (FINDING,), {"half 32 forward": (64, 64, 4, 3)}).to_json()
+TEXT = Record(KEY, (FINDING,), {"half 32 forward": (64, 64, 4, 3, 1, 8)}).to_json()
 
 
 @given(st.integers(0, len(TEXT) - 3))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.kernels import assert_accurate, in_this_process, needs_kernels
+from support.kernels import DEVICE, assert_accurate, in_this_process, needs_kernels
 from torch import nn
 
 from cdetr_kernels import evidence, registry
@@ -99,10 +99,10 @@ def module(hub, name):
     return importlib.import_module(f"{package}.{name}")
 
 
-def case_of(registered, name):
+def case_of(registered, name, device="cpu"):
     """Return a kind of call of an operator, small."""
     make, sizes = registered[name]
-    return make(sizes.dtypes[0], "cpu", **sizes.small)
+    return make(sizes.dtypes[0], device, **sizes.small)
 
 
 def test_all_operators_and_layers_are_there(hub, variant):
@@ -128,7 +128,7 @@ def test_operators_are_those_of_the_package(hub, name):
 @needs_kernels
 @pytest.mark.parametrize("name", CASES)
 def test_kernels(hub, variant, name):
-    case = case_of(module(hub, "testing.case").registered(), name)
+    case = case_of(module(hub, "testing.case").registered(), name, DEVICE)
     if "triton" in case.backends():
         assert_accurate(case, "triton")
         namespace = json.loads((variant / "metadata.json").read_text())["id"]
@@ -140,7 +140,7 @@ def test_kernels(hub, variant, name):
 def test_kernels_qualify(hub, variant, tmp_path, monkeypatch):
     """The child processes find the copy, not the package that is installed."""
     monkeypatch.setenv("CDETR_FAST_CACHE", str(tmp_path))
-    report = hub.qualify("cpu", "residual_layer_norm")
+    report = hub.qualify(DEVICE, "residual_layer_norm")
     assert report.record.findings
     assert not report.rejected, report.rejected
     (file,) = (tmp_path / "records").glob("*.json")

@@ -4,19 +4,24 @@ Child processes find the broken kernels in a `sitecustomize` of the test, so the
 door for them.
 """
 
+import contextlib
 import dataclasses
 import json
 import textwrap
 import time
+from unittest import mock
 
 import pytest
 import torch
 from support.interpreter import INTERPRETED, run_in_the_interpreter
+from support.kernels import assert_accurate
 
 import cdetr_kernels
 from cdetr_kernels import dispatch, evidence, registry
 from cdetr_kernels.dispatch import Implementation, Operator
 from cdetr_kernels.evidence import BACKWARD, FORWARD, RIGHT, Evidence, Finding, Record
+from cdetr_kernels.gpu import configurations
+from cdetr_kernels.gpu.tiles import Tile
 from cdetr_kernels.qualification import children, plan, run, tuning
 from cdetr_kernels.qualification.children import Outcome
 from cdetr_kernels.qualification.plan import CHECK, LEVELS, TIME, Task
@@ -98,12 +103,14 @@ def qualified(tmp_path_factory):
     (folder / "sitecustomize.py").write_text(BROKEN)
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
         patch.setenv("CDETR_FAST_CACHE", str(folder))
-        patch.setenv("PYTHONPATH", str(folder))
-        limits = dataclasses.replace(LEVELS["quick"], seconds=600.0, task_seconds=8.0)
-        patch.setitem(LEVELS, "quick", limits)
-        report = cdetr_kernels.qualify(say=said.append)
+        # No longer than that: the tests after it start processes whose kernels are to be whole.
+        with pytest.MonkeyPatch.context() as broken:
+            broken.setenv("TRITON_INTERPRET", "1")
+            broken.setenv("PYTHONPATH", str(folder))
+            limits = dataclasses.replace(LEVELS["quick"], seconds=600.0, task_seconds=8.0)
+            broken.setitem(LEVELS, "quick", limits)
+            report = cdetr_kernels.qualify(say=said.append)
         yield report, said
 
 
@@ -215,24 +222,36 @@ def test_a_class_is_as_good_as_the_worst_of_its_calls(worse, first):
 def test_tiles_are_kept_only_if_everything_holds_with_them(monkeypatch, holds):
     planned = [Task(TIME, "conditional_attention", "triton")]
     key = "half 32 forward"
-    tiles = [Task("tile", "conditional_attention", "triton", kernel=key, tile=tile, label=label)
+    many = key + configurations.MANY
+    tiles = [Task("tile", "conditional_attention", "triton", kernel=key, tile=(*tile, 1, 8),
+                  label=label)
              for tile, label in (((64, 64, 4, 3), tuning.TABLE), ((128, 64, 8, 3), "b"),
                                  ((32, 64, 4, 3), "c"), ((64, 64, 4, 2), "d"))]  # fmt: skip
-    times = {tuning.TABLE: 1.0, "b": 0.5, "c": 0.1, "d": 0.499}
+    # Of calls with few rows, and with many.
+    times = {
+        (64, 64, 4, 3, 1, 8): (1.0, 1.0), (128, 64, 8, 3, 1, 8): (0.5, 0.7),
+        (32, 64, 4, 3, 1, 8): (0.1, 0.1), (64, 64, 4, 2, 1, 8): (0.499, 0.6),
+        # With the fastest tile of few rows, the keys split in other ways.
+        (128, 64, 8, 3, 0, 8): (0.6, 0.2), (128, 64, 8, 3, 1, 4): (0.4, 0.2),
+        (128, 64, 8, 3, 2, 4): (0.45, 0.2), (128, 64, 8, 3, 2, 2): (0.395, 0.2),
+    }  # fmt: skip
 
     def outcome(task, with_tiles):
         if task.what == TIME:
             right = not with_tiles or holds
             return Outcome(task, (row(verdict=RIGHT if right else "wrong", ms=0.7, torch_ms=2.0),))
-        return Outcome(task, (row(verdict="wrong" if task.label == "c" else RIGHT,
-                                  ms=times[task.label]),))  # fmt: skip
+        if task.label == "c" or task.tile not in times:
+            return Outcome(task, (row(verdict="wrong"),))
+        return Outcome(task, (row(ms=dict(zip((key, many), times[task.tile], strict=True))),))
 
     monkeypatch.setattr(tuning, "tasks", lambda *_: tiles)
     found = run._qualified(FakeChildren(outcome), planned, "quick", 1e9, are_last=True)
     findings, chosen = found
     assert all(x.verdict == RIGHT for x in findings)
-    # "c" is wrong, and "d" is not better than "b" by more than noise.
-    assert chosen == ({key: (128, 64, 8, 3)} if holds else {})
+    # "c" is wrong, "d" is not better than "b" by more than noise with few rows, and (2, 2) not
+    # better than (1, 4). Splits are no matter of many rows.
+    expected = {key: (128, 64, 8, 3, 1, 4), many: (64, 64, 4, 2, 1, 8)}
+    assert chosen == (expected if holds else {})
 
 
 def test_every_operator_with_kernels_has_tasks_on_a_gpu(monkeypatch):
@@ -399,26 +418,76 @@ def test_info_shows_path_reason_figure_and_date(go_by):
 
 @interpreted_only
 def test_tiles_of_a_record_are_used(go_by, monkeypatch):
-    from cdetr_kernels.gpu import configurations, launching
+    from cdetr_kernels.gpu import launching
 
     query = torch.zeros(1, 2, 1, 32)
     go_by()
     assert launching.attention_tile("forward", query, query) == configurations._INTERPRETED
-    record = Record(evidence.key(CPU), (), {"ieee 32 forward": (16, 64, 8, 1)})
+    few, many = (16, 64, 8, 1, 2, 4), (128, 64, 8, 1, 1, 8)
+    tiles = {"ieee 32 forward": few, f"ieee 32 forward{configurations.MANY}": many}
+    record = Record(evidence.key(CPU), (), tiles)
     monkeypatch.setattr(evidence, "_FIXED", {-1: Evidence(record, "")})
-    tile = launching.attention_tile("forward", query, query)
-    assert tuning.sizes(tile) == (16, 64, 8, 1)
+    assert launching.attention_tile("forward", query, query).choice == few
     other = launching.attention_tile("backward_keys", query, query)
     assert other == configurations._INTERPRETED
+    rows = torch.zeros(2, 64, 1, 32)
+    assert launching.attention_tile("forward", rows, query).choice == many
+    # The kernel over keys goes by the rows of the keys.
+    record.tiles[f"ieee 32 backward_keys{configurations.MANY}"] = few
+    assert launching.attention_tile("backward_keys", rows, query) == configurations._INTERPRETED
+    assert launching.attention_tile("backward_keys", query, rows).choice == few
 
 
 @interpreted_only
 def test_one_tile_is_checked_and_timed():
     key = tuning.Key("half", 32, "attention_map")
-    task = Task("tile", key.operator, "triton", kernel=str(key), tile=(16, 32, 4, 1))
+    task = Task("tile", key.operator, "triton", kernel=str(key), tile=(16, 32, 4, 1, 1, 8))
     found = tuning.run(task, CPU, 2, 0.0)
     assert found["verdict"] == RIGHT, found
-    assert found["ms"] > 0
+    assert all(ms > 0 for ms in found["ms"].values())
+
+
+@interpreted_only
+@pytest.mark.parametrize("operator", ["conditional_attention", "conditional_attention_separable"])
+@pytest.mark.parametrize(("fill", "depth"), [*tuning.PARTS, (1, 8)])
+def test_keys_in_the_parts_that_are_tried(operator, fill, depth):
+    """On a GPU of 132 multiprocessors, of which 2 programs leave most idle."""
+    from cdetr_kernels.gpu import launching
+
+    case = registry.cases(operator).make(
+        torch.float32, "cpu", 1, 20, 9, 20, "padded", heads=1, size=16
+    )
+    kernel = f"{'separable_' * operator.endswith('separable')}forward"
+    parts = configurations.parts
+    made: list[int] = []
+
+    def noted(*arguments):
+        made.append(parts(*arguments))
+        return made[-1]
+
+    with (
+        tuning.with_tile(kernel, Tile(16, 16, fill=fill, depth=depth)),
+        tuning.replaced("parts", noted),
+        mock.patch.object(launching, "multiprocessors", return_value=132),
+    ):
+        assert_accurate(case)
+    tiles = 12 if operator == "conditional_attention" else 18  # 9 lines of 2 tiles
+    assert set(made) == {1 if fill == 0 else max(1, tiles // depth)}
+
+
+@interpreted_only
+@pytest.mark.parametrize("operator", ["conditional_attention", "conditional_attention_separable"])
+def test_tiles_of_128_rows(operator):
+    case = registry.cases(operator).make(torch.float32, "cpu", 2, 130, 9, 16, "padded", heads=1)
+    prefix = "separable_" * operator.endswith("separable")
+    with contextlib.ExitStack() as stack:
+        for name, tile in {
+            "forward": Tile(128, 64, 8),
+            "backward_queries": Tile(128, 32, 8),
+            "backward_keys": Tile(32, 128, 8),
+        }.items():
+            stack.enter_context(tuning.with_tile(prefix + name, tile))
+        assert_accurate(case)
 
 
 # ------------------------------------------------------------------------------- the look-up

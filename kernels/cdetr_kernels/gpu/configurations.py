@@ -21,6 +21,8 @@ KERNELS = (
 WIDTHS = (32, 64, 128)
 # sm_80's tiles fit into the 99 KiB of shared memory that the consumer chips have.
 _STAND_INS = {"sm_89": "sm_86", "sm_103": "sm_100", "gfx950": "gfx942", "gfx90a": "gfx942"}
+# Ends the name of a kernel in a record where its tile is that of calls with many rows.
+MANY = " many"
 # Small, so that small inputs have several tiles.
 _INTERPRETED = Tile(32, 32)
 
@@ -74,10 +76,22 @@ def rows_are_lines(height: int, width: int, tile_keys: int) -> bool:
     return positions(height, width) <= positions(width, height)
 
 
-def parts(programs: int, tiles_of_keys: int, multiprocessors: int) -> int:
+def fills(rows: int, multiprocessors: int) -> bool:
+    """Return whether rows of queries (or keys) of all heads are a large tile for every program.
+
+    Calls with so many rows have tiles of their own in records, under `MANY`.
+    """
+    return rows >= 128 * multiprocessors
+
+
+def parts(
+    programs: int, tiles_of_keys: int, multiprocessors: int, fill: int = 1, depth: int = 8
+) -> int:
     """Return into how many parts the keys are split, 1 where the programs fill the chip.
 
-    A part has eight tiles at least. Modelled, not measured: a tile takes a quarter of a
+    The table's `fill` and `depth` are modelled, not measured: a tile takes a quarter of a
     microsecond, and the merge that a split needs two.
     """
-    return max(1, min(multiprocessors // max(programs, 1), tiles_of_keys // 8))
+    most = max(1, min(fill * multiprocessors // max(programs, 1), tiles_of_keys // depth))
+    # As many as there are with equal parts: none has nothing to do.
+    return most if most == 1 else -(-tiles_of_keys // -(-tiles_of_keys // most))

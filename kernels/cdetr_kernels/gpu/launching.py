@@ -222,7 +222,10 @@ def sum_precision(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def attention_tile(kernel: str, q_content: Tensor, value: Tensor) -> Tile:
-    """Return the tile of an attention kernel for these tensors."""
+    """Return the tile of an attention kernel for these tensors.
+
+    Kernels over queries go by `[B, Q, N, D]`, those over keys by `[B, S, N, Dv]`.
+    """
     half = q_content.dtype != torch.float32
     precision = "half" if half else dot_precision(q_content.dtype)
     size = max(q_content.shape[-1], value.shape[-1])
@@ -230,7 +233,10 @@ def attention_tile(kernel: str, q_content: Tensor, value: Tensor) -> Tile:
     if device.type in ("cuda", "cpu"):  # not "meta", where the audit's launches are
         record = evidence.of(device).record
         if record is not None and record.tiles:
-            found = record.tiles.get(f"{precision} {configurations.width(size)} {kernel}")
+            batch, rows, heads, _ = (value if "_keys" in kernel else q_content).shape
+            many = configurations.fills(batch * rows * heads, multiprocessors(device))
+            name = f"{precision} {configurations.width(size)} {kernel}"
+            found = record.tiles.get(name + configurations.MANY * many)
             if found is not None:
-                return Tile(*found)
+                return Tile.of(found)
     return configurations.tile(kernel, architecture(device), precision, size)

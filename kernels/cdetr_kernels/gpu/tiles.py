@@ -8,6 +8,8 @@ with some slack for other versions.
 
 from dataclasses import dataclass
 
+from cdetr_kernels.evidence import Choice
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -21,6 +23,8 @@ class Tile:
         registers: Most registers of a thread.
         shared: Most KiB of shared memory.
         spills: Most bytes and instructions of local memory.
+        fill: Programs of a multiprocessor up to which forward splits the keys; 0 never splits them.
+        depth: Fewest tiles of keys that a part has.
     """
 
     queries: int
@@ -30,6 +34,19 @@ class Tile:
     registers: int = 255
     shared: int = 99
     spills: int = 0
+    fill: int = 1
+    depth: int = 8
+
+    @property
+    def choice(self) -> Choice:
+        """Return what tells tiles apart and records keep: all but the budgets."""
+        return self.queries, self.keys, self.warps, self.stages, self.fill, self.depth
+
+    @staticmethod
+    def of(choice: Choice) -> "Tile":
+        """Return the tile of such numbers, with the widest budgets."""
+        queries, keys, warps, stages, fill, depth = choice
+        return Tile(queries, keys, warps, stages, fill=fill, depth=depth)
 
 
 # Architecture, precision, width of the head, kernel: queries, keys, warps, stages, budgets.

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from cdetr_kernels.evidence import Choice
 from cdetr_kernels.qualification.plan import CHECK, Level, Task
 
 CRASHED, TIMED_OUT, OUT_OF_TIME = "crashed", "timed out", "out of time"
@@ -86,7 +87,7 @@ class Child:
         finally:
             os.close(writer)
 
-    def submit(self, tasks: Sequence[Task], tiles: dict[str, tuple[int, int, int, int]]) -> None:
+    def submit(self, tasks: Sequence[Task], tiles: dict[str, Choice]) -> None:
         """Hand over tasks, to be run with some tiles other than those of the table."""
         job = self.options | {"tiles": tiles, "tasks": [task.to_json() for task in tasks]}
         assert self.process.stdin is not None
@@ -172,7 +173,7 @@ class Children:
         self,
         tasks: Sequence[Task],
         deadline: float,
-        tiles: dict[str, tuple[int, int, int, int]] | None = None,
+        tiles: dict[str, Choice] | None = None,
         *,
         are_last: bool = False,
     ) -> Iterator[Outcome]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cdetr_kernels import registry
+from cdetr_kernels.evidence import Choice
 from cdetr_kernels.testing.case import Sizes
 
 
@@ -54,7 +55,7 @@ class Task:
         calls: Class of the calls.
         label: Sizes for the reader.
         kernel: Of a tile: "precision width kernel".
-        tile: Rows, columns, warps and stages.
+        tile: Numbers of `gpu.tiles.Tile.choice`.
     """
 
     what: str
@@ -66,7 +67,7 @@ class Task:
     calls: tuple[int | bool | str, ...] = ()
     label: str = ""
     kernel: str = ""
-    tile: tuple[int, ...] = ()
+    tile: Choice = (0, 0, 0, 0, 0, 0)
 
     def to_json(self) -> dict[str, Any]:
         """Return what a child process needs of it."""

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from cdetr_kernels import evidence, registry
-from cdetr_kernels.evidence import BACKWARD, FORWARD, RIGHT, Evidence, Finding, Record
+from cdetr_kernels.evidence import BACKWARD, FORWARD, RIGHT, Choice, Evidence, Finding, Record
+from cdetr_kernels.gpu.configurations import MANY
 from cdetr_kernels.qualification import store, tuning
 from cdetr_kernels.qualification.children import NOT_TRIED, Children, Outcome
 from cdetr_kernels.qualification.plan import (
@@ -23,7 +24,7 @@ from cdetr_kernels.qualification.plan import (
 )
 
 _LEAST_SECONDS = 5.0  # of an operator
-Tiles = dict[str, tuple[int, int, int, int]]
+Tiles = dict[str, Choice]
 Say = Callable[[str], None]
 
 
@@ -176,8 +177,14 @@ def _qualified(
     findings = _findings(list(run), level)
     tiles: Tiles = {}
     if tuned and any(x.verdict == RIGHT for x in findings):
-        found = list(children.run(tuned, deadline, are_last=False))
-        tiles = _fastest(found)
+        tiles = _fastest(children.run(tuned, deadline, are_last=False))
+        split = tuning.parts_tasks(tiles, tuned)
+        # Calls with many rows fill the chip without parts.
+        tiles |= {
+            name: tile
+            for name, tile in _fastest(children.run(split, deadline, are_last=False)).items()
+            if not name.endswith(MANY)
+        }
     if tiles:
         # What holds with other tiles has to be found with them; if not all is right, they are out.
         again = _findings(list(children.run(planned, deadline, tiles, are_last=are_last)), level)
@@ -192,16 +199,11 @@ def _fastest(outcomes: Iterable[Outcome]) -> Tiles:
     best: dict[str, tuple[float, Task]] = {}
     for outcome in outcomes:
         for row in outcome.rows:
-            name = outcome.task.kernel
-            # The table's comes first: another one has to be better by more than noise.
-            if row["verdict"] == RIGHT and (name not in best or row["ms"] < 0.97 * best[name][0]):
-                best[name] = row["ms"], outcome.task
-    tiles = {}
-    for name, (_, task) in best.items():
-        if task.label != tuning.TABLE:
-            queries, keys, warps, stages = task.tile
-            tiles[name] = (queries, keys, warps, stages)
-    return tiles
+            for name, ms in row.get("ms", {}).items():
+                # The table's comes first: another one has to be better by more than noise.
+                if name not in best or ms < 0.97 * best[name][0]:
+                    best[name] = ms, outcome.task
+    return {name: task.tile for name, (_, task) in best.items() if task.label != tuning.TABLE}
 
 
 def _findings(outcomes: list[Outcome], level: str) -> list[Finding]:

@@ -16,21 +16,25 @@ from unittest import mock
 import torch
 
 from cdetr_kernels import registry
-from cdetr_kernels.evidence import RIGHT
+from cdetr_kernels.evidence import RIGHT, Choice, operator_of_tile
 from cdetr_kernels.gpu import configurations
 from cdetr_kernels.gpu.tiles import Tile
 from cdetr_kernels.qualification.plan import TILE, Task
 from cdetr_kernels.testing import accuracy, timing
 
-# Cross-attention of the model at batch 8, of one large image, and self-attention of the encoder.
+# Cross-attention of one image and of one large image, of the model at batch 8, and self-attention
+# of the encoder.
 SHAPES: tuple[dict[str, Any], ...] = (
-    {"batch": 8, "height": 25, "width": 42},
+    {"batch": 1, "height": 25, "width": 42},
     {"batch": 1, "height": 50, "width": 84},
+    {"batch": 8, "height": 25, "width": 42},
     {"batch": 4, "queries": None, "height": 25, "width": 42},
 )
 TINY: tuple[dict[str, Any], ...] = ({"batch": 1, "queries": 20, "height": 5, "width": 8},)
 TABLE = "table"
 _PASSES = ("forward", "backward_queries", "backward_keys")
+# Of forward, beside the table's: programs of a multiprocessor, and fewest tiles of keys in a part.
+PARTS = ((0, 8), (1, 4), (2, 4), (2, 2), (4, 2))
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,8 @@ class Key:
 
     @staticmethod
     def parse(name: str) -> "Key":
-        """Return the key that a record's name stands for."""
-        precision, width, kernel = name.split(" ")
+        """Return the key that a record's name stands for, without `configurations.MANY`."""
+        precision, width, kernel = name.removesuffix(configurations.MANY).split(" ")
         return Key(precision, int(width), kernel)
 
     @property
@@ -58,7 +62,7 @@ class Key:
     @property
     def operator(self) -> str:
         """The operator that the kernel belongs to."""
-        return f"conditional_attention{'_separable' * self.is_separable}"
+        return operator_of_tile(str(self))
 
     @property
     def cases(self) -> ModuleType:
@@ -118,12 +122,41 @@ def tasks(planned: list[Task], level: str, device: torch.device) -> list[Task]:
         stored = _stored(key, device)
         others = candidates(key) if level == "full" else neighbours(key, stored)
         others = [Tile(16, 32, 4, 1)] if interpreted else others
-        for tile in (stored, *(x for x in others if sizes(x) != sizes(stored))):
-            label = TABLE if tile is stored else text(tile)
-            found.append(
-                Task(TILE, operator, "triton", kernel=str(key), tile=sizes(tile), label=label)
-            )
+        others = [replace(x, fill=stored.fill, depth=stored.depth) for x in others]
+        found += _tasks(key, [stored, *(x for x in others if x.choice != stored.choice)])
     return found
+
+
+def parts_tasks(fastest: dict[str, Choice], tuned: list[Task]) -> list[Task]:
+    """Return the tasks that split the keys in other ways, with the tile that was the fastest one.
+
+    The first one of each kernel is what has been tried.
+
+    Args:
+        fastest: By the names of a record.
+        tuned: The tasks that were run, those of the table first for each kernel.
+    """
+    found = []
+    for name in dict.fromkeys(x.kernel for x in tuned):
+        key = Key.parse(name)
+        if key.pass_ != "forward":
+            continue
+        first = next(Tile.of(x.tile) for x in tuned if x.kernel == name)
+        best = Tile.of(fastest[name]) if name in fastest else first
+        others = [replace(best, fill=fill, depth=depth) for fill, depth in PARTS]
+        found += _tasks(key, [best, *(x for x in others if x.choice != best.choice)])
+    return found
+
+
+def _tasks(key: Key, tiles: list[Tile]) -> list[Task]:
+    """Return a task for each tile of a kernel, the first one that of the table."""
+    return [
+        Task(
+            TILE, key.operator, "triton", kernel=str(key), tile=x.choice,
+            label=text(x) if i else TABLE,
+        )
+        for i, x in enumerate(tiles)
+    ]  # fmt: skip
 
 
 def _stored(key: Key, device: torch.device) -> Tile:
@@ -136,33 +169,35 @@ def _stored(key: Key, device: torch.device) -> Tile:
     return configurations.tile(key.kernel, architecture, key.precision, key.width)
 
 
-def sizes(tile: Tile) -> tuple[int, int, int, int]:
-    """Return what tells tiles apart."""
-    return tile.queries, tile.keys, tile.warps, tile.stages
-
-
 def text(tile: Tile) -> str:
     """Return a tile for the reader."""
-    return f"{tile.queries}x{tile.keys} {tile.warps}w{tile.stages}s"
+    parts = "" if (tile.fill, tile.depth) == (1, 8) else f" {tile.fill}p{tile.depth}t"
+    return f"{tile.queries}x{tile.keys} {tile.warps}w{tile.stages}s{parts}"
 
 
 def run(task: Task, device: torch.device, repeats: int, seconds: float) -> dict[str, Any]:
-    """Check and time one tile; return a row with its verdict and the mean time over the shapes."""
+    """Check and time one tile.
+
+    Returns:
+        A row with its verdict, and the mean time over the shapes of each class by the names that a
+        record has for it.
+    """
     key = Key.parse(task.kernel)
-    queries, keys, warps, stages = task.tile
     row: dict[str, Any] = {"mode": "forward", "verdict": RIGHT, "reason": ""}
     shapes = SHAPES if device.type == "cuda" else TINY
-    with with_tile(key.kernel, Tile(queries, keys, warps, stages)), precision_of_dots(key):
+    times: dict[str, list[float]] = {}
+    with with_tile(key.kernel, Tile.of(task.tile)), precision_of_dots(key):
         try:
             if not is_accurate(key, device):
                 return row | {"verdict": "wrong", "reason": "not accurate"}
-            times = [
-                timing.call_times(call, device, repeats, seconds)["ms"]
-                for _, call in calls(key, device, shapes)
-            ]
+            for many, call in calls(key, device, shapes):
+                name = str(key) + configurations.MANY * many
+                taken = timing.call_times(call, device, repeats, seconds)["ms"]
+                times.setdefault(name, []).append(taken)
         except Exception as error:  # out of resources: the next one may fit
             return row | {"verdict": "raises", "reason": f"{type(error).__name__}: {error}"[:200]}
-    return row | {"ms": math.exp(math.fsum(map(math.log, times)) / len(times))}
+    means = {name: math.exp(math.fsum(map(math.log, x)) / len(x)) for name, x in times.items()}
+    return row | {"ms": means}
 
 
 @contextlib.contextmanager
@@ -224,8 +259,12 @@ def is_accurate(key: Key, device: torch.device) -> bool:
 
 def calls(
     key: Key, device: torch.device, shapes: Iterable[dict[str, Any]]
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield for each shape a call of one kernel alone (forward: with the merge of its parts)."""
+) -> Iterator[tuple[bool, Callable[[], Any]]]:
+    """Yield for each shape a call of one kernel alone (forward: with the merge of its parts).
+
+    And whether it has many rows, as `configurations.fills` tells.
+    """
+    from cdetr_kernels.gpu import launching
     from cdetr_kernels.ops.conditional_attention import triton as general
     from cdetr_kernels.ops.conditional_attention_separable import triton as separable
 
@@ -242,16 +281,17 @@ def calls(
         scale = (tensors[0].shape[-1] * (1 if tensors[1] is None else 2)) ** -0.5
         inputs = (*tensors, None, None, scale, 0.0)
         output, logsumexp = module.ATTENTION.forward(*inputs)
+        batch, rows, heads, _ = tensors[-1 if key.pass_ == "backward_keys" else 0].shape
+        many = configurations.fills(batch * rows * heads, launching.multiprocessors(device))
         if key.pass_ == "forward":
-            yield case.label, functools.partial(module.ATTENTION.forward, *inputs)
+            yield many, functools.partial(module.ATTENTION.forward, *inputs)
         elif key.pass_ == "attention_map":
-            batch, queries, heads, _ = tensors[0].shape
-            attention = output.new_empty(batch, heads, queries, tensors[2].shape[1])
+            attention = output.new_empty(batch, heads, rows, tensors[2].shape[1])
             launch = module.map_launch(*tensors[:-1], None, None, logsumexp, scale, 0.0, attention)
-            yield case.label, launch.run
+            yield many, launch.run
         else:
             gradients = module.ATTENTION.gradient_buffers(*tensors)
             passes = module.backward_launches(output, *inputs, output, logsumexp, *gradients)
             passes[0].run()  # the others read what the first one leaves
             launch = passes[key.pass_ == "backward_keys"]
-            yield case.label, launch.run
+            yield many, launch.run

@@ -162,6 +162,8 @@ def _parts(q_content: Tensor, _qs: Any, _kc: Any, _ks: Any, value: Tensor, *_: A
         triton.cdiv(queries, tile.queries) * heads * batch,
         triton.cdiv(value.shape[1], tile.keys),
         launching.multiprocessors(q_content.device),
+        tile.fill,
+        tile.depth,
     )
 
 

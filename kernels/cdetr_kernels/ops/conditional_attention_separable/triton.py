@@ -247,6 +247,8 @@ def _parts(
         triton.cdiv(queries, tile.queries) * heads * batch,
         lines["Y"] * triton.cdiv(lines["X"], lines["BX"]),
         launching.multiprocessors(q_content.device),
+        tile.fill,
+        tile.depth,
     )
     return min(parts, lines["Y"])
 
