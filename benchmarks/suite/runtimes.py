@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import cdetr_fast
 from benchmarks.case import Case, GateFailed, Within
 from benchmarks.inputs import ERRORS, model_pair, output_errors, random_images
+from cdetr_fast.inference.engine_trial import Shape
 
 REFERENCE = "transformers sdpa"
 CALIBRATION = 4  # batches
@@ -40,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--layers", type=int, default=6, help="of the encoder and the decoder")
     parser.add_argument(
-        "--shapes", nargs="+", type=shape_of, default=["1x800x1066"], metavar="BxHxW[p]"
+        "--shapes", nargs="+", type=shape_of, default=[Shape(1, 800, 1066)], metavar="BxHxW[p]"
     )
     parser.add_argument(
         "--compile", nargs="*", default=[], metavar="MODE", help="modes of torch.compile to try"
@@ -50,17 +51,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def shape_of(text: str) -> str:
-    """Return the text of a shape, if it is one."""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*p?", text):
-        raise argparse.ArgumentTypeError(f"expected BxHxW or BxHxWp, got {text!r}")
-    return text
+def shape_of(text: str) -> Shape:
+    """Return the shape that an option names."""
+    try:
+        return Shape.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    for text in options.shapes:
-        batch, height, width = map(int, text.rstrip("p").split("x"))
-        padded = text.endswith("p")
+    for batch, height, width, padded in options.shapes:
         models = Models(options, batch, (height, width), padded)
         providers = models.providers()
         if options.only:

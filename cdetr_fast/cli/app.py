@@ -80,13 +80,9 @@ for _command in (
     info,
     qualify,
     build_native,
+    benchmark,
 ):
     app.command(cls=Command)(reported(_command))
-app.command(
-    cls=Command,
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)(reported(benchmark))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

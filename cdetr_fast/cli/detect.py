@@ -6,13 +6,19 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cdetr_fast.cli.detector import Detector, read_image, save_picture
 from cdetr_fast.cli.errors import UserError
-from cdetr_fast.cli.options import DeviceOption, ModelOption, RevisionOption, ThresholdOption
+from cdetr_fast.cli.options import (
+    DeviceOption,
+    EngineOption,
+    ModelOption,
+    RevisionOption,
+    ThresholdOption,
+)
 from cdetr_fast.cli.output import PictureNames, make_output_folder
 from cdetr_fast.common import progress
 from cdetr_fast.common.errors import first_line
@@ -41,9 +47,7 @@ def detect(
     batch_size: Annotated[
         int, typer.Option(metavar="INTEGER", min=1, help="Images in one forward pass.")
     ] = 1,
-    engine: Annotated[
-        Literal["torch", "openvino"], typer.Option(help="What runs the model; openvino on a CPU.")
-    ] = "torch",
+    engine: EngineOption = "torch",
     revision: RevisionOption = None,
     top_k: Annotated[
         int, typer.Option(metavar="INTEGER", min=1, help="Most detections per image.")
@@ -86,11 +90,8 @@ def detect(
     paths = [] if videos else _list_images(map(Path, inputs))
     make_output_folder(output)
     detector = Detector(model, revision, device)
-    if engine == "openvino":
-        with progress.task("compiling the model"):
-            detector.use_openvino()
-    elif videos:
-        detector.optimize()
+    if videos or engine != "torch":
+        detector.optimize(engine)
     else:
         detector.optimize_for(len(paths))
     if videos:

@@ -69,26 +69,25 @@ class Detector:
         if images >= _WORTH_OPTIMIZING:
             self.optimize()
 
-    def optimize(self) -> None:
-        """Optimize the model; results stay the same up to rounding."""
+    def optimize(self, engine: str = "torch") -> None:
+        """Optimize the model; results stay the same up to rounding.
+
+        Args:
+            engine: As of `cdetr_fast.optimize`.
+
+        Raises:
+            UserError: The engine cannot run the model.
+        """
         from cdetr_fast import optimize
         from cdetr_fast.common import progress
 
-        # images of a user have many sizes, each of which would be a graph to capture
-        with progress.task("optimizing the model"):
-            self.model = optimize(self.model, cuda_graphs=False, inplace=True)
-
-    def use_openvino(self) -> None:
-        """Let OpenVINO run the model.
-
-        Raises:
-            UserError: It cannot.
-        """
-        from cdetr_fast import optimize
-
         try:
-            self.model = optimize(self.model, engine="openvino")
+            # images of a user have many sizes, each of which would be a graph to capture
+            with progress.task("optimizing the model"):
+                self.model = optimize(self.model, cuda_graphs=False, engine=engine, inplace=True)
         except (RuntimeError, TypeError, ValueError) as error:
+            if engine != "openvino":
+                raise
             raise UserError(f"--{first_line(error)}") from error
 
     def prepared_images(self, folder: Path, most: int) -> list[Tensor]:

@@ -89,6 +89,10 @@ def _fast(found: dict[str, Any]) -> Iterator[str]:
         yield f"{kind} kernels: {', '.join(operators)}"
     if found["device"] == "cpu" and (dtypes := found["cpu"]["fused_convolutions"]):
         yield f"optimize(model): fused convolutions in {', '.join(dtypes)}"
+    for one in found["engines"]["chosen"]:
+        if one["engine"] != "torch":
+            work = f"{one['precision']} of {one['model']}"
+            yield f'optimize(model, engine="auto"): {one["engine"]} for {work}, as {one["reason"]}'
     plain = sum(taken == {"torch"} for taken in paths.values())
     if plain:
         yield f"PyTorch's own code: {plain} of {len(paths)} operators"
@@ -135,7 +139,11 @@ def _details(found: dict[str, Any]) -> dict[str, str]:
         )
     for part, name in (("cpu", "C++"), ("cuda", "CUDA")):
         details[f"native {name}"] = found["native"][part]["state"]
-    return details | {"records": found["records"], "assignment": found["assignment"]}
+    return details | {
+        "records": found["records"],
+        "engines": found["engines"]["source"],
+        "assignment": found["assignment"],
+    }
 
 
 def _wrapped(text: str, columns: int, start: str) -> Iterable[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import re
@@ -12,7 +13,7 @@ from typing import Any
 SCHEMA = 1
 """Version of `facts`; a key that is removed or changes its meaning raises it."""
 
-PACKAGES = ("torch", "torchvision", "triton", "timm", "transformers", "onnxruntime")
+PACKAGES = ("torch", "torchvision", "triton", "timm", "transformers", "onnxruntime", "openvino")
 _FOR_DEVELOPERS = ("test", "docs", "dev")  # extras
 
 
@@ -50,6 +51,7 @@ def facts() -> dict[str, Any]:
             )
         },
         "records": str(evidence.user_folder()),
+        "engines": _engines(),
         "assignment": solver_choice(device),
         "operators": [
             {
@@ -78,6 +80,20 @@ def _gpus() -> list[dict[str, Any]]:
         }
         for one in every
     ]
+
+
+def _engines() -> dict[str, Any]:
+    from cdetr_fast.inference import engine_records
+
+    findings, source = engine_records.read(engine_records.machine())
+    return {
+        "source": source,
+        "findings": [dataclasses.asdict(finding) for finding in findings],
+        "chosen": [
+            {"model": model, "precision": precision, **choice._asdict()}
+            for (model, precision), choice in engine_records.choices(findings).items()
+        ],
+    }
 
 
 def _version(name: str) -> str | None:

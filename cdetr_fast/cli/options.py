@@ -39,6 +39,10 @@ DeviceOption = Annotated[
         metavar="TEXT", help="cpu, cuda, cuda:1 ... Default: cuda if available.", show_default=False
     ),
 ]
+EngineOption = Annotated[
+    Literal["torch", "openvino", "auto"],
+    typer.Option(help="What runs the model; openvino on a CPU. auto goes by cdetr-fast benchmark."),
+]
 ThresholdOption = Annotated[
     float,
     typer.Option(
@@ -85,8 +89,6 @@ class Command(TyperCommand):
         options = self.get_params(ctx)
         known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
         for flag in (argument.partition("=")[0] for argument in args):
-            if ctx.ignore_unknown_options:
-                break
             if flag.startswith("--") and flag not in known:
                 ctx.fail(f"No such option: {flag}{did_you_mean(flag, known)}")
         lists = {

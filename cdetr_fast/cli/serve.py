@@ -9,7 +9,7 @@ import typer
 
 from cdetr_fast.cli.detector import Detector
 from cdetr_fast.cli.errors import UserError, require_packages
-from cdetr_fast.cli.options import DeviceOption, ModelOption, RevisionOption
+from cdetr_fast.cli.options import DeviceOption, EngineOption, ModelOption, RevisionOption
 from cdetr_fast.common.errors import first_line
 
 
@@ -48,6 +48,7 @@ def serve(
         int, typer.Option(metavar="INTEGER", min=1, help="Most detections per image.")
     ] = 300,
     device: DeviceOption = None,
+    engine: EngineOption = "torch",
     revision: RevisionOption = None,
 ) -> None:
     """Serve a detection model: a page to try it, and an HTTP endpoint.
@@ -69,7 +70,7 @@ def serve(
         ) from error
     with opened:
         detector = Detector(model, revision, device)
-        detector.optimize()
+        detector.optimize(engine)
         if not isinstance(detector.model, ConditionalDetrForObjectDetection):
             raise UserError(f"--model {detector.name}: segments; serve takes detection models")
         settings = ServingSettings(

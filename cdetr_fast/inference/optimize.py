@@ -11,6 +11,14 @@ from cdetr_fast.common.model_families import family_of
 from cdetr_fast.common.validation import PositiveInt, checked
 from cdetr_fast.config.model import Dtype
 from cdetr_fast.inference import optimized
+from cdetr_fast.inference.engine_records import (
+    DEFAULT,
+    Choice,
+    Precision,
+    architecture,
+    choose,
+)
+from cdetr_fast.inference.engines import ChosenRunner
 from cdetr_fast.inference.following import Original, count_fused_steps, stop_following
 from cdetr_fast.inference.int8 import int8_unsupported_reason
 from cdetr_fast.inference.openvino import openvino_unsupported_reason
@@ -22,7 +30,7 @@ from cdetr_kernels.qualification import ensure_qualified
 
 Model = TypeVar("Model", bound=nn.Module)
 
-ENGINES = ("torch", "openvino")
+ENGINES = ("torch", "openvino", "auto")
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -74,7 +82,9 @@ def optimize(
             fp32 or bf16, with as many threads as torch has then. It is exported and compiled here,
             once for all sizes, and again when weights change, which takes some seconds each time;
             its outputs are compared with the model's on a trial. Not for segmentation. With
-            `int8_calibration` the whole model is put into int8 by NNCF (extra `int8`).
+            `int8_calibration` the whole model is put into int8 by NNCF (extra `int8`). "auto" is
+            "openvino" where `cdetr-fast benchmark` has found it right and faster on this machine,
+            for such a model in this precision, and "torch" elsewhere; `explain()` has the reason.
         bucket: Pad images to multiples of 32 or 64 pixels, with masks, so that fewer shapes are
             captured or compiled. Like all padding it changes predictions a little, as convolutions
             see it. "exact" pads nothing.
@@ -104,33 +114,48 @@ def optimize(
     wanted: torch.dtype | None = checked(Dtype | None, dtype, "dtype")
     target = _device(device) if device is not None else next(model.parameters()).device
     _check_dtype(wanted or next(p.dtype for p in model.parameters()), target)
+    images = _calibration(int8_calibration, model)
+    kept = wanted or next(p.dtype for p in model.parameters())
+    if engine not in ENGINES:
+        expected = ", ".join(f'"{name}"' for name in ENGINES)
+        raise ValueError(f"engine: expected one of {expected}, got {engine!r}")
+    refusal = None
+    if engine != "torch":
+        refusal = _openvino_refusal(model, target, kept, bool(images), compile, cuda_graphs)
+    choice = None
+    if engine == "auto":
+        choice = Choice(DEFAULT, str(refusal)) if refusal else _choice(model, family, kept, images)
+        engine = choice.engine
+    elif refusal is not None:
+        raise refusal
+    if engine == "torch" and images:
+        _check_int8(kept, target, compile)
     options = Options(
-        engine=_engine(engine, model, target, compile, cuda_graphs),
+        engine=engine,
         compile=_compile_mode(compile),
         cuda_graphs=_use_graphs(cuda_graphs, target, compile),
         bucket=_bucket(bucket),
         max_batch=checked(PositiveInt | None, max_batch, "max_batch"),
         max_graphs=checked(PositiveInt, max_graphs, "max_graphs"),
         static_outputs=checked(bool, static_outputs, "static_outputs"),
-        int8_calibration=_calibration(int8_calibration, model, wanted, target, compile, engine),
+        int8_calibration=images,
     )
-    if options.engine == "openvino":
-        kept = wanted or next(p.dtype for p in model.parameters())
-        reason = openvino_unsupported_reason(kept, bool(options.int8_calibration))
-        if reason is not None:
-            raise RuntimeError(f'engine: "openvino" {reason}')
     inplace = checked(bool, inplace, "inplace")
     ensure_qualified(target, qualify)
     result = _alias(model)
-    runner = _prepared(result, target, wanted, Runner(options, family))
+    runner = _prepared(result, target, wanted, _runner(options, family, choice))
     if inplace:  # all that could fail has been tried on the alias, so this is done in full
         result = model
-        runner = _prepared(result, target, wanted, Runner(options, family))
+        runner = _prepared(result, target, wanted, _runner(options, family, choice))
     else:
         count_fused_steps()
         runner.original = Original(model, result)
     known(become(result, family.optimized_class), optimized.OptimizedModel).runner = runner
     return result
+
+
+def _runner(options: Options, family: Family, choice: Choice | None) -> Runner:
+    return Runner(options, family) if choice is None else ChosenRunner(options, family, choice)
 
 
 def _prepared(
@@ -195,30 +220,41 @@ def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
         raise RuntimeError("dtype: float64 does not run on mps")
 
 
-def _engine(
-    value: Any,
+def _openvino_refusal(
     model: nn.Module,
     device: torch.device,
+    dtype: torch.dtype,
+    int8: bool,
     compile: bool | str,
     cuda_graphs: bool | str,
-) -> str:
-    if value not in ENGINES:
-        expected = " or ".join(f'"{name}"' for name in ENGINES)
-        raise ValueError(f"engine: expected {expected}, got {value!r}")
-    if value == "openvino":
-        if device.type != "cpu":
-            raise ValueError(f'engine: "openvino" runs on a CPU, got a model on {device}')
-        if type(model).__name__ == "ConditionalDetrForSegmentation":
-            raise TypeError(
-                'engine: "openvino" runs no segmentation; use engine="torch", or optimize the '
-                "model's detector alone"
+) -> Exception | None:
+    """Return the error with which engine="openvino" refuses a model or option, or None."""
+    if device.type != "cpu":
+        return ValueError(f'engine: "openvino" runs on a CPU, got a model on {device}')
+    if type(model).__name__ == "ConditionalDetrForSegmentation":
+        return TypeError(
+            'engine: "openvino" runs no segmentation; use engine="torch", or optimize the '
+            "model's detector alone"
+        )
+    for name, option in (("compile", compile), ("cuda_graphs", cuda_graphs)):
+        if option not in ("auto", False):
+            return ValueError(
+                f'{name}: expected False, as engine="openvino" compiles itself, got {option!r}'
             )
-        for name, option in (("compile", compile), ("cuda_graphs", cuda_graphs)):
-            if option not in ("auto", False):
-                raise ValueError(
-                    f'{name}: expected False, as engine="openvino" compiles itself, got {option!r}'
-                )
-    return value
+    reason = openvino_unsupported_reason(dtype, int8)
+    return None if reason is None else RuntimeError(f'engine: "openvino" {reason}')
+
+
+def _choice(
+    model: nn.Module, family: Family, dtype: torch.dtype, images: tuple[torch.Tensor, ...]
+) -> Choice:
+    """Choose an engine by the record of this machine."""
+    precision: Precision = "fp32" if dtype == torch.float32 else "bf16"
+    if images:
+        if dtype != torch.float32:
+            return Choice(DEFAULT, f"int8 is recorded with the rest in fp32, not in {dtype}")
+        precision = "int8"
+    return choose(architecture(family.convert(model)), precision)
 
 
 def _compile_mode(value: bool | str) -> str | None:
@@ -247,14 +283,7 @@ def _use_graphs(value: bool | str, device: torch.device, compile: bool | str) ->
     return value
 
 
-def _calibration(
-    images: Any,
-    model: nn.Module,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    compile: bool | str,
-    engine: str,
-) -> tuple[torch.Tensor, ...]:
+def _calibration(images: Any, model: nn.Module) -> tuple[torch.Tensor, ...]:
     if images is None:
         return ()
     name = "int8_calibration"
@@ -270,16 +299,18 @@ def _calibration(
             raise TypeError(f"{name}: expected floating-point tensors, got {got}")
         if batch.dim() != 4 or batch.shape[1] != channels or not batch.numel():
             raise ValueError(f"{name}: expected [B, {channels}, H, W], got {list(batch.shape)}")
-    if engine != "torch":
-        return tuple(batch.detach().to("cpu", torch.float32) for batch in images)
-    dtype = dtype or next(p.dtype for p in model.parameters())
+    return tuple(batch.detach().to("cpu", torch.float32) for batch in images)
+
+
+def _check_int8(dtype: torch.dtype, device: torch.device, compile: bool | str) -> None:
+    """Raise the error with which this package's own int8 refuses a model or option."""
+    name = "int8_calibration"
     if device.type != "cpu" or dtype != torch.float32:
         raise ValueError(f"{name}: expected a model in fp32 on a CPU, got {dtype} on {device}")
     if compile not in ("auto", False):
         raise ValueError(f"{name}: expected compile=False, got {compile!r}")
     if (reason := int8_unsupported_reason()) is not None:
         raise RuntimeError(f"{name}: {reason}")
-    return tuple(batch.detach().to("cpu", torch.float32) for batch in images)
 
 
 def _bucket(value: int | str) -> int | None:

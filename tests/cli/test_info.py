@@ -15,7 +15,7 @@ from cdetr_kernels import registry
 
 KEYS = {
     "schema", "version", "python", "platform", "packages", "device", "cpu", "cuda", "gpus",
-    "native", "records", "assignment", "operators", "missing",
+    "native", "records", "engines", "assignment", "operators", "missing",
 }  # fmt: skip
 
 

@@ -157,11 +157,3 @@ def test_command(tmp_path, monkeypatch, capsys):
         cli.main()
     assert stop.value.code == 2
     assert "'trt' is not one of" in capsys.readouterr().err
-
-
-def test_benchmark_command_passes_arguments_on(monkeypatch, capfd):
-    monkeypatch.setattr(sys, "argv", ["cdetr-fast", "benchmark", "--size", "many"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 2
-    assert "python -m benchmarks model: error: argument --size" in capfd.readouterr().err
