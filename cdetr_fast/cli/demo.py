@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +25,11 @@ SCENES_PER_SEED = 10_000
 
 _SHEET_COLUMNS, _SHEET_ROWS = 4, 3
 _SINGLE_PICTURES = 6
+_NEXT = (
+    ("detect photo.jpg --model microsoft/conditional-detr-resnet-50", "COCO's 80 classes"),
+    ("serve", "a page to drop pictures on"),
+    ("train --help", "on data of your own"),
+)
 
 
 def demo(
@@ -57,6 +64,19 @@ def demo(
         _score_scenes(seed, count, output, model, threshold, device)
     else:
         _detect_photograph(image, output, model, threshold, device)
+    width = max(len(arguments) for arguments, _ in _NEXT)
+    lines = [f"  {_program()} {arguments:{width}}  # {use}" for arguments, use in _NEXT]
+    progress.current().line("\n".join(["", "next:", *lines]))
+
+
+def _program() -> str:
+    """Return how to start this program from the same place again."""
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        return "python -m cdetr_fast"
+    found = shutil.which(started.name)
+    on_path = found is not None and started.exists() and Path(found).samefile(started)
+    return started.name if on_path or not started.exists() else str(started)
 
 
 def _score_scenes(

@@ -17,7 +17,7 @@ from support.tiny import randomized, tiny_config
 import cdetr_fast
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
 from cdetr_fast.checkpoints.key_maps import to_authors
-from cdetr_fast.cli.demo import SCENES_PER_SEED
+from cdetr_fast.cli.demo import SCENES_PER_SEED, _program
 from cdetr_fast.common import files
 from cdetr_fast.demo.scenes import CLASSES, TRAIN_SEED
 
@@ -395,6 +395,23 @@ def test_demo_scores_unseen_scenes(run, tmp_path):
     assert re.match(r"\d+\.\d ms per image", values["time"])
     assert Image.open(tmp_path / "contact_sheet.png").size > (640, 480)
     assert len(list(tmp_path.glob("scene_*.png"))) == 6
+    commands = re.findall(r"^  cdetr-fast (.*?)  +# .+$", done.err, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["detect", "serve", "train"]
+
+
+def test_demo_names_commands_as_it_was_started(monkeypatch, tmp_path):
+    """`make demo` starts .venv/bin/cdetr-fast, which is on nobody's PATH."""
+    program = tmp_path / "bin" / "cdetr-fast"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bin/cdetr-fast", "demo"])
+    assert _program() == "bin/cdetr-fast"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert _program() == "cdetr-fast"
+    monkeypatch.setattr(sys, "argv", ["cdetr_fast/__main__.py", "demo"])
+    assert _program() == "python -m cdetr_fast"
 
 
 def test_demo_depends_on_the_seed_alone(run, tmp_path):
