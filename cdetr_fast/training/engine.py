@@ -226,6 +226,8 @@ class Engine:
             self.step += 1
             self.step_in_epoch += 1
             self._read_reports(keep=1)
+            if self.accelerator.num_processes == 1 and (self.signals.received or self.failure):
+                self._stop()  # there is nobody to agree with
             if self.stop_reason is not None:
                 self._stop()
             if self.step >= self.total_steps:

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -15,8 +16,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from cdetr_fast.training.data.dataset import Batch, Collate
 from cdetr_fast.training.data.sampling import ImageRequest
-
-_GRACE = 20  # seconds; hosts give the whole job about 30
 
 
 def make_loader(
@@ -57,21 +56,30 @@ def make_loader(
 def initialize_worker(worker: int) -> None:
     """Make a worker survive a signal to its process group, but not the end of its run.
 
-    The main process ends its workers after it has saved its state; if it does not, they end
-    `_GRACE` seconds after SIGTERM. After a kill -9 torch's workers end when their parent process
+    SIGTERM ends it if its run sends it, as torch does to workers that hang. From others, who send
+    it to all processes of the run, it has no effect: the run saves its state first, after a step
+    that may take a minute on a CPU. After a kill -9 torch's workers end when their parent process
     has changed. That never happens to workers of a fork server (the default from Python 3.14 on):
     each would keep its memory.
     """
     run = multiprocessing.parent_process()
-    if run is not None:
-        threading.Thread(target=_exit_after, args=(run.sentinel,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+    if run is None:
+        return
+    threading.Thread(target=_exit_after, args=(run,), daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of later threads too
+        threading.Thread(target=_exit_when_told, args=(run,), daemon=True).start()
 
 
-def _exit_after(sentinel: int) -> None:
-    connection.wait([sentinel])
+def _exit_after(run: BaseProcess) -> None:
+    connection.wait([run.sentinel])
+    os._exit(1)
+
+
+def _exit_when_told(run: BaseProcess) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run.pid:
+        pass
     os._exit(1)
 
 

@@ -3,6 +3,7 @@
 This file is also the program that `torchrun` and the killed processes run.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -205,6 +206,24 @@ def test_workers_end_with_a_killed_run():
     while Path(f"/proc/{worker}").exists():
         assert time.monotonic() < limit
         time.sleep(0.1)
+
+
+def test_sigterm_to_the_process_group_leaves_workers_to_their_run():
+    """Schedulers and `timeout` signal every process; a step may take longer than any grace."""
+    loader = torch.utils.data.DataLoader(
+        range(10**9), num_workers=1, worker_init_fn=initialize_worker, prefetch_factor=1
+    )
+    batches = iter(loader)
+    next(batches)
+    worker = batches._workers[0]
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    for _ in range(100):
+        next(batches)
+    assert worker.is_alive()
+    with contextlib.suppress(RuntimeError):  # torch's, of a worker that ended
+        worker.terminate()
+        worker.join(30)
+    assert worker.exitcode == 1
 
 
 if __name__ == "__main__":
