@@ -69,6 +69,25 @@ app = typer.Typer(
     rich_markup_mode=None,  # one-line usage errors
     help="Conditional DETR: detect objects, train and evaluate, see what runs on this machine.",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from cdetr_fast import __version__
+
+        print(f"cdetr-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_commands(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None: ...
+
+
 for _command in (
     detect,
     serve,

@@ -54,7 +54,7 @@ def convert(
         typer.Option(help="What to do with invalid labels.", rich_help_panel=_SHARDS),
     ] = "stop",
 ) -> None:
-    """Convert a data set to COCO files, divide it, or write shards.
+    """Convert a data set to COCO files or shards, or divide it.
 
     voc and yolo are folders of Pascal VOC and YOLO; coco divides a COCO file by --split. Shards are
     tar files for WebDataset.

@@ -19,7 +19,7 @@ from cdetr_fast.cli.options import (
     RevisionOption,
     ThresholdOption,
 )
-from cdetr_fast.cli.output import PictureNames, make_output_folder
+from cdetr_fast.cli.output import PictureNames, counted, make_output_folder
 from cdetr_fast.common import progress
 from cdetr_fast.common.errors import first_line
 from cdetr_fast.common.files import write_json
@@ -90,6 +90,7 @@ def detect(
     paths = [] if videos else _list_images(map(Path, inputs))
     make_output_folder(output)
     detector = Detector(model, revision, device)
+    detector.note_its_classes()
     if videos or engine != "torch":
         detector.optimize(engine)
     else:
@@ -165,7 +166,8 @@ def detect(
             unwritten = True
     notes = ((skipped, "skipped"), (undrawn, "without a picture"))
     note = "".join(f", {count} {what}" for count, what in notes if count)
-    print(f"{len(records)} images, {len(results)} detections{note}: {output}")
+    counts = f"{counted(len(records), 'image')}, {counted(len(results), 'detection')}"
+    print(f"{counts}{note}: {output}")
     if skipped or undrawn or unwritten:
         raise typer.Exit(1)
 

@@ -17,7 +17,7 @@ import typer
 
 from cdetr_fast.cli.detector import Detector
 from cdetr_fast.cli.errors import UserError, require_packages
-from cdetr_fast.cli.output import GrowingArray, PictureNames
+from cdetr_fast.cli.output import GrowingArray, PictureNames, counted
 from cdetr_fast.common import progress
 from cdetr_fast.common.errors import first_line
 
@@ -243,7 +243,8 @@ def _detect(
     finally:
         if annotated.frames:
             print(
-                f"{reader.name}: {annotated.frames} frames, {annotated.objects} detections, "
+                f"{reader.name}: {counted(annotated.frames, 'frame')}, "
+                f"{counted(annotated.objects, 'detection')}, "
                 f"{pace()}: {annotated.path}",
                 flush=True,
             )

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
     from cdetr_fast.images.results import DetectionResult
 
+EMBEDDED = "embedded"
+"""Name of the checkpoint in the package."""
+
+COCO = "microsoft/conditional-detr-resnet-50"
+"""Checkpoint on the hub for COCO's classes."""
+
 _WORTH_OPTIMIZING = 4  # images
 
 
@@ -40,7 +46,7 @@ class Detector:
         from cdetr_fast.common.devices import qualify_kernels, usable_device
         from cdetr_fast.models.auto import class_of_checkpoint
 
-        self.name = "embedded" if name is None else name
+        self.name = EMBEDDED if name is None else name
         source = str(DEMO) if name is None else name
         options = {} if revision is None else {"revision": revision}
         try:
@@ -60,6 +66,16 @@ class Detector:
             raise UserError(f"--model {self.name}: {first_line(error)}") from error
         self.model = model.to(self.device)
         self.id2label: dict[int, str] = self.model.config.id2label
+
+    def note_its_classes(self) -> None:
+        """Note that the checkpoint in the package is for drawn shapes, if it is that one."""
+        from cdetr_fast.common import progress
+
+        if self.name == EMBEDDED:
+            progress.current().line(
+                "the checkpoint in the package only finds drawn shapes "
+                f"({', '.join(self.id2label.values())}); --model {COCO} finds 80 kinds of objects"
+            )
 
     def optimize_for(self, images: int) -> None:
         """Optimize the model if it pays for so many images; results stay the same up to rounding.

@@ -43,7 +43,7 @@ def export(
     device: DeviceOption = None,
     revision: RevisionOption = None,
 ) -> None:
-    """Write a model for torch.export, AOTInductor, ONNX or OpenVINO.
+    """Export to torch.export, AOTInductor, ONNX or OpenVINO.
 
     The file is loaded, and its outputs are compared with those of the model.
     """

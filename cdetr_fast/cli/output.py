@@ -10,6 +10,11 @@ from typing import Any
 from cdetr_fast.cli.errors import UserError
 
 
+def counted(count: int, noun: str) -> str:
+    """Return "1 image", "2 images"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def make_output_folder(path: Path) -> None:
     """Make the folder that `--output` names; UserError if it cannot be made."""
     try:

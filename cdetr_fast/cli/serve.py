@@ -51,7 +51,7 @@ def serve(
     engine: EngineOption = "torch",
     revision: RevisionOption = None,
 ) -> None:
-    """Serve a detection model: a page to try it, and an HTTP endpoint.
+    """Serve a model: a page to try it, and an HTTP endpoint.
 
     POST /v1/detect takes an image and answers with JSON; GET /health and /metrics are for
     operators. Ctrl-C or SIGTERM stop it, after the requests that it has accepted.
@@ -70,6 +70,7 @@ def serve(
         ) from error
     with opened:
         detector = Detector(model, revision, device)
+        detector.note_its_classes()
         detector.optimize(engine)
         if not isinstance(detector.model, ConditionalDetrForObjectDetection):
             raise UserError(f"--model {detector.name}: segments; serve takes detection models")

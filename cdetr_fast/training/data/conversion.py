@@ -117,13 +117,15 @@ def image_folder(
 
 
 def summary_lines(written: dict[str, Path], images: Path, exif: Exif = "auto") -> Iterator[str]:
-    """Yield what `convert` wrote, and the flags to train on it."""
+    """Yield what `convert` wrote, and the flags to train and evaluate on it."""
     for split, path in written.items():
         content = json.loads(path.read_text("utf-8"))
         yield f"{split}: {len(content['images'])} images, {len(content['annotations'])} objects"
     for split in ("train", "val"):
         if split in written:
             yield f"--{split}-annotations {written[split]} --{split}-images {images}"
+    if "test" in written:
+        yield f"evaluate with --annotations {written['test']} --images {images}"
     if list(written) == ["all"]:
         yield "not divided: --split 0.8 0.2 writes a file to train on and one to validate on"
     elif exif != "auto":
