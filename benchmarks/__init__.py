@@ -28,3 +28,5 @@ To add a benchmark, write `suite/<name>.py` and a line in `registry.BENCHMARKS`.
 
 The first provider is the reference. Then run it in small form in `tests/benchmarks/test_suite.py`.
 """
+
+import cdetr_fast as cdetr_fast  # which finds cdetr_kernels in a bare checkout

@@ -3,9 +3,9 @@
     python -m benchmarks.gpu_check
     python -m benchmarks.gpu_check --rehearse   tiny sizes on a CPU, in triton's interpreter
 
-Stages: the extension is built, the kernels qualify (`cdetr-fast qualify`; the record goes into the
-package), their tests, tests that need a GPU, compute-sanitizer, microbenchmarks, and the model and
-its training step against transformers. Needs torch, triton, numpy and pytest; what else a stage
+Stages: the extension is built, the kernels qualify (the record goes into the package), their tests,
+tests that need a GPU, compute-sanitizer, microbenchmarks, and the model and its training step
+against transformers. Needs torch, triton, numpy and pytest; what else a stage
 needs and does not find is named, and the stage skipped.
 
 The results go to `benchmarks/results/<gpu>-torch<version>-<date>.json` as they come. A second call
@@ -14,7 +14,6 @@ time are continued. Exit status: 0 if all is well, 1 if a stage failed, 2 if the
 """
 
 import argparse
-import ast
 import dataclasses
 import datetime
 import importlib.util
@@ -86,7 +85,7 @@ def stages(lines: Path, rehearse: bool) -> dict[str, Stage]:
         # For the GPU that is here alone, which is quicker.
         "extension": Stage(["cdetr_kernels.build"], 120, env=_this_architecture()),
         QUALIFICATION: Stage(
-            ["cdetr_fast", "qualify"], 110, env={"CDETR_FAST_CACHE": str(lines.parent)}
+            ["cdetr_kernels.qualification"], 110, env={"CDETR_FAST_CACHE": str(lines.parent)}
         ),
         # What needs no GPU is left out: it takes minutes.
         "kernels": _tests("tests/kernels", 150, *workers, "-k", NEED_NO_GPU),
@@ -147,7 +146,7 @@ def _rehearsed(lines: Path) -> dict[str, Stage]:
         ),
         "gpu": _tests("tests/gpu", 120),
         QUALIFICATION: Stage(
-            ["cdetr_fast", "qualify", "residual_layer_norm"],
+            ["cdetr_kernels.qualification", "residual_layer_norm"],
             120,
             env=interpreted | {"CDETR_FAST_CACHE": str(lines.parent)},
         ),
@@ -166,32 +165,42 @@ def _rehearsed(lines: Path) -> dict[str, Stage]:
 
 def _tests(folder: str, seconds: float, *options: str) -> Stage:
     """Run those test files whose imports are all there; conftest.py has imports of its own."""
-    files, left_out = [], []
-    for path in sorted((ROOT / folder).glob("test_*.py")):
-        missing = _missing_imports(path)
-        if missing:
-            left_out.append(f"{path.name} needs {', '.join(missing)}")
-        else:
-            files.append(str(path.relative_to(ROOT)))
-    for line in left_out:
-        print("left out:", line)
-    conftest = ["--noconftest"] if _missing_imports(ROOT / "tests" / "conftest.py") else []
+    common = ROOT / "tests" / "conftest.py"
+    paths = sorted((ROOT / folder).glob("test_*.py"))
+    missing = _missing_imports([common, *paths])
+    for path in paths:
+        if path in missing:
+            print(f"left out: {path.name} needs {missing[path]}")
+    files = [str(path.relative_to(ROOT)) for path in paths if path not in missing]
+    # Without the common conftest.py, but with that of the folder.
+    conftest = [f"--confcutdir={folder}"] if common in missing else []
     command = ["pytest", "-q", "-p", "no:cacheprovider", *conftest, *options, *files]
     return Stage(command, seconds, needs=("pytest",))
 
 
-def _missing_imports(path: Path) -> list[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names: set[str] = set()
-    for node in tree.body:  # imports in functions may be asked for with importorskip
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    if "support.oracle" in names:
-        names |= {"transformers", "timm"}
-    roots = {name.split(".")[0] for name in names} - {"support"}
-    return sorted(name for name in roots if importlib.util.find_spec(name) is None)
+def _missing_imports(paths: list[Path]) -> dict[Path, str]:
+    """Import files in a process of their own; return those that lack a module, and which."""
+    code = """if True:
+        import importlib.util, sys
+        for path in sys.argv[1:]:
+            spec = importlib.util.spec_from_file_location("tried", path)
+            try:
+                spec.loader.exec_module(importlib.util.module_from_spec(spec))
+            except ModuleNotFoundError as error:
+                print(f"lacking\\t{path}\\t{error.name}")
+            except BaseException:
+                pass  # skipped, or broken: pytest says so
+    """
+    command = [sys.executable, "-c", code, *map(str, paths)]
+    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    return {Path(row[1]): row[2] for row in rows if row[0] == "lacking"}
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment in which the checkout is found, whatever is installed."""
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def run_stage(stage: Stage, seconds: float, log: Path) -> dict[str, Any]:
@@ -206,8 +215,7 @@ def run_stage(stage: Stage, seconds: float, log: Path) -> dict[str, Any]:
     command = [*stage.program, sys.executable, "-m", *stage.command]
     if stage.limited:
         command += ["--limit", str(max(1.0, seconds - 20))]
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | stage.env
+    env = _environment() | stage.env
     started = time.monotonic()
     with log.open("wb") as file:
         process = subprocess.Popen(

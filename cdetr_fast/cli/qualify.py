@@ -40,10 +40,6 @@ def qualify(
             report = cdetr_kernels.qualify(device, operators or None, level, say=say)
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
-    for finding in report.rejected:
-        reason = f" ({finding.reason})" if finding.reason else ""
-        print(
-            f"  {finding.operator} {finding.path}, {finding.dtype} {finding.label}, "
-            f"{finding.mode}: {finding.verdict}{reason}"
-        )
+    for line in report.details():
+        print(f"  {line}")
     print(report.summary())

@@ -56,6 +56,14 @@ class Report:
         names = dict.fromkeys(x.operator for x in self.record.findings)
         return [x for name in names for x in known.taken(name).values()]
 
+    def details(self) -> list[str]:
+        """Return a line for each rejected finding."""
+        return [
+            f"{x.operator} {x.path}, {x.dtype} {x.label}, {x.mode}: {x.verdict}"
+            + f" ({x.reason})" * bool(x.reason)
+            for x in self.rejected
+        ]
+
     def summary(self) -> str:
         """Return a line with the figures, and where they are."""
         findings = self.record.findings

@@ -32,7 +32,7 @@ SHAPES: tuple[dict[str, Any], ...] = (
 )
 TINY: tuple[dict[str, Any], ...] = ({"batch": 1, "queries": 20, "height": 5, "width": 8},)
 TABLE = "table"
-_PASSES = ("forward", "backward_queries", "backward_keys")
+PASSES = ("forward", "backward_queries", "backward_keys")
 # Of forward, beside the table's: programs of a multiprocessor, and fewest tiles of keys in a part.
 PARTS = ((0, 8), (1, 4), (2, 4), (2, 2), (4, 2))
 
@@ -100,7 +100,8 @@ def neighbours(key: Key, tile: Tile) -> list[Tile]:
     side = "keys" if over_keys else "queries"
     found = [
         replace(tile, **{side: 2 * rows}, warps=8),
-        replace(tile, **{side: max(16, rows // 2)}, warps=4),
+        # On sm_120 the separable forward would spill with the stages of the larger tile.
+        replace(tile, **{side: max(16, rows // 2)}, warps=4, stages=max(1, tile.stages - 1)),
         replace(tile, stages=max(1, tile.stages - 1)),
     ]
     return [x for x in found if x != tile]
@@ -117,7 +118,7 @@ def tasks(planned: list[Task], level: str, device: torch.device) -> list[Task]:
     prefix = "separable_" * operator.endswith("_separable")
     precisions = ("half",) if level == "quick" else ("half", "ieee", "tf32")
     found = []
-    for precision, name in itertools.product(precisions[: 1 if interpreted else None], _PASSES):
+    for precision, name in itertools.product(precisions[: 1 if interpreted else None], PASSES):
         key = Key(precision, 32, prefix + name)
         stored = _stored(key, device)
         others = candidates(key) if level == "full" else neighbours(key, stored)

@@ -49,6 +49,10 @@ TENSOR_CORE = {
     "sm_100": (r"\bUTC[A-Z]*MMA", r"\bHMMA\."),
     "gfx942": (r"\bv_mfma_", r"\bv_mfma_"),
 }
+# What PTX calls them, and copies of 16 bytes: the assembler translates each of these into one.
+PTX_TENSOR_CORE = r"\b(wgmma|tcgen05)\.mma|\bmma\.sync"
+PTX_LOAD16 = r"\bld\.global\S*\.(v4\.[bfu]32|v2\.[bfu]64)|\bcp\.async\.c[ga]\S* [^;]*, (0x10|16)\b"
+PTX_STORE16 = r"\bst\.global\S*\.(v4\.[bfu]32|v2\.[bfu]64)"
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
             torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
             torch.uint8: "*u8"}  # fmt: skip
@@ -75,12 +79,14 @@ class Audit:
         kernels: Makes the launches by name, from meta tensors.
         precision: "half", "tf32" or "ieee": how attention multiplies.
         brief: Whether it is one of the few that the test-suite compiles.
+        documented: Whether it is in the table of docs/kernels.md; the others are variants of those.
     """
 
     label: str
     kernels: Callable[[], dict[str, Audited]]
     precision: str = "half"
     brief: bool = True
+    documented: bool = True
 
     def audited(self, architecture: str) -> dict[str, Audited]:
         """Return what is launched on an architecture, by name."""
@@ -124,8 +130,15 @@ def source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def examine(launch: Launch, architecture: str) -> dict[str, int]:
-    """Compile a launch and return what its machine code uses."""
+def examine(launch: Launch, architecture: str, disassemble: bool = True) -> dict[str, int]:
+    """Compile a launch and return what its machine code uses.
+
+    Args:
+        launch: The kernel with its arguments.
+        architecture: One of `TARGETS`.
+        disassemble: Count instructions in NVIDIA's machine code. False counts them in PTX, which
+            takes half as long; that a kernel spills shows in the memory that it asks for.
+    """
     compiled = triton.compile(source(launch), target=TARGETS[architecture], options=launch.options)
     shared = compiled.metadata.shared
     if architecture.startswith("gfx"):
@@ -148,10 +161,13 @@ def examine(launch: Launch, architecture: str) -> dict[str, int]:
             cubin.write_bytes(compiled.asm["cubin"])
             tool = triton.knobs.nvidia.cuobjdump.path
             usage = _output(tool, "--dump-resource-usage", cubin)
-            code = _output(tool, "--dump-sass", cubin)
+            stack = sum(int(x) for x in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+            if disassemble or stack:
+                code = _output(tool, "--dump-sass", cubin)
+                spills = stack + len(re.findall(r"\b(?:LDL|STL)\b", code))
+            else:
+                code, spills = compiled.asm["ptx"], 0
         registers = _number(r"REG:(\d+)", usage)
-        stack = sum(int(x) for x in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
-        spills = stack + len(re.findall(r"\b(?:LDL|STL)\b", code))
         memory, threads = CAPACITY[architecture]
         per_warp = 32 * 8 * -(-registers // 8)
         programs = min(
@@ -160,19 +176,20 @@ def examine(launch: Launch, architecture: str) -> dict[str, int]:
             threads // (32 * launch.tile.warps),
             32,  # the most there are on any of them
         )
-        wide = r"\b(LDG|LDGSTS)\S*\.128"
-        wide_store = r"\bSTG\S*\.128"
+        wide = rf"\b(LDG|LDGSTS)\S*\.128|{PTX_LOAD16}"
+        wide_store = rf"\bSTG\S*\.128|{PTX_STORE16}"
     over_keys = {"p_dkc", "p_dcodes"} & set(launch.arguments)
     rows = launch.tile.keys if over_keys else launch.tile.queries
+    tensor_core = rf"{TENSOR_CORE[architecture][rows < 64]}|{PTX_TENSOR_CORE}"
     return {
         "registers": registers,
         "spills": spills,
         "shared": shared,
         "programs": programs,
-        "tensor": len(re.findall(TENSOR_CORE[architecture][rows < 64], code)),
+        "tensor": len(re.findall(tensor_core, code)),
         "load16": len(re.findall(wide, code)),
         "store16": len(re.findall(wide_store, code)),
-        "async": len(re.findall(r"\bLDGSTS\b", code)),
+        "async": len(re.findall(r"\bLDGSTS\b|\bcp\.async\.c[ga]\b", code)),
     }
 
 

@@ -246,42 +246,80 @@ def _peers(device: torch.device) -> dict[str, Callable[[], Function]]:
 
 def audits() -> "list[Audit]":
     """Return the calls whose kernels are compiled: a training step at 800x1066, and the map."""
-    from cdetr_kernels.gpu.configurations import WIDTHS
     from cdetr_kernels.testing.machine_code import Audit
 
-    # Dropout, as in training, needs the most registers.
     return [
         Audit("half 32", functools.partial(audited, "half", 32, 0.0)),
         Audit("half 32 plain", functools.partial(audited, "half", 32, 0.0, spatial=False)),
-        *(
-            Audit(
-                f"{precision} {size} dropout",
-                functools.partial(audited, precision, size, 0.1),
-                precision,
-                brief=precision == "half" and size == 32,
-            )
-            for precision in ("half", "tf32", "ieee")
-            for size in WIDTHS
+        *audits_of_all_heads(
+            audited,
+            {
+                "unmasked": {"dropout_p": 0.0, "mask": None},
+                "plain": {"dropout_p": 0.0, "spatial": False},
+                "plain unmasked dropout": {"spatial": False, "mask": None},
+            },
         ),
     ]
 
 
+def audits_of_all_heads(
+    audited: "Callable[..., dict[str, Audited]]", variants: dict[str, dict[str, Any]]
+) -> "list[Audit]":
+    """Return the calls of each precision and width with dropout, which needs the most registers.
+
+    Args:
+        audited: Returns the launches of a call.
+        variants: Options of the other calls, by name; each pair of options is in one of them.
+    """
+    from cdetr_kernels.gpu.configurations import WIDTHS
+    from cdetr_kernels.testing.machine_code import Audit
+
+    sizes = [(precision, size) for precision in ("half", "tf32", "ieee") for size in WIDTHS]
+    dropout = [
+        Audit(
+            f"{precision} {size} dropout",
+            functools.partial(audited, precision, size),
+            precision,
+            brief=precision == "half" and size == 32,
+        )
+        for precision, size in sizes
+    ]
+    others = [
+        Audit(
+            f"{precision} {size} {name}",
+            functools.partial(audited, precision, size, **options),
+            precision,
+            brief=False,
+            documented=False,
+        )
+        for precision, size in sizes
+        for name, options in {**variants, "fp16": {"half": torch.float16}}.items()
+        if (precision, size) == ("half", 32) or name != "fp16"
+    ]
+    return [*dropout, *others]
+
+
 def audited(
-    precision: str, size: int, dropout_p: float, spatial: bool = True
+    precision: str,
+    size: int,
+    dropout_p: float = 0.1,
+    spatial: bool = True,
+    mask: str | None = "padded",
+    half: torch.dtype = torch.bfloat16,
 ) -> "dict[str, Audited]":
     """Return the launches for one precision and size of a head, by name."""
     from cdetr_kernels.gpu.attention import merge_launch
     from cdetr_kernels.ops.conditional_attention.triton import ATTENTION
     from cdetr_kernels.testing.machine_code import Audited
 
-    dtype = torch.bfloat16 if precision == "half" else torch.float32
-    case = make(dtype, "meta", 8, mask="padded", size=size, spatial=spatial, shared=("k_spatial",))
-    *tensors, mask = (case.inputs[name] for name in case.inputs)
+    dtype = half if precision == "half" else torch.float32
+    case = make(dtype, "meta", 8, mask=mask, size=size, spatial=spatial, shared=("k_spatial",))
+    *tensors, attended = (case.inputs[name] for name in case.inputs)
     query, value = tensors[0], tensors[4]
     batch, queries, heads, _ = query.shape
     seed = query.new_empty(1, dtype=torch.int64) if dropout_p else None
     logsumexp = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    inputs = (*tensors, mask, seed, 0.1, dropout_p)
+    inputs = (*tensors, attended, seed, 0.1, dropout_p)
     gradients = ATTENTION.gradient_buffers(*tensors)
     over_queries, over_keys = ATTENTION.backward_launches(
         query, *inputs, query, logsumexp, *gradients
@@ -290,7 +328,7 @@ def audited(
     part_logsumexp = logsumexp.new_empty(3 * batch, heads, queries)
     attention = query.new_empty(batch, heads, queries, value.shape[1])
     map_launch = ATTENTION.map_launch(
-        *tensors[:4], mask, seed, logsumexp, 0.1, dropout_p, attention
+        *tensors[:4], attended, seed, logsumexp, 0.1, dropout_p, attention
     )
     products = frozenset({"load16"} | ({"tensor"} if precision != "ieee" else set()))
     return {

@@ -104,42 +104,45 @@ def _with_spatial_keys(make_general: Callable[[], Function]) -> Function:
 
 def audits() -> "list[Audit]":
     """Return the calls whose kernels are compiled, as in the general form."""
-    from cdetr_kernels.gpu.configurations import WIDTHS
     from cdetr_kernels.testing.machine_code import Audit
 
     return [
         Audit("half 32", functools.partial(audited, "half", 32, 0.0)),
-        *(
-            Audit(
-                f"{precision} {size} dropout",
-                functools.partial(audited, precision, size, 0.1),
-                precision,
-                brief=precision == "half" and size == 32,
-            )
-            for precision in ("half", "tf32", "ieee")
-            for size in WIDTHS
+        *general.audits_of_all_heads(
+            audited,
+            {
+                "plain": {"dropout_p": 0.0},
+                "unmasked": {"dropout_p": 0.0, "mask": None},
+                "unmasked dropout": {"mask": None},
+            },
         ),
     ]
 
 
-def audited(precision: str, size: int, dropout_p: float) -> "dict[str, Audited]":
+def audited(
+    precision: str,
+    size: int,
+    dropout_p: float = 0.1,
+    mask: str | None = "padded",
+    half: torch.dtype = torch.bfloat16,
+) -> "dict[str, Audited]":
     """Return the launches for one precision and size of a head, by name."""
     from cdetr_kernels.ops.conditional_attention_separable.triton import ATTENTION
     from cdetr_kernels.testing.machine_code import Audited
 
-    dtype = torch.bfloat16 if precision == "half" else torch.float32
-    case = make(dtype, "meta", 8, mask="padded", size=size, shared=("k_rows", "k_columns"))
-    *tensors, mask = (case.inputs[name] for name in case.inputs)
+    dtype = half if precision == "half" else torch.float32
+    case = make(dtype, "meta", 8, mask=mask, size=size, shared=("k_rows", "k_columns"))
+    *tensors, attended = (case.inputs[name] for name in case.inputs)
     query, value = tensors[0], tensors[5]
     batch, queries, heads, _ = query.shape
     seed = query.new_empty(1, dtype=torch.int64) if dropout_p else None
     logsumexp = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    inputs = (*tensors, mask, seed, 0.1, dropout_p)
+    inputs = (*tensors, attended, seed, 0.1, dropout_p)
     gradients = ATTENTION.gradient_buffers(*tensors)
     backward = ATTENTION.backward_launches(query, *inputs, query, logsumexp, *gradients)
     attention = query.new_empty(batch, heads, queries, value.shape[1])
     map_launch = ATTENTION.map_launch(
-        *tensors[:5], mask, seed, logsumexp, 0.1, dropout_p, attention
+        *tensors[:5], attended, seed, logsumexp, 0.1, dropout_p, attention
     )
     tensor_cores = {"tensor"} if precision != "ieee" else set()
     products = frozenset({"load16"} | tensor_cores)
