@@ -66,10 +66,12 @@ def initialize_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if run is None:
         return
-    threading.Thread(target=_exit_after, args=(run,), daemon=True).start()
+    waits = [_exit_after]
     if hasattr(signal, "sigwaitinfo"):  # macOS has none
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of later threads too
-        threading.Thread(target=_exit_when_told, args=(run,), daemon=True).start()
+        waits.append(_exit_when_told)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of the threads below too
+    for wait in waits:
+        threading.Thread(target=wait, args=(run,), daemon=True).start()
 
 
 def _exit_after(run: BaseProcess) -> None:
