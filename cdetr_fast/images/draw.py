@@ -12,6 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 Box = tuple[float, float, float, float]
 
+MASK_OPACITY = 0.5
+"""Of the colour inside a mask; its edge is opaque."""
+
 _GOLDEN_RATIO = 0.618033988749895
 # Colours of a heat map from its lowest to its highest value, evenly spaced.
 _HEAT = np.array(
@@ -95,7 +98,7 @@ def draw_masks(
     segmentation: torch.Tensor | np.ndarray,
     segments_info: Iterable[Mapping[str, Any]],
     id2label: Mapping[int, str],
-    opacity: float = 0.5,
+    opacity: float = MASK_OPACITY,
 ) -> Image.Image:
     """Tint each segment of a segmentation result in the colour of its class, on a copy of an image.
 
@@ -127,7 +130,7 @@ def draw_masks(
         label = int(info["label_id"])
         colour = class_colour(label)
         pixels[mask] += opacity * (np.array(colour, dtype=np.float32) - pixels[mask])
-        pixels[_inner_edge(mask)] = colour
+        pixels[inner_edge(mask)] = colour
         name = id2label.get(label, str(label))
         score = info.get("score")
         rows, columns = np.nonzero(mask)  # a pixel of the segment; its centroid may be outside
@@ -277,7 +280,7 @@ def _line_width(size: tuple[int, int]) -> int:
     return max(1, round(0.006 * min(size)))
 
 
-def _inner_edge(mask: np.ndarray) -> np.ndarray:
+def inner_edge(mask: np.ndarray) -> np.ndarray:
     """Return the pixels of a mask with a 4-neighbour outside it."""
     padded = np.pad(mask, 1)
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
+from PIL import Image
 
 from cdetr_fast.common.files import write_text
 from cdetr_fast.reports.charts import bar_chart
 from cdetr_fast.reports.page import describe_settings, number, render
-from cdetr_fast.reports.pictures import boxes_over, css_colour, embed
+from cdetr_fast.reports.pictures import Picture, boxes_over, css_colour, embed
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from cdetr_fast.images.results import DetectionResult
 
 IMAGES_OF_PAGE = 200
 MOST_IMAGES = 4000
 _BYTES_OF_PAGE = 8_000_000
 _EDGE = 320  # pixels of a picture's longest edge
+
+
+def _masks(result: DetectionResult, picture: Picture) -> Callable[[int], np.ndarray] | None:
+    """Return what gives the masks of a result in the resolution of its picture, if it has any."""
+    from cdetr_fast.images.results import SegmentationResult
+
+    if not isinstance(result, SegmentationResult):
+        return None
+    size = round(picture.width), round(picture.height)
+    segmentation = Image.fromarray(result.segmentation.numpy())
+    owner = np.asarray(segmentation.resize(size, Image.Resampling.NEAREST))
+    return lambda i: owner == result.segment_ids[i]
 
 
 class DetectionReport:
@@ -52,7 +64,7 @@ class DetectionReport:
         Args:
             name: What the page calls the image.
             image: The upright image.
-            result: Its objects; of segments the boxes are shown.
+            result: Its objects.
             file: Name of an annotated picture beside the report, for a link.
         """
         self.images += 1
@@ -78,7 +90,9 @@ class DetectionReport:
             result.labels.numpy(),
             result.scores.numpy(),
             result.id2label,
+            _masks(result, picture),
         )
+        self.bytes_of_page += sum(len(box.mask.uri) for box in boxes if box.mask is not None)
         self.pages[-1].append(
             {
                 "name": name,

@@ -1,17 +1,17 @@
-"""Pictures inside a page: small JPEGs as data URIs, with boxes drawn over them by the browser."""
+"""Pictures inside a page: small JPEGs as data URIs; the browser draws boxes and masks on them."""
 
 from __future__ import annotations
 
 import base64
 import io
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from cdetr_fast.images.draw import class_colour
+from cdetr_fast.images.draw import MASK_OPACITY, class_colour, inner_edge
 
 _LONGEST_CAPTION = 28  # characters
 _MOST_BOXES = 300  # of a picture
@@ -37,6 +37,22 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """A mask over a picture, in the picture's units.
+
+    Attributes:
+        left: Likewise `top`, `width` and `height`.
+        uri: Data URI of a PNG that is transparent outside the mask.
+    """
+
+    left: float
+    top: float
+    width: float
+    height: float
+    uri: str
+
+
+@dataclass(frozen=True)
 class Box:
     """A box over a picture, in the picture's units.
 
@@ -47,6 +63,7 @@ class Box:
         score: In [0, 1]; None for labels.
         title: Class name and score, in full.
         caption: Left end, base line and text of the caption, shortened; None if it has no room.
+        mask: Of the object; None without one.
     """
 
     left: float
@@ -58,6 +75,7 @@ class Box:
     score: float | None
     title: str
     caption: tuple[float, float, str] | None
+    mask: Mask | None = None
 
 
 def embed(image: Image.Image, edge: int, quality: int = 78) -> Picture:
@@ -85,6 +103,7 @@ def boxes_over(
     labels: np.ndarray,
     scores: np.ndarray | None,
     id2label: Mapping[int, str],
+    mask_of: Callable[[int], np.ndarray] | None = None,
 ) -> list[Box]:
     """Return the boxes of an image over its picture, the highest score last, which is on top.
 
@@ -94,6 +113,8 @@ def boxes_over(
         labels: `[n]` class indices.
         scores: `[n]`, or None.
         id2label: Class names; an index without one is written as a number.
+        mask_of: Returns the mask of an object by its index, bool `[h, w]` over the whole image in
+            any resolution.
     """
     order = np.arange(len(labels)) if scores is None else np.argsort(scores, kind="stable")
     order = order[np.isfinite(boxes_xyxy[order]).all(1)][-_MOST_BOXES:]
@@ -116,9 +137,30 @@ def boxes_over(
                 score=score,
                 title=name + shown,
                 caption=captions.place(short + shown, left, top, bottom),
+                mask=None if mask_of is None else _mask_over(picture, mask_of(i), label),
             )
         )
     return found[::-1]
+
+
+def _mask_over(picture: Picture, mask: np.ndarray, label: int) -> Mask | None:
+    """Return a mask as `draw_masks` draws it; None if it has no pixel of the picture."""
+    size = round(picture.width), round(picture.height)
+    inside = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    if not len(rows):
+        return None
+    top, left = int(rows[0]), int(columns[0])
+    part = inside[top : rows[-1] + 1, left : columns[-1] + 1]
+    levels = part.astype(np.uint8)
+    levels[inner_edge(part)] = 2
+    drawn = Image.fromarray(levels)
+    drawn.putpalette([0, 0, 0, *class_colour(label) * 2])
+    stream = io.BytesIO()
+    opacities = bytes([0, round(255 * MASK_OPACITY), 255])
+    drawn.save(stream, "PNG", optimize=True, bits=2, transparency=opacities)
+    uri = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+    return Mask(left, top, part.shape[1], part.shape[0], uri)
 
 
 class _Captions:

@@ -372,7 +372,7 @@ class Engine:
             index, found = found.without_failures(self.val_index)
             if self.is_main:
                 evaluation = evaluate_detections(index, found, segments)
-                scored = Scored(index, found, evaluation)
+                scored = Scored(index, found, evaluation, segments=segments)
                 self.result = evaluation.stats
                 if found.failures:
                     text = found.described_failures()
@@ -383,7 +383,7 @@ class Engine:
                 is_best = math.isnan(figure) or figure >= self.best
                 path = Path("samples", f"epoch_{self.epoch:04d}.jpg")
                 count = self.config.sample_pictures
-                self._write(path, lambda path: draw_samples(path, index, found, count))
+                self._write(path, lambda path: draw_samples(path, scored, count))
                 if last:
                     self._write("evaluation", partial(write_evaluation, scored))
         weights = self.accelerator.get_state_dict(self.model)

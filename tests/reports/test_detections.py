@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.html import read_page
+from support.html import mask_levels, read_page
 
-from cdetr_fast.images.results import DetectionResult
+from cdetr_fast.images.draw import inner_edge
+from cdetr_fast.images.results import DetectionResult, SegmentationResult
 from cdetr_fast.reports import detections
 from cdetr_fast.reports.detections import DetectionReport
 from cdetr_fast.reports.page import describe_environment
@@ -58,6 +59,36 @@ def test_any_number_of_objects_and_classes(tmp_path, count, classes):
     scores = [float(g["data-score"]) for g in page.of("g") if "data-score" in g]
     assert sorted(scores, reverse=True) == pytest.approx(found.scores.tolist(), abs=1e-4)
     assert len(page.texts["option"]) == 1 + min(count, classes)
+
+
+def test_masks_are_drawn_with_their_objects(tmp_path):
+    """Each in the group of its box, so that the filters hide it too; none in the colour of two."""
+    segmentation = torch.zeros(48, 64, dtype=torch.int32)
+    segmentation[4:20, 8:40] = 3
+    segmentation[30:40, 30:60] = 7
+    segmentation[34:36, 40:50] = 0  # a hole
+    found = SegmentationResult(
+        torch.tensor([0.9, 0.6]),
+        torch.tensor([0, 1]),
+        torch.tensor([[8.0, 4, 40, 20], [30, 30, 60, 40]]),
+        (48, 64),
+        {0: "a", 1: "b"},
+        segmentation,
+        [3, 7],
+    )
+    report = DetectionReport(0.5)
+    report.add("a.jpg", image(), found)
+    (path,) = report.write(tmp_path, "model", HERE, {})
+    page = read_page(path)
+    edge = max(float(svg["viewbox"].split()[2]) for svg in page.of("svg") if "picture" in str(svg))
+    zoom = round(edge / 64)
+    lower, upper = mask_levels(page, 0, (64 * zoom, 48 * zoom))  # the highest score is on top
+    for drawn, number in ((upper, 3), (lower, 7)):
+        mask = np.kron((segmentation == number).numpy(), np.ones((zoom, zoom), bool))
+        assert np.array_equal(drawn > 0, mask)
+        assert np.array_equal(drawn == 2, inner_edge(mask))
+    groups = [i for i, (tag, _) in enumerate(page.elements) if tag == "g"]
+    assert all(page.elements[i + 1][0] == "image" for i in groups)
 
 
 def test_pages_of_many_images(tmp_path, monkeypatch):

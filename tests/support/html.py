@@ -1,7 +1,12 @@
 """Pages as a browser sees them: what is inside which element, and what they would load."""
 
+import base64
+import io
 import re
 from html.parser import HTMLParser
+
+import numpy as np
+from PIL import Image
 
 VOID = {"meta", "br", "input", "link", "img", "base", "hr"}
 SHAPES = {"use", "image", "line", "rect", "circle", "path"}
@@ -43,6 +48,31 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
+def mask_levels(page, number, size):
+    """The masks of a picture of a page as uint8 arrays: 0 outside, 1 inside, 2 on the edge.
+
+    Args:
+        page: The page.
+        number: Of the picture, in the order of the page.
+        size: Width and height of the picture in units.
+    """
+    pictures = []
+    for tag, attributes in page.elements:
+        if tag == "svg" and attributes.get("class") == "picture":
+            pictures.append([])
+        target = attributes.get("href", "")
+        if tag == "image" and target.startswith("data:image/png;base64,"):
+            drawn = Image.open(io.BytesIO(base64.b64decode(target.partition(",")[2])))
+            left, top, width, height = (
+                round(float(attributes[k])) for k in ("x", "y", "width", "height")
+            )
+            assert drawn.size == (width, height)
+            whole = np.zeros((size[1], size[0]), np.uint8)
+            whole[top : top + height, left : left + width] = np.asarray(drawn)
+            pictures[-1].append(whole)
+    return pictures[number]
+
+
 def read_page(path):
     """Read a page; fails if it is not well-formed, or loads something."""
     html = path.read_text(encoding="utf-8")
@@ -53,7 +83,8 @@ def read_page(path):
         assert not any(name.startswith("on") for name in attributes), attributes
         target = attributes.get("href", "")
         if tag != "a":
-            assert target.startswith(("data:image/jpeg;base64,", "#")) or not target, target[:60]
+            inside = ("data:image/jpeg;base64,", "data:image/png;base64,", "#")
+            assert target.startswith(inside) or not target, target[:60]
     assert not {"link", "iframe", "object", "embed", "base", "img"} & set(page.tags)
     for part in page.texts["style"] + page.texts["script"]:
         assert not LOADS.search(part), LOADS.search(part)

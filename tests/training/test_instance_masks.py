@@ -12,7 +12,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from support.html import mask_levels, read_page
 
+from cdetr_fast.images.draw import class_colour
 from cdetr_fast.training import DataError, TrainingConfig, evaluate, train
 from cdetr_fast.training.data.dataset import Collate, DetectionDataset
 from cdetr_fast.training.data.exports import read_set
@@ -20,6 +22,10 @@ from cdetr_fast.training.data.label_checks import check_labels
 from cdetr_fast.training.data.sampling import ImageRequest
 from cdetr_fast.training.data.transforms import EvaluationTransform, TrainingTransform
 from cdetr_fast.training.engine import Engine
+from cdetr_fast.training.evaluation.detection import Detections, evaluate_detections
+from cdetr_fast.training.evaluation.pictures import draw_images
+from cdetr_fast.training.evaluation.report import Report, write_report
+from cdetr_fast.training.evaluation.scored import Scored
 from cdetr_fast.training.evaluation.segments import MaskScorer, segment_scorer
 from cdetr_fast.training.run.signals import StopSignals
 
@@ -244,3 +250,51 @@ def test_mask_ap_equals_pycocotools(sets):
     assert ours == pytest.approx(theirs.stats.tolist(), abs=1e-9)
     precision = theirs.eval["precision"][..., 0, -1]
     assert per_class["mask_AP"] == pytest.approx(precision.mean((0, 1)), abs=1e-9)
+
+
+def test_reports_show_masks(sets, tmp_path):
+    """Labels and detections of one image; the one before it could not be read."""
+    index = read_set(sets[0], segments=True)
+    scorer = MaskScorer(index)
+    dataset = DetectionDataset(
+        index, EvaluationTransform({"shortest_edge": HEIGHT}), with_maps=True
+    )
+    batches = [Collate(1)([dataset[ImageRequest(i)]]) for i in (0, 3)]
+    outputs = [outputs_for(index, [i], torch.Generator().manual_seed(i)) for i in (0, 3)]
+    for batch, output in zip(batches, outputs, strict=True):
+        scorer(batch, output)
+    scorer.gather(None)
+    read = np.array([i in (0, 3) for i in range(len(index))])
+    read_index = index.select(read, np.ones(index.num_objects, bool))
+    nothing = np.zeros(0, np.int64)
+    found = Detections(
+        nothing, nothing, nothing, np.zeros((0, 4), np.float32), [], np.arange(len(read_index))
+    )
+    evaluation = evaluate_detections(read_index, found, scorer)
+    scored = Scored(read_index, found, evaluation, 0.5, scorer)
+    shown = scored.shown(1)
+    entries = [one for one in scorer.results if one["image_id"] == 3 and one["score"] >= 0.5]
+    assert len(shown.labels) == len(entries) >= 2
+    for i, entry in enumerate(entries):
+        code = entry["segmentation"] | {"counts": entry["segmentation"]["counts"].encode()}
+        assert np.array_equal(shown.mask_of(i), coco_mask.decode(code).astype(bool))
+        assert shown.scores[i] == np.float32(entry["score"])
+
+    write_report(Report("t", {}, torch.device("cpu"), [], scored), tmp_path / "report.html")
+    page = read_page(tmp_path / "report.html")
+    names = [text for text in page.texts["figcaption"] if ".png" in text]
+    position = 2 * [text.startswith("003.png") for text in names].index(True)
+    zoom = 480 // WIDTH
+    labels = mask_levels(page, position, (480, HEIGHT * zoom))
+    assert len(labels) == 2
+    for drawn, item in zip(labels, range(*index.objects(3).indices(10**6)), strict=True):
+        truth = np.kron(index.mask(item, 3).numpy(), np.ones((zoom, zoom), bool))
+        assert np.array_equal(drawn > 0, truth)
+    assert len(mask_levels(page, position + 1, (480, HEIGHT * zoom))) == len(entries)
+
+    draw_images(scored, [1], tmp_path / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    inside = sheet[10 : 10 + HEIGHT * zoom, 10:490][labels[0] == 1].astype(int)
+    tint = np.median(inside, axis=0)
+    expected = (np.array(COLOURS[0]) + class_colour(0)) / 2
+    assert np.abs(tint - expected).max() < 8

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.html import mask_levels, read_page
 
 from cdetr_fast import ConditionalDetrForSegmentation
 from cdetr_fast.training import DataError, TrainingConfig, evaluate, train
@@ -309,6 +310,12 @@ def test_processes_evaluate_as_one(covering, tmp_path, root):
     evaluate(**options, output=tmp_path / "one")
     done = two_processes("two")
     assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("one", "two"):  # each pixel is of one labelled segment; one covers all in turn
+        page = read_page(tmp_path / name / "report.html")
+        labels, found = (mask_levels(page, i, (480, 384)) for i in (0, 1))
+        assert (np.sum([mask > 0 for mask in labels], axis=0) == 1).all()
+        assert len(labels) == 3
+        assert [(mask > 0).all() for mask in found] == [True]
     (images, stats, classes), single = figures("two"), figures("one")
     assert images == single[0] == 7
     assert stats == pytest.approx(single[1], abs=1e-6)

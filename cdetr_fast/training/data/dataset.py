@@ -157,7 +157,7 @@ class DetectionDataset(Dataset[Item | str]):
         try:
             image = read_image(index, position)
             if index.masks is not None:
-                segment_map = self._read_segments(index.masks, position, image)
+                segment_map = read_segments(index, position, image_hw(image))
         except DataError as error:
             return str(error)
         where = index.objects(position)
@@ -182,22 +182,6 @@ class DetectionDataset(Dataset[Item | str]):
             int(index.image_ids[position]),
             segment_map if self.with_maps else None,
         )
-
-    def _read_segments(self, folder: Path, position: int, image: Tensor) -> Tensor:
-        index = self.index
-        path = folder / index.mask_names[position]
-        name = f"{path} (masks of image id {index.image_ids[position]})"
-        segment_map = segment_ids(_read(path, name)[0])
-        if segment_map.shape != image.shape[-2:]:
-            raise _wrong_size(name, image.shape[-2:], "the image has", segment_map.shape)
-        ids = torch.from_numpy(index.object_ids[index.objects(position)])
-        missing = ids[~torch.isin(ids, segment_map.unique())].tolist()
-        if missing:
-            raise DataError(
-                f"{name}: no pixel of segments {', '.join(map(str, missing))}, which "
-                f"{index.path} lists; remove them there, or correct the masks"
-            )
-        return segment_map
 
 
 def make_item(
@@ -245,6 +229,33 @@ def make_item(
         orig_size_hw=size_hw,
         segment_map=segment_map,
     )
+
+
+def read_segments(index: CocoIndex, position: int, size_hw: tuple[int, int]) -> Tensor:
+    """Read the panoptic PNG file of an image: the segment of each pixel, int32 `[H, W]`.
+
+    Args:
+        index: With `masks`.
+        position: Of the image.
+        size_hw: Height and width of the image.
+
+    Raises:
+        DataError: The file cannot be read, has another size, or lacks a segment.
+    """
+    assert index.masks is not None
+    path = index.masks / index.mask_names[position]
+    name = f"{path} (masks of image id {index.image_ids[position]})"
+    segment_map = segment_ids(_read(path, name)[0])
+    if segment_map.shape != size_hw:
+        raise _wrong_size(name, size_hw, "the image has", segment_map.shape)
+    ids = torch.from_numpy(index.object_ids[index.objects(position)])
+    missing = ids[~torch.isin(ids, segment_map.unique())].tolist()
+    if missing:
+        raise DataError(
+            f"{name}: no pixel of segments {', '.join(map(str, missing))}, which "
+            f"{index.path} lists; remove them there, or correct the masks"
+        )
+    return segment_map
 
 
 def read_image(index: CocoIndex, position: int) -> Tensor:

@@ -139,7 +139,7 @@ def evaluate(
         evaluation = evaluate_detections(index, found, scorer)
     if output is None:
         return evaluation
-    scored = Scored(index, found, evaluation, threshold)
+    scored = Scored(index, found, evaluation, threshold, scorer)
     settings = {
         "model": model,
         "annotations": annotations,

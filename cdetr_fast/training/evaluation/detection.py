@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from cdetr_fast.images.batch_feature import BatchFeature
-    from cdetr_fast.training.evaluation.panoptic import PanopticScorer
-    from cdetr_fast.training.evaluation.segments import MaskScorer
+    from cdetr_fast.training.evaluation.segments import SegmentScorer
 
 _PER_IMAGE = 100  # detections, as COCO's rules have it
 _FAILURES_SHOWN = 20
@@ -171,7 +170,7 @@ class Evaluation:
 def evaluate_detections(
     index: CocoIndex,
     detections: Detections,
-    segments: PanopticScorer | MaskScorer | None = None,
+    segments: SegmentScorer | None = None,
 ) -> Evaluation:
     """Score detections by COCO's rules.
 

@@ -8,9 +8,10 @@ panopticapi/evaluation.py has COCO's rules for void and crowds.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -121,6 +122,22 @@ def _positions(segments: np.ndarray, ids: ArrayLike) -> np.ndarray:
     return np.where(np.append(known, -1)[places] == segments, places, len(known))
 
 
+class FoundSegment(NamedTuple):
+    """A segment that was found on an image.
+
+    Attributes:
+        label: Class index.
+        score: In [0, 1].
+        box_xyxy: Pixels: left, top, right, bottom.
+        run_lengths: COCO's, compressed: `{"size": [H, W], "counts": str}`.
+    """
+
+    label: int
+    score: float
+    box_xyxy: list[float]
+    run_lengths: dict[str, Any]
+
+
 class PanopticScorer:
     """Panoptic quality of a model's segments, batch by batch.
 
@@ -137,6 +154,7 @@ class PanopticScorer:
         self.threshold = threshold
         self.quality = PanopticQuality(len(index.classes))
         self.is_stuff = np.array([name in index.stuff for name in index.classes])
+        self.found: dict[int, list[FoundSegment]] = {}
 
     def __call__(self, batch: Batch, outputs: Any) -> None:
         """Add the outputs for a batch that has `segment_maps`."""
@@ -152,6 +170,7 @@ class PanopticScorer:
             if len(queries):
                 found = self._segments(outputs, row, queries, sizes_hw[row], batch, true_map.shape)
                 found_map, infos = found.segmentation.cpu().numpy(), found.infos
+            self.found[image] = _found(found_map, infos)
             where = self.index.objects(image)
             self.quality.add(
                 true_map,
@@ -190,7 +209,13 @@ class PanopticScorer:
 
     def gather(self, accelerator: Accelerator | None) -> None:
         """Add up the counts of all processes; all of them take part."""
-        self.quality.counts = np.sum(all_gather_object(accelerator, self.quality.counts), axis=0)
+        parts = all_gather_object(accelerator, (self.quality.counts, self.found))
+        self.quality.counts = np.sum([counts for counts, _ in parts], axis=0)
+        self.found = {image: found for _, part in parts for image, found in part.items()}
+
+    def of_image(self, image: int) -> list[FoundSegment]:
+        """Return the segments of one of the images that could be read, by its position there."""
+        return self.found[sorted(self.found)[image]]
 
     def stats(self) -> dict[str, float]:
         """Return the figures over all classes, things and stuff."""
@@ -199,3 +224,18 @@ class PanopticScorer:
     def figures(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Return the figures of the set, and those of each class `[K]`."""
         return self.stats(), self.quality.per_class()
+
+
+def _found(segment_map: np.ndarray, infos: list[dict[str, Any]]) -> list[FoundSegment]:
+    """Return segments with their extents as boxes."""
+    codes = segmentation.coco_rle(torch.from_numpy(segment_map), [info["id"] for info in infos])
+    return [
+        FoundSegment(info["label_id"], info["score"], extent(segment_map == info["id"]), code)
+        for info, code in zip(infos, codes, strict=True)
+    ]
+
+
+def extent(mask: np.ndarray) -> list[float]:
+    """Return left, top, right and bottom of a mask that has pixels."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return [float(v) for v in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)]

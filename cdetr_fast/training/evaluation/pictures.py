@@ -3,73 +3,76 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from cdetr_fast.common.files import write_atomically
-from cdetr_fast.images.draw import contact_sheet, draw_detections
+from cdetr_fast.images.draw import contact_sheet, draw_detections, draw_masks
 from cdetr_fast.training.data.dataset import read_image
-from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.errors import DataError
-from cdetr_fast.training.evaluation.detection import Detections, true_boxes
+from cdetr_fast.training.evaluation.scored import Scored
+from cdetr_fast.training.evaluation.shown import Shown, shown_labels
 
 logger = logging.getLogger(__name__)
 
 _SHEET_EDGE = 480  # pixels of a picture's longest edge on a sheet
+_LOWEST_SCORE = 0.3
 
 
-def draw_samples(path: Path, index: CocoIndex, found: Detections, count: int) -> None:
-    """Draw up to `count` validation images, evenly spread, with their detections."""
-    count = min(count, len(index))
+def draw_samples(path: Path, scored: Scored, count: int) -> None:
+    """Draw up to `count` validation images, evenly spread, with their detections or segments."""
+    count = min(count, len(scored.index))
     if count:
-        chosen = np.linspace(0, len(index) - 1, count).round().astype(int).tolist()
-        draw_images(index, found, chosen, path, threshold=0.3)
+        chosen = np.linspace(0, len(scored.index) - 1, count).round().astype(int).tolist()
+        draw_images(scored, chosen, path, threshold=_LOWEST_SCORE)
 
 
 def draw_images(
-    index: CocoIndex,
-    detections: Detections,
-    images: Sequence[int],
-    path: Path,
-    threshold: float = 0.5,
+    scored: Scored, images: Sequence[int], path: Path, threshold: float | None = None
 ) -> None:
-    """Draw images twice side by side: truth on the left, detections on the right.
+    """Draw images twice side by side: truth on the left, what was found on the right.
 
     Args:
-        index: The truth.
-        detections: Detections on its images.
+        scored: The truth, and what was found.
         images: Indices of the images to draw.
         path: JPEG or PNG file.
-        threshold: Lowest score that is drawn.
+        threshold: Lowest score that is drawn; None is that of the evaluation.
     """
-    names = dict(enumerate(index.classes))
+    names = dict(enumerate(scored.index.classes))
     pairs = []
     for image in images:
         try:
-            pixels = read_image(index, image)
+            pixels = read_image(scored.index, image)
+            labels = shown_labels(scored.index, image)
         except DataError as error:  # it could be read when it was evaluated
             logger.warning("not drawn: %s", error)
             continue
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        zoom = _SHEET_EDGE / max(picture.size)
-        picture = picture.resize([max(1, round(side * zoom)) for side in picture.size])
-        boxes, labels = true_boxes(index, image)
-        where = detections.of_image(image)
-        kept = detections.scores[where] >= threshold
-        left = draw_detections(picture, boxes * zoom, labels, None, names)
-        right = draw_detections(
-            picture,
-            detections.boxes_xyxy[where][kept] * zoom,
-            detections.labels[where][kept],
-            detections.scores[where][kept],
-            names,
-        )
-        pairs.append(contact_sheet([left, right], 2, gap=4))
+        sides = [_drawn(picture, one, names) for one in (labels, scored.shown(image, threshold))]
+        pairs.append(contact_sheet(sides, 2, gap=4))
     if not pairs:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet(pairs, 2)
     write_atomically(path, lambda temporary: sheet.save(temporary, quality=88))
+
+
+def _drawn(picture: Image.Image, shown: Shown, names: Mapping[int, str]) -> Image.Image:
+    """Return a picture of the sheet's size with the masks of objects, or else their boxes."""
+    zoom = _SHEET_EDGE / max(picture.size)
+    size = max(1, round(picture.width * zoom)), max(1, round(picture.height * zoom))
+    picture = picture.resize(size)
+    if shown.mask_of is None:
+        return draw_detections(picture, shown.boxes_xyxy * zoom, shown.labels, shown.scores, names)
+    order = range(len(shown.labels)) if shown.scores is None else np.argsort(shown.scores).tolist()
+    owner = np.zeros((picture.height, picture.width), np.int32)
+    infos = []
+    for i in order:  # the highest score last, which is on top
+        mask = Image.fromarray(shown.mask_of(i)).resize(size, Image.Resampling.NEAREST)
+        owner[np.asarray(mask)] = i + 1
+        info = {"id": i + 1, "label_id": int(shown.labels[i])}
+        infos.append(info if shown.scores is None else info | {"score": float(shown.scores[i])})
+    return draw_masks(picture, owner, infos, names)

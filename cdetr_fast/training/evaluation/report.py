@@ -22,9 +22,9 @@ from cdetr_fast.training.data.shards import ShardSet
 from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.evaluation import sections
 from cdetr_fast.training.evaluation.comparison import changed_images, compare
-from cdetr_fast.training.evaluation.detection import true_boxes
 from cdetr_fast.training.evaluation.labels import label_section
 from cdetr_fast.training.evaluation.scored import Scored
+from cdetr_fast.training.evaluation.shown import shown_labels
 
 logger = logging.getLogger(__name__)
 
@@ -126,26 +126,24 @@ class _Pictures:
                 break
             try:
                 pixels = read_image(scored.index, image)
+                labels = shown_labels(scored.index, image)
             except DataError as error:  # it could be read when it was evaluated
                 logger.warning("not drawn: %s", error)
                 continue
             picture = embed(Image.fromarray(pixels.permute(1, 2, 0).numpy()), _EDGE)
             self.bytes += len(picture.uri)
             self.count += 1
-            boxes, labels = true_boxes(scored.index, image)
-            columns = [("labels", boxes_over(picture, boxes, labels, None, names))]
-            for title, one in (("before", other), ("found", scored)):
-                if one is not None:
-                    where = one.found.of_image(image)
-                    kept = one.found.scores[where] >= one.threshold
-                    found = boxes_over(
-                        picture,
-                        one.found.boxes_xyxy[where][kept],
-                        one.found.labels[where][kept],
-                        one.found.scores[where][kept],
-                        names,
-                    )
-                    columns.append((title, found))
+            columns = [
+                (title, boxes_over(picture, *one[:3], names, one.mask_of))
+                for title, one in (
+                    ("labels", labels),
+                    ("before", None if other is None else other.shown(image)),
+                    ("found", scored.shown(image)),
+                )
+                if one is not None
+            ]
+            drawn = [box.mask for _, column in columns for box in column if box.mask is not None]
+            self.bytes += sum(len(mask.uri) for mask in drawn)
             before = None if other is None else int(other.errors[image])
             shown.append(
                 {

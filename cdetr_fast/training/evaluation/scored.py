@@ -23,6 +23,8 @@ from cdetr_fast.training.evaluation.detection import (
     confusion_matrices,
     evaluate_detections,
 )
+from cdetr_fast.training.evaluation.segments import SegmentScorer
+from cdetr_fast.training.evaluation.shown import Shown, shown_segments
 from cdetr_fast.training.run.log import without_nan
 
 _SAVED = ("metrics.json", "images.csv", "detections.json")
@@ -37,12 +39,14 @@ class Scored:
         found: Detections on its images.
         evaluation: Their figures.
         threshold: Lowest score that counts in the confusion and as an error of an image.
+        segments: What scored the masks, of a segmentation model.
     """
 
     index: CocoIndex
     found: Detections
     evaluation: Evaluation
     threshold: float = 0.5
+    segments: SegmentScorer | None = None
 
     @property
     def confusion(self) -> np.ndarray:
@@ -62,6 +66,25 @@ class Scored:
             total += matrix
             errors[image] = matrix.sum() - np.trace(matrix)
         return total, errors
+
+    def shown(self, image: int, threshold: float | None = None) -> Shown:
+        """Return what pictures show as found on an image.
+
+        Args:
+            image: Index.
+            threshold: Lowest score; None is that of the evaluation.
+        """
+        threshold = self.threshold if threshold is None else threshold
+        if self.segments is not None:
+            found = self.segments.of_image(image)
+            return shown_segments([one for one in found if one.score >= threshold])
+        where = self.found.of_image(image)
+        kept = self.found.scores[where] >= threshold
+        return Shown(
+            self.found.boxes_xyxy[where][kept],
+            self.found.labels[where][kept],
+            self.found.scores[where][kept],
+        )
 
     def worst(self, count: int) -> list[int]:
         """Return the images with most errors, at most `count` and none without."""

@@ -14,7 +14,7 @@ from cdetr_fast.images.segments import coco_rle
 from cdetr_fast.training.data.dataset import Batch
 from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.evaluation.box_scores import BoxScores, score_boxes
-from cdetr_fast.training.evaluation.panoptic import PanopticScorer
+from cdetr_fast.training.evaluation.panoptic import FoundSegment, PanopticScorer
 from cdetr_fast.training.run.launch import all_gather_object
 
 if TYPE_CHECKING:
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 _PER_IMAGE = 100  # masks, as COCO's rules have it
 
 
-def segment_scorer(
-    index: CocoIndex | None, threshold: float = 0.5
-) -> PanopticScorer | MaskScorer | None:
+def segment_scorer(index: CocoIndex | None, threshold: float = 0.5) -> SegmentScorer | None:
     """Return what scores the segments of a model on a set; None for a set of boxes.
 
     Args:
@@ -57,6 +55,7 @@ class MaskScorer:
     def __init__(self, index: CocoIndex) -> None:
         self.index = index
         self.results: list[dict[str, Any]] = []
+        self.boxes_xyxy: list[list[float]] = []
         self.images: list[int] = []
 
     def __call__(self, batch: Batch, outputs: Any) -> None:
@@ -65,12 +64,14 @@ class MaskScorer:
             "BatchFeature",
             to_detections(outputs, 0.0, batch.orig_sizes_hw, _PER_IMAGE, return_tensors="pt"),
         )
-        columns = (found[name].tolist() for name in ("scores", "labels", "query_index", "counts"))
+        names = ("scores", "labels", "boxes", "query_index", "counts")
+        columns = (found[name].tolist() for name in names)
         rows = zip(*columns, batch.indices, batch.counted, strict=True)
-        for row, (scores, labels, queries, count, image, counted) in enumerate(rows):
+        for row, (scores, labels, boxes, queries, count, image, counted) in enumerate(rows):
             if not counted:
                 continue
             self.images.append(image)
+            self.boxes_xyxy += boxes[:count]
             codes = self._masks(outputs, row, sorted(set(queries[:count])), batch)
             for score, label, query in zip(
                 scores[:count], labels[:count], queries[:count], strict=True
@@ -97,9 +98,19 @@ class MaskScorer:
 
     def gather(self, accelerator: Accelerator | None) -> None:
         """Collect the masks of all processes; all of them take part."""
-        parts = all_gather_object(accelerator, (self.results, self.images))
-        self.results = [entry for results, _ in parts for entry in results]
-        self.images = sorted({image for _, images in parts for image in images})
+        parts = all_gather_object(accelerator, (self.results, self.boxes_xyxy, self.images))
+        self.results = [entry for results, _, _ in parts for entry in results]
+        self.boxes_xyxy = [box for _, boxes, _ in parts for box in boxes]
+        self.images = sorted({image for _, _, images in parts for image in images})
+
+    def of_image(self, image: int) -> list[FoundSegment]:
+        """Return the detections on one of the images that could be read, by its position there."""
+        number = self.images[image]
+        return [
+            FoundSegment(entry["category_id"], entry["score"], box, entry["segmentation"])
+            for entry, box in zip(self.results, self.boxes_xyxy, strict=True)
+            if entry["image_id"] == number
+        ]
 
     def scores(self) -> BoxScores:
         """Return COCO's figures of the masks on the images that could be read."""
@@ -119,3 +130,6 @@ class MaskScorer:
             "mask_AP50": np.where(has, scores.precision[0].mean(0), np.nan),
         }
         return {f"mask_{name}": value for name, value in scores.stats.items()}, per_class
+
+
+SegmentScorer = PanopticScorer | MaskScorer

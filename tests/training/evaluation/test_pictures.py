@@ -5,10 +5,12 @@ import pytest
 from PIL import Image
 
 from cdetr_fast.training.data.index import CocoIndex
-from cdetr_fast.training.evaluation.detection import Detections
+from cdetr_fast.training.evaluation.detection import Detections, Evaluation
 from cdetr_fast.training.evaluation.pictures import draw_images
+from cdetr_fast.training.evaluation.scored import Scored
 
 QUARTER = 6  # EXIF: to be turned by 90 degrees
+NO_FIGURES = Evaluation({}, [], np.zeros((101, 1)), np.zeros(0))
 GAPS = 10  # pixels of the sheets before the first picture
 
 
@@ -51,7 +53,7 @@ def test_turned_photograph(tmp_path, on_turned):
     box = [columns.min(), rows.min(), 20, 20]
     size = (120, 80) if on_turned else (80, 120)
     index = index_of(tmp_path, ["a.jpg"], size, [box])
-    draw_images(index, nothing_found(1), [0], tmp_path / "drawn.png")
+    draw_images(Scored(index, nothing_found(1), NO_FIGURES), [0], tmp_path / "drawn.png")
 
     sheet = np.asarray(Image.open(tmp_path / "drawn.png").convert("RGB")).astype(int)
     height, width = 4 * size[0], 4 * size[1]  # the longest edge is 480 pixels
@@ -69,7 +71,7 @@ def test_turned_photograph(tmp_path, on_turned):
 def test_file_that_has_gone(tmp_path, caplog):
     Image.new("RGB", (80, 120)).save(tmp_path / "a.png")
     index = index_of(tmp_path, ["none.png", "a.png"], (120, 80), [[10, 10, 20, 20]] * 2)
-    draw_images(index, nothing_found(2), [0, 1], tmp_path / "drawn.png")
+    draw_images(Scored(index, nothing_found(2), NO_FIGURES), [0, 1], tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").exists()
     assert "not drawn: " in caplog.text
     assert "none.png (image id 0): cannot be read" in caplog.text
