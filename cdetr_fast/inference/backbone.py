@@ -25,6 +25,7 @@ from cdetr_fast.inference.convolution import (
     FusedConv2d,
     activation_of,
 )
+from cdetr_fast.inference.pooling import KeptMaxPool2d, can_keep
 from cdetr_fast.inference.workspace import Workspace
 from cdetr_fast.models.backbone import FrozenBatchNorm2d, FrozenBatchNormAct2d
 from cdetr_fast.models.feature_maps import maps_of
@@ -88,6 +89,7 @@ class FusedBackbone(nn.Module):
     Attributes:
         notes: What could not be fused, and why.
         fused: Number of convolutions with something folded or fused in.
+        dtype: What images come in and maps are returned in, if that is not what it computes in.
     """
 
     def __init__(self, backbone: nn.Module, all_maps: bool = True) -> None:
@@ -95,6 +97,7 @@ class FusedBackbone(nn.Module):
         self.notes: list[str] = []
         self.output_fmt = getattr(backbone, "output_fmt", "NCHW")
         self.all_maps = all_maps
+        self.dtype: torch.dtype | None = None
         self.body: nn.Module = backbone
         try:
             traced = fx.GraphModule(backbone, _Tracer().trace(backbone))
@@ -112,8 +115,12 @@ class FusedBackbone(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """Return feature maps of images `[B, C, H, W]`, fine to coarse, in `output_fmt`."""
+        if self.dtype is not None:
+            pixel_values = pixel_values.float()
         maps = maps_of(self.body(pixel_values.contiguous(memory_format=torch.channels_last)))
-        return maps if self.all_maps else maps[-1:]
+        if not self.all_maps:
+            maps = maps[-1:]
+        return maps if self.dtype is None else [x.to(self.dtype) for x in maps]
 
     def _compare(self, backbone: nn.Module) -> None:
         """Check the rewritten backbone, then its fused operators, against the original.
@@ -162,10 +169,10 @@ def _fuse(traced: fx.GraphModule) -> None:
     def module_of(node: fx.Node) -> nn.Module | None:
         return modules[node.target] if node.op == "call_module" else None
 
-    def put(node: fx.Node, conv: FusedConv2d) -> None:
+    def put(node: fx.Node, module: nn.Module) -> None:
         name = f"fused_{node.name}"
-        traced.add_submodule(name, conv)
-        modules[name] = conv
+        traced.add_submodule(name, module)
+        modules[name] = module
         node.target = name
 
     for node in list(graph.nodes):
@@ -173,6 +180,9 @@ def _fuse(traced: fx.GraphModule) -> None:
             _replace(node, node.args[0])
     for node in list(graph.nodes):
         layer = module_of(node)
+        if layer is not None and can_keep(layer):
+            assert isinstance(layer, nn.MaxPool2d)
+            put(node, KeptMaxPool2d(layer))
         if not isinstance(layer, nn.Conv2d) or type(layer) not in FOLDABLE:
             continue
         follower = _only_user(node)
@@ -275,7 +285,7 @@ def _may_overwrite(node: fx.Node, module_of: ModuleOf) -> bool:
 
 
 def _assign_slots(graph: fx.Graph, module_of: ModuleOf) -> None:
-    """Assign slots of one workspace to the convolutions whose maps die within the graph.
+    """Assign slots of one workspace to convolutions and pooling whose maps die within the graph.
 
     Two maps share a slot if the first one is no longer read when the second one is written. A map
     has none if anything but convolutions and pooling reads it, as that may be a view.
@@ -284,19 +294,26 @@ def _assign_slots(graph: fx.Graph, module_of: ModuleOf) -> None:
     free: list[int] = []
     ends: dict[int, list[int]] = {}  # place in the order -> slots that are free after it
     order = {node: place for place, node in enumerate(graph.nodes)}
+
+    def take(until: int) -> int:
+        nonlocal slots
+        slot = free.pop() if free else slots
+        slots = max(slots, slot + 1)
+        ends.setdefault(until, []).append(slot)
+        return slot
+
     for node, place in order.items():
-        conv = module_of(node)
-        if (
-            isinstance(conv, FusedConv2d)
+        module = module_of(node)
+        is_writable = isinstance(module, KeptMaxPool2d) or (
+            isinstance(module, FusedConv2d)
             and len(node.args) == 1
-            and conv.activation in (None, RELU)  # as a sum with zeros
-        ):
-            end = _last_read(node, order, module_of)
-            if end is not None:
-                slot = free.pop() if free else slots
-                slots = max(slots, slot + 1)
-                conv.slot, conv.workspace = slot, workspace
-                ends.setdefault(end, []).append(slot)
+            and module.activation in (None, RELU)  # as a sum with zeros
+        )
+        if is_writable and (end := _last_read(node, order, module_of)) is not None:
+            assert isinstance(module, KeptMaxPool2d | FusedConv2d)
+            module.slot, module.workspace = take(end), workspace
+            if isinstance(module, KeptMaxPool2d):
+                module.index_slot = take(place)
         free += ends.pop(place, [])
 
 

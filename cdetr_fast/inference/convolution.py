@@ -7,6 +7,7 @@ runs them; without them channels-last memory is what remains.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -110,6 +111,7 @@ class FusedConv2d(nn.Module):
         self.same = type(conv) is Conv2dSame
         self.padding = [0, 0] if self.same else _padding(conv)
         self.kernel_size = list(conv.kernel_size)
+        self.windows = (self.kernel_size, self.stride, self.padding, self.dilation)
         self.activation: Activation | None = None
         self.in_place = False
         self.slot: int | None = None
@@ -149,7 +151,7 @@ class FusedConv2d(nn.Module):
         weight = self._weight_for(x.shape)
         in_place = self.in_place
         if residual is None and self.slot is not None and self.workspace is not None:
-            shape = self._result_shape(x)
+            shape = map_shape(x, len(self.weight), *self.windows)
             if worth_keeping(shape, x.dtype):  # the operator takes no `out`, but writes over a sum
                 residual, in_place = self.workspace.zeros(self.slot, shape, x.dtype), True
         if residual is None:
@@ -164,15 +166,6 @@ class FusedConv2d(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise.binary(
             x, residual, weight, self.bias, *where, "add", 1.0, unary, [], None
         )
-
-    def _result_shape(self, x: Tensor) -> tuple[int, int, int, int]:
-        height, width = (
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, padding, dilation, kernel, stride in zip(
-                x.shape[2:], self.padding, self.dilation, self.kernel_size, self.stride, strict=True
-            )
-        )
-        return x.shape[0], self.weight.shape[0], height, width
 
     def _weight_for(self, shape: torch.Size) -> Tensor:
         """Return the weight, packed for a map's shape if the call before had it too."""
@@ -208,6 +201,22 @@ class FusedConv2d(nn.Module):
             # cuDNN has an epilogue for ReLU alone
             return _try(self, "cudnn") if self.activation == RELU else None
         return f"no fused convolution on {self.weight.device.type}"
+
+
+def map_shape(
+    x: Tensor,
+    channels: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int, int, int]:
+    """Return the shape of what a convolution or pooling makes of `[B, C, H, W]`."""
+    height, width = (
+        (size + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i, size in enumerate(x.shape[2:])
+    )
+    return x.shape[0], channels, height, width
 
 
 def _padding(conv: nn.Conv2d) -> list[int]:

@@ -18,7 +18,10 @@ from timm.layers.padding import pad_same
 from torch import Tensor, fx, nn
 
 from cdetr_fast.inference.backbone import FusedBackbone
-from cdetr_fast.inference.convolution import RELU, Activation, FusedConv2d
+from cdetr_fast.inference.convolution import RELU, Activation, FusedConv2d, map_shape
+from cdetr_fast.inference.pooling import KeptMaxPool2d
+from cdetr_fast.inference.workspace import worth_keeping
+from cdetr_kernels.pooling import codes_unsupported_reason
 
 _CODES = 255
 _FUSED = {None, RELU, Activation("hardtanh", (0.0, 6.0))}
@@ -97,6 +100,7 @@ class Int8Conv2d(nn.Module):
         self.same = (conv.kernel_size, conv.stride, conv.dilation) if conv.same else None
         self.activation, self.in_place = conv.activation, conv.in_place
         self.source, self.residual, self.result = source, residual, result
+        self.slot, self.workspace, self.windows = conv.slot, conv.workspace, conv.windows
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute the block as `FusedConv2d` does; maps are uint8 codes or fp32."""
@@ -109,6 +113,11 @@ class Int8Conv2d(nn.Module):
             (1.0, 0, torch.float32) if self.result is None else (*self.result.line, torch.uint8)
         )
         name, scalars, _ = self.activation or Activation("none")
+        if residual is None and (zeros := self._kept_zeros(x)) is not None:
+            nothing: tuple[Any, ...] = (1.0, 0, "sum", 1.0, name, [], "")
+            return torch.ops.onednn.qconv2d_pointwise.binary(
+                *images, zeros, self.bias, *self.where, *result, *nothing
+            )
         if residual is None and self.activation in _FUSED:
             return torch.ops.onednn.qconv_pointwise(
                 *images, self.bias, *self.where, *result, name, list(scalars), ""
@@ -127,6 +136,15 @@ class Int8Conv2d(nn.Module):
             y = y.add_(residual if self.residual is None else self.residual.numbers(residual))
         return y if self.activation is None else self.activation.apply_(y)
 
+    def _kept_zeros(self, x: Tensor) -> Tensor | None:
+        """Return zeros in kept memory, which a large result of codes is added to; or None."""
+        if self.slot is None or self.workspace is None or self.result is None:
+            return None
+        shape = map_shape(x, len(self.scale), *self.windows)
+        if not worth_keeping(shape, torch.uint8):
+            return None
+        return self.workspace.zeros(self.slot, shape, torch.uint8)
+
 
 class _Numbers(nn.Module):
     """Conversion of codes to numbers, where a map is returned."""
@@ -140,12 +158,15 @@ class _Numbers(nn.Module):
 
 
 @torch.no_grad()
-def quantize(backbone: FusedBackbone, images: Sequence[Tensor]) -> str:
+def quantize(
+    backbone: FusedBackbone, images: Sequence[Tensor], dtype: torch.dtype = torch.float32
+) -> str:
     """Put a backbone's convolutions into 8 bits, in place.
 
     Args:
         backbone: On a CPU in fp32.
         images: Batches `[B, 3, H, W]` on which the ranges of maps are found.
+        dtype: What the maps are returned in.
 
     Returns:
         A description of the result, with the distance from fp32 on the last calibration batch.
@@ -161,6 +182,7 @@ def quantize(backbone: FusedBackbone, images: Sequence[Tensor]) -> str:
     count = _rewrite(body, codes)
     got = backbone(images[-1])[-1]
     error = ((got - expected).norm() / expected.norm()).item()
+    backbone.dtype = dtype
     return f"{count} convolutions of the backbone; its last map is off by {100 * error:.1f} %"
 
 
@@ -198,14 +220,29 @@ def _rewrite(body: fx.GraphModule, codes: dict[str, Codes]) -> int:
         module = modules.get(node.target) if node.op == "call_module" else None
         return module if isinstance(module, FusedConv2d) else None
 
-    leaves: dict[str, Codes] = {}  # the convolutions whose maps stay codes
+    def pool_of(node: fx.Node) -> KeptMaxPool2d | None:
+        module = modules.get(node.target) if node.op == "call_module" else None
+        can_pool = codes_unsupported_reason() is None
+        return module if can_pool and isinstance(module, KeptMaxPool2d) else None
+
+    def takes_codes(node: fx.Node) -> bool:
+        if pool_of(node) is not None:  # whose result is codes of the same line
+            return all(conv_of(user) is not None for user in node.users)
+        return conv_of(node) is not None or node.op == "output"
+
+    leaves: dict[str, Codes] = {}  # the convolutions whose maps stay codes, and what pools these
     convs = {node: conv for node in graph.nodes if (conv := conv_of(node)) is not None}
     if not convs:
         raise RuntimeError("int8_calibration: this backbone has no convolution that runs in int8")
-    for node, conv in convs.items():
+    for node in graph.nodes:
+        if pool_of(node) is not None and node.args[0].name in leaves:
+            codes[node.name] = leaves[node.args[0].name]._replace(shape=codes[node.name].shape)
+            leaves[node.name] = codes[node.name]
+        if (conv := convs.get(node)) is None:
+            continue
         own = codes[node.name]
         residual = node.args[1].name if len(node.args) > 1 else None
-        takes = all(conv_of(user) is not None or user.op == "output" for user in node.users)
+        takes = all(takes_codes(user) for user in node.users)
         returned_alone = all(user.op == "output" for user in node.users)
         if conv.activation not in _FUSED or not takes or returned_alone:
             continue

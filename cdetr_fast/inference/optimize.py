@@ -93,9 +93,9 @@ def optimize(
         static_outputs: Return the graph's own tensors, which its next call overwrites.
         int8_calibration: Batches of `pixel_values` `[B, C, H, W]`, some tens of images of the
             sizes, and in batches, as the calls will be. With them the backbone's convolutions run
-            in int8, on CPUs with VNNI; their ranges are found on these images, and again when the
-            weights change. What that costs, `python -m benchmarks precision` measures. The other
-            engine goes by them in its own way, see `engine`.
+            in int8, on CPUs with VNNI, and the rest in `dtype`, fp32 or bf16; ranges are found on
+            these images, and again when the weights change. What that costs, `python -m benchmarks
+            precision` measures. The other engine goes by them in its own way, see `engine`.
         inplace: Change `model` itself, and return it.
         qualify: "auto" finds out which kernels are right and faster on a GPU without a record, once
             and in at most 90 seconds, see `cdetr_kernels.qualify`; False leaves it out, as
@@ -305,8 +305,9 @@ def _calibration(images: Any, model: nn.Module) -> tuple[torch.Tensor, ...]:
 def _check_int8(dtype: torch.dtype, device: torch.device, compile: bool | str) -> None:
     """Raise the error with which this package's own int8 refuses a model or option."""
     name = "int8_calibration"
-    if device.type != "cpu" or dtype != torch.float32:
-        raise ValueError(f"{name}: expected a model in fp32 on a CPU, got {dtype} on {device}")
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        expected = "a model in float32 or bfloat16 on a CPU"
+        raise ValueError(f"{name}: expected {expected}, got {dtype} on {device}")
     if compile not in ("auto", False):
         raise ValueError(f"{name}: expected compile=False, got {compile!r}")
     if (reason := int8_unsupported_reason()) is not None:

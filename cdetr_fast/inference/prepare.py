@@ -100,10 +100,13 @@ class PreparedModel(nn.Module):
     def _replace_parts(self, int8_calibration: Sequence[Tensor]) -> None:
         base = keep_positions(self._unprepared_base)
         has_masks = isinstance(self.model, ConditionalDetrForSegmentation)
-        backbone = FusedBackbone(base.backbone.model, all_maps=has_masks)
+        source = base.backbone.model
+        if int8_calibration and self.dtype != torch.float32:
+            source = copy.deepcopy(source).float()  # norms are folded, and scales found, in fp32
+        backbone = FusedBackbone(source, all_maps=has_masks)
         self._left += backbone.notes
         if int8_calibration:
-            self.int8 = quantize(backbone, int8_calibration)
+            self.int8 = quantize(backbone, int8_calibration, self.dtype)
         base.backbone.model = backbone
         if is_plain(base.input_projection, *FOLDABLE):
             projection = FusedConv2d(base.input_projection, None)

@@ -31,11 +31,15 @@ class Workspace(threading.local):
 
     def zeros(self, slot: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
         """Return a channels-last map of zeros; the one before in that slot is overwritten."""
+        return self.empty(slot, shape, dtype).zero_()
+
+    def empty(self, slot: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+        """Return a channels-last map of any numbers; it shares its memory with the one before."""
         view = self._maps.get((slot, shape, dtype))
         if view is None:
             with torch.inference_mode(False):
                 view = self._make(slot, shape, dtype)
-        return view.zero_()
+        return view
 
     def _make(self, slot: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
         size_in_bytes = math.prod(shape) * dtype.itemsize

@@ -42,6 +42,13 @@ def unsupported_device(tensor: Tensor) -> str | None:
     return f"the extension is for CPUs and CUDA, and the tensors are on {device_type}"
 
 
+def missing_kernel(name: str) -> str | None:
+    """Return that an older library has no CPU kernel of an operator; None if it has one."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"):
+        return None
+    return f"the extension was built before it had {name}: run `cdetr-fast build-native`"
+
+
 def parts() -> dict[str, str]:
     """Return the state of each part of the extension: loaded, or why it is not."""
     states = {

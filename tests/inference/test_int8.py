@@ -11,7 +11,7 @@ from cdetr_fast import ConditionalDetrForObjectDetection, optimize
 from cdetr_fast.demo import DEMO
 from cdetr_fast.demo.scenes import TRAIN_SEED, draw_scene
 from cdetr_fast.inference import int8
-from cdetr_fast.inference.convolution import RELU, Activation, FusedConv2d
+from cdetr_fast.inference.convolution import RELU, Activation, FusedConv2d, has_onednn
 
 needs_int8 = pytest.mark.skipif(
     int8.int8_unsupported_reason() is not None, reason=f"no int8: {int8.int8_unsupported_reason()}"
@@ -108,6 +108,25 @@ def test_the_last_map_is_near(backbone):
 
 
 @needs_int8
+@pytest.mark.skipif(not has_onednn(torch.bfloat16), reason="no bf16 convolutions")
+def test_the_rest_in_bf16():
+    """The backbone is the same to the last bit but for the rounding of its weights and maps."""
+    model = make_ours("detection", "paper", backbone="test_resnet").eval()
+    fast = optimize(model, torch.bfloat16, int8_calibration=calibration())
+    single = optimize(model, int8_calibration=calibration())
+    x = calibration(1)[0]
+    ours, theirs = (m.runner.prepared.base.backbone.model for m in (fast, single))
+    (got,), (expected,) = ours(x.bfloat16()), theirs(x)
+    assert got.dtype == torch.bfloat16
+    assert (got - expected).norm() <= 0.05 * expected.norm()
+    outputs, wanted = fast(x.bfloat16()), model(x)
+    assert outputs.logits.dtype == torch.bfloat16
+    assert (outputs.logits - wanted.logits).norm() <= 0.1 * wanted.logits.norm()
+    assert fast.get_parameter("class_labels_classifier.weight").dtype == torch.bfloat16
+    assert model.get_parameter("class_labels_classifier.weight").dtype == torch.float32
+
+
+@needs_int8
 def test_detections_stay():
     model = ConditionalDetrForObjectDetection.from_pretrained(DEMO, dtype=torch.float32)
     process = model.image_processor
@@ -154,7 +173,7 @@ def test_follows_new_weights():
         ({"int8_calibration": []}, TypeError, "expected a list of batches"),
         ({"int8_calibration": [[1]]}, TypeError, "expected floating-point tensors, got list"),
         ({"int8_calibration": [torch.zeros(3, 64, 64)]}, ValueError, r"got \[3, 64, 64\]"),
-        ({"dtype": torch.bfloat16}, ValueError, "expected a model in fp32 on a CPU"),
+        ({"dtype": torch.float16}, ValueError, "expected a model in float32 or bfloat16"),
         ({"compile": True}, ValueError, "expected compile=False, got True"),
     ],
 )

@@ -13,6 +13,8 @@ from cdetr_fast import optimize
 from cdetr_fast.inference import workspace
 from cdetr_fast.inference.backbone import FusedBackbone
 from cdetr_fast.inference.convolution import FusedConv2d, has_onednn
+from cdetr_fast.inference.int8 import Int8Conv2d, int8_unsupported_reason, quantize
+from cdetr_fast.inference.pooling import KeptMaxPool2d
 from cdetr_fast.inference.workspace import Workspace
 
 pytestmark = pytest.mark.skipif(not has_onednn(torch.float32), reason="no oneDNN convolutions")
@@ -34,7 +36,7 @@ def random_model(task="detection", **config):
 
 def without_slots(fast):
     for module in fast.modules():
-        if isinstance(module, FusedConv2d):
+        if isinstance(module, (FusedConv2d, Int8Conv2d, KeptMaxPool2d)):
             module.slot = None
     return fast
 
@@ -65,6 +67,21 @@ def test_maps_are_bitwise_the_same(backbone, all_maps):
     for got, expected in kept:  # later calls wrote over none of the earlier results
         for a, b in zip(got, expected, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(int8_unsupported_reason() is not None, reason="no int8")
+def test_codes_are_bitwise_the_same():
+    images = [torch.randn(1, 3, 64, 96)]
+    model = random_model(backbone="resnet50").model.backbone.model
+    fast, plain = FusedBackbone(model, False), without_slots(FusedBackbone(model, False))
+    for backbone in (fast, plain):
+        quantize(backbone, images)
+    without_slots(plain)
+    (space,) = {m.workspace for m in fast.modules() if isinstance(m, Int8Conv2d)} - {None}
+    for image in (*images, torch.randn(2, 3, 33, 47)):
+        for a, b in zip(fast(image), plain(image), strict=True):
+            assert torch.equal(a, b)
+    assert space.pieces
 
 
 def test_memory_is_used_again(monkeypatch):

@@ -28,7 +28,12 @@ def test_registry_public_names_folders_and_page_agree(root):
 def test_report_on_a_cpu():
     choices = {choice.op: choice for choice in registry.report()}
     assert list(choices) == list(registry.NAMES)
-    native = {"detection_topk", "normalize_and_pad"}  # "native" only where it is built
+    native = {  # "native" only where it is built
+        "conditional_attention",
+        "conditional_attention_separable",
+        "detection_topk",
+        "normalize_and_pad",
+    }
     assert all(c.path == "torch" for c in choices.values() if c.op not in native)
     assert all(choice.reason for choice in choices.values())
     reason = choices["conditional_attention"].reason

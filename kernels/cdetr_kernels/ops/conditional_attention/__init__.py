@@ -10,12 +10,37 @@ from cdetr_kernels.gpu.support import by_evidence, unsupported_attention
 from cdetr_kernels.ops.conditional_attention import reference
 
 
-# Imported at the first call: triton is slow to import and not installed everywhere. The import is a
-# statement, as torch.compile does not follow importlib.
+# The extension is loaded, and triton imported, at the first call. Each import is a statement, as
+# torch.compile does not follow importlib.
+def _native(
+    q_content: Tensor,
+    q_spatial: Tensor | None,
+    k_content: Tensor,
+    k_spatial: Tensor | None,
+    value: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    *_: Any,
+) -> tuple[Tensor, None]:
+    from cdetr_kernels.ops.conditional_attention.native import conditional_attention
+
+    keys = (k_content, k_spatial, None)
+    return conditional_attention(q_content, q_spatial, *keys, value, key_mask, scale), None
+
+
 def _triton(*args: Any) -> Any:
     from cdetr_kernels.ops.conditional_attention.triton import conditional_attention
 
     return conditional_attention(*args)
+
+
+def _unsupported_by_native(q_content: Tensor, *rest: Any) -> str | None:
+    from cdetr_kernels.ops.conditional_attention.native import unsupported_reason
+
+    if not rest:
+        return unsupported_reason((q_content,))
+    *tensors, _, _, dropout_p, _, return_attention = rest
+    return unsupported_reason((q_content, *tensors), dropout_p, return_attention)
 
 
 def _unsupported_by_triton(q_content: Tensor, *rest: Any) -> str | None:
@@ -51,6 +76,7 @@ def _classify(
 OPERATOR = Operator(
     "conditional_attention",
     {
+        "native": Implementation(_native, _unsupported_by_native),
         "triton": by_evidence(_triton, _unsupported_by_triton),
         "torch": Implementation(reference.conditional_attention),
     },
