@@ -23,11 +23,17 @@ from cdetr_fast.cli.output import PictureNames, counted, make_output_folder
 from cdetr_fast.common import progress
 from cdetr_fast.common.errors import first_line
 from cdetr_fast.common.files import write_json
+from cdetr_fast.common.pipeline import Background
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from cdetr_fast.images.results import DetectionResult
+
 logger = logging.getLogger(__name__)
+
+_WAITING = 4
+"""Results that may wait to be written."""
 
 
 def detect(
@@ -105,9 +111,35 @@ def detect(
     undrawn = 0
     page = DetectionReport(threshold) if html else None
 
-    with progress.task("detecting", len(paths)) as task:
+    def write(item: tuple[int, Path, Image.Image, DetectionResult]) -> None:
+        nonlocal undrawn
+        image_id, path, image, result = item
+        picture = names.take(path)
+        is_drawn = True
+        try:
+            save_picture(result.draw(image), picture)
+        except UserError as error:
+            logger.error("not drawn: %s", error)
+            is_drawn = False
+            undrawn += 1
+        records.append(
+            {
+                "id": image_id,
+                "file_name": str(path),
+                "width": image.width,
+                "height": image.height,
+                "picture": picture.name if is_drawn else None,
+            }
+        )
+        results.extend(result.to_coco(image_id))
+        if page is not None:
+            page.add(str(path), image, result, picture.name if is_drawn else None)
+        task.advance()
 
-        def readable() -> Iterator[Image.Image]:  # in a thread of its own, ahead of the model
+    # Images are read and resized in a thread ahead of the model, pictures written in one behind it.
+    with progress.task("detecting", len(paths)) as task, Background(write, _WAITING) as writer:
+
+        def readable() -> Iterator[Image.Image]:
             for image_id, path in enumerate(paths):
                 try:
                     image = read_image(path)
@@ -119,28 +151,7 @@ def detect(
                     yield image
 
         for result in detector.predict_each(readable(), threshold, top_k, batch_size):
-            image_id, path, image = read.popleft()
-            picture = names.take(path)
-            is_drawn = True
-            try:
-                save_picture(result.draw(image), picture)
-            except UserError as error:
-                logger.error("not drawn: %s", error)
-                is_drawn = False
-                undrawn += 1
-            records.append(
-                {
-                    "id": image_id,
-                    "file_name": str(path),
-                    "width": image.width,
-                    "height": image.height,
-                    "picture": picture.name if is_drawn else None,
-                }
-            )
-            results.extend(result.to_coco(image_id))
-            if page is not None:
-                page.add(str(path), image, result, picture.name if is_drawn else None)
-            task.advance()
+            writer.put((*read.popleft(), result))
     skipped = len(paths) - len(records)
 
     if not records:

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from support.tiny import randomized, tiny_config
 import cdetr_fast
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
 from cdetr_fast.checkpoints.key_maps import to_authors
+from cdetr_fast.cli import detect
 from cdetr_fast.cli.demo import SCENES_PER_SEED, _program
 from cdetr_fast.common import files
 from cdetr_fast.demo.scenes import CLASSES, TRAIN_SEED
+from cdetr_fast.models.predict import DetectingModel
 
 
 @pytest.fixture
@@ -174,6 +177,44 @@ def test_batches_change_nothing(run, checkpoint, pictures, tmp_path):
     for results in found[1:]:
         boxes = [[r["bbox"] for r in some] for some in (results, found[0])]
         np.testing.assert_allclose(*boxes, atol=0.02)
+
+
+def test_pictures_are_written_while_the_model_works(run, checkpoint, tmp_path, monkeypatch):
+    """The first picture waits for the model to see the image after the next one."""
+    seen = threading.Semaphore(0)
+    predict = DetectingModel._detect
+    save = detect.save_picture
+    waited = []
+
+    def counted(self, *arguments, **options):
+        seen.release()
+        return predict(self, *arguments, **options)
+
+    def later(picture, path):
+        if not waited:
+            waited.append(all(seen.acquire(timeout=30) for _ in range(3)))
+        save(picture, path)
+
+    monkeypatch.setattr(DetectingModel, "_detect", counted)
+    monkeypatch.setattr(detect, "save_picture", later)
+    images = [tmp_path / f"{i}.png" for i in range(3)]
+    for path in images:
+        Image.new("RGB", (60, 40)).save(path)
+    done = run("detect", *images, "--model", checkpoint, "--output", tmp_path / "found")
+    assert done.code == 0, done.err
+    assert waited == [True]
+    index = json.loads((tmp_path / "found/images.json").read_text())
+    assert [image["picture"] for image in index["images"]] == ["0.jpg", "1.jpg", "2.jpg"]
+
+
+def test_a_fault_of_writing_ends_the_command(run, checkpoint, tmp_path, monkeypatch):
+    def fail(picture, path):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(detect, "save_picture", fail)
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    with pytest.raises(ZeroDivisionError):
+        run("detect", tmp_path / "a.png", "--model", checkpoint, "--output", tmp_path / "found")
 
 
 def test_many_images_are_detected_by_the_optimised_model(

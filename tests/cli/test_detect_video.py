@@ -22,7 +22,7 @@ pytest.importorskip("av")
 @pytest.fixture
 def detect(run, checkpoint, monkeypatch):
     """Runs `cdetr-fast detect` without the seconds of `optimize`, which other tests cover."""
-    monkeypatch.setattr(Detector, "optimize", lambda self: None)
+    monkeypatch.setattr(Detector, "optimize", lambda self, engine: None)
     fixed = ("--model", checkpoint, "--threshold", 0, "--device", "cpu", "--output", "found")
     return lambda *arguments: run("detect", *arguments, *fixed)
 
