@@ -77,6 +77,7 @@ class Case:
         memory: Measures the peak memory of a provider in MiB.
         derive: Computes further columns from a row with times.
         speed_up: Whether times are compared with that of the reference.
+        refused: Why there is no provider of a name, which gets a row all the same.
         optional: Providers that may fail, since not every machine or release can run them.
         inference: Providers run in inference mode.
         warmup: Rounds that are not timed, besides the calls that the gate has looked at.
@@ -98,6 +99,7 @@ class Case:
     memory: Callable[[str], float | None] | None = None
     derive: Callable[[Row], dict[str, Any]] | None = None
     speed_up: bool = True
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     optional: Collection[str] = ()
     inference: bool = False
     warmup: int = 0
@@ -106,8 +108,11 @@ class Case:
 
     def measure(self, repeats: int) -> list[Row]:
         """Check and time the providers; those that fail have a reason and no time."""
+        refused = [self._named(name) | {"not measured": why} for name, why in self.refused.items()]
+        if not self.providers:
+            return refused
         with torch.inference_mode(self.inference):
-            return self._measure(repeats)
+            return self._measure(repeats) + refused
 
     def _measure(self, repeats: int) -> list[Row]:
         rows = {name: self._named(name) for name in self.providers}
@@ -144,7 +149,8 @@ class Case:
 
     def failures(self, rows: list[Row]) -> list[Row]:
         """Return the rows without a time whose providers should have one."""
-        return [row for row in rows if not _runs(row) and row["provider"] not in self.optional]
+        may_fail = {*self.optional, *self.refused}
+        return [row for row in rows if not _runs(row) and row["provider"] not in may_fail]
 
     def _named(self, provider: str) -> Row:
         names = {"work": self.work, "shape": self.shape, "dtype": self.dtype}

@@ -41,6 +41,7 @@ BENCHMARKS = (
     Entry("model", "whole model at inference", THEIRS, ANYWHERE),
     Entry("runtimes", "whole model in three precisions, beside other runtimes", THEIRS),
     Entry("stages", "parts of the optimised model, beside their rooflines", THEIRS, ANYWHERE),
+    Entry("growth", "time and memory over sizes, batches, queries and so on", THEIRS),
     Entry("decoder", "decoder alone, forward or with backward", THEIRS),
     Entry("mask_head", "mask head at inference: time and peak memory", THEIRS),
     Entry("precision", "lower precision of optimize(): speed, AP, errors", devices=ANYWHERE),

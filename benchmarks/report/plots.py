@@ -2,12 +2,13 @@
 
     python -m benchmarks.report.plots benchmarks/results/RESULT.json --folder output/plots
 
-RESULT.json is of `ops` or `gpu_check` (a picture for each operator, dtype and mode) or of `model`
-(bars of all models; of a run with `--steps` also what each technique saves). Needs matplotlib (the
-extra `test`).
+RESULT.json is of `ops` or `gpu_check` (a picture for each operator, dtype and mode), of `model`
+(bars of all models; of a run with `--steps` also what each technique saves) or of `growth` (time
+and memory over the values of each axis). Needs matplotlib (the extra `test`).
 """
 
 import argparse
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -19,16 +20,18 @@ from matplotlib.figure import Figure
 
 from benchmarks import results
 from benchmarks.ops import best_ms
+from benchmarks.report import growth
 from benchmarks.results import Row
 
 REFERENCE = "transformers sdpa"
+_MEASURES = {"ms": "median time of a call, ms", "peak MiB": "peak memory beyond that at rest, MiB"}
 OURS = ("#08519c", "#3182bd", "#6baed6")
 OTHERS = ("#d95f0e", "#fe9929", "#fec44f", "#969696", "#636363", "#252525", "#bdbdbd")
 
 
 def colours(providers: list[str]) -> dict[str, str]:
     """Return blues for ours, and the same colour for a provider in all pictures."""
-    ours = [name for name in providers if name.startswith("cdetr_fast")]
+    ours = [name for name in providers if "cdetr_fast" in name]
     others = [name for name in providers if name not in ours]
     return {
         name: palette[i % len(palette)]
@@ -126,6 +129,45 @@ def draw_waterfall(rows: list[Row], note: str) -> Figure | None:
     return figure
 
 
+def draw_growth(rows: list[Row], palette: dict[str, str], note: str) -> Figure:
+    """Draw time and memory over the values: a row for each work, both scales logarithmic."""
+    axis = rows[0]["axis"]
+    works = list(dict.fromkeys(row["work"] for row in rows))
+    measures = {"images/s": "images per second"} if axis == "workers" else _MEASURES
+    figure, grid = plt.subplots(
+        len(works), len(measures), figsize=(4.8 * len(measures), 3.4 * len(works)),
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    panels = dict(zip(itertools.product(works, measures), grid.flat, strict=True))
+    for (work, key), panel in panels.items():
+        for name, provider, own in growth.series(rows):
+            known = [row for row in own if "ms" in row]
+            if name != work or not known:
+                continue
+            values, figures = [r["value"] for r in known], [r[key] for r in known]
+            law = growth.fitted(values, figures) if min(figures) > 0 else None
+            label = f"{provider}: {law}" if law else provider
+            panel.plot(values, figures, "o-", color=palette[provider], markersize=3, label=label)
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        low, high = panel.dataLim.intervaly
+        if 0 < low <= high < float("inf"):
+            panel.set_ylim(low / 2, high * 2)  # so that what does not grow looks so
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(mpl.ticker.LogFormatter(minor_thresholds=(2, 0.6)))
+        ticks = sorted({row["value"] for row in rows if row["work"] == work})
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+        panel.set_xticks([], minor=True)
+        panel.tick_params(axis="y", which="both", labelsize=8)
+        panel.set_xlabel(growth.UNITS[axis], fontsize=8)
+        panel.set_title(f"{work}: {measures[key]}", loc="left", fontsize=9)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=7, frameon=False)
+    figure.suptitle(note, x=0.99, ha="right", fontsize=7, color="gray")
+    return figure
+
+
 def _finish(figure: Figure, axes: Any, note: str) -> None:
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", alpha=0.3)
@@ -138,6 +180,18 @@ def model_pictures(name: str, rows: list[Row], note: str) -> dict[str, Figure]:
     """Return the pictures of rows of `model`."""
     pictures = {"models": draw_models(rows, note), "waterfall": draw_waterfall(rows, note)}
     return {f"{name}_{kind}": figure for kind, figure in pictures.items() if figure}
+
+
+def growth_pictures(name: str, rows: list[Row], note: str) -> dict[str, Figure]:
+    """Return a picture for each axis of `growth`."""
+    axes = dict.fromkeys(row["axis"] for row in rows)
+    palette = colours(sorted({row["provider"] for row in rows}))
+    return {
+        name if len(axes) == 1 else f"{name}_{axis}": draw_growth(
+            [row for row in rows if row["axis"] == axis], palette, note
+        )
+        for axis in axes
+    }
 
 
 def operator_pictures(rows: list[Row], note: str) -> dict[str, Figure]:
@@ -171,14 +225,16 @@ def main(arguments: list[str] | None = None) -> int:
     if not rows:
         print(f"{options.results}: no times of microbenchmarks or models", file=sys.stderr)
         return 1
-    is_of_models = rows[0].get("benchmark") == "model"
-    pictures = (
-        model_pictures(file.name, rows, note) if is_of_models else operator_pictures(rows, note)
-    )
+    benchmark = rows[0].get("benchmark")
+    makers = {"model": model_pictures, "growth": growth_pictures}
+    if benchmark in makers:
+        pictures = makers[benchmark](file.name, rows, note)
+    else:
+        pictures = operator_pictures(rows, note)
     options.folder.mkdir(parents=True, exist_ok=True)
     for name, figure in pictures.items():
         path = options.folder / f"{name}.png"
-        figure.savefig(path, dpi=110 if is_of_models else 150)
+        figure.savefig(path, dpi=110 if benchmark in makers else 150)
         plt.close(figure)
         print(path)
     return 0

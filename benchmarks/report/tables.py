@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.ops import summary
+from benchmarks.report import growth
 from benchmarks.report.pages import ROOT, filled, markdown
 from benchmarks.results import Results, Row
 
@@ -51,6 +52,7 @@ def pages() -> dict[str, dict[str, str]]:
             "stages": _with_note("cpu_stages_800x1066", _stages),
             "precision": _with_note("cpu_precision_demo", _precision),
             "serve": _served("cpu_serve_demo"),
+            **{f"growth: {axis}": _grown(f"cpu_growth_{axis}") for axis in growth.UNITS},
         },
         "docs/guides/serve.md": {"serve": _served("cpu_serve_demo")},
     }
@@ -131,6 +133,15 @@ def _precision(rows: list[Row]) -> str:
     header = ["`optimize(model)` in", "times as fast", "AP", "AP lost",
               "score error, mean and largest", "box error, mean and largest"]  # fmt: skip
     return markdown(header, map(line, rows))
+
+
+def _grown(name: str) -> str:
+    """Return the table of an axis, and its picture if it has been drawn."""
+    table = _with_note(name, growth.table)
+    picture = f"pictures/{name}.png"
+    if not (ROOT / "docs" / picture).is_file():
+        return table
+    return f"{table}\n\n![Time and memory of each model]({picture})"
 
 
 def _served(*names: str) -> str:

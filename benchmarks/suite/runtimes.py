@@ -12,7 +12,6 @@ a runtime that is missing is a row with the reason.
 
 import argparse
 import functools
-import importlib.util
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -21,10 +20,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import cdetr_fast
 from benchmarks.case import Case, GateFailed, Within
+from benchmarks.exported import DetectionOutputs, onnx_session, outputs_of, require
 from benchmarks.inputs import ERRORS, model_pair, output_errors, random_images
 from cdetr_fast.inference.engine_trial import Shape
 
@@ -185,7 +185,7 @@ class Models:
         ]
 
     def _openvino(self, precision: str, int8: bool) -> Call:
-        _require("openvino", *(("nncf",) if int8 else ()))
+        require("openvino", *(("nncf",) if int8 else ()))
         import openvino
 
         core = openvino.Core()
@@ -208,7 +208,7 @@ class Models:
 
         def run() -> SimpleNamespace:
             results = request.infer(arrays, share_inputs=True)
-            return _outputs([results[output] for output in compiled.outputs])
+            return outputs_of([results[output] for output in compiled.outputs])
 
         return run
 
@@ -230,9 +230,7 @@ class Models:
         )
 
     def _onnx_runtime(self, int8: bool) -> Call:
-        _require("onnxruntime", "onnx", "onnxscript", *(("nncf",) if int8 else ()))
-        import onnxruntime
-
+        require("onnxruntime", "onnx", "onnxscript", *(("nncf",) if int8 else ()))
         names = ["pixel_values", "pixel_mask"][: len(self.images)]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.onnx")
@@ -254,27 +252,9 @@ class Models:
                     ),
                 )
                 onnx.save(quantized, path)
-            settings = onnxruntime.SessionOptions()
-            settings.intra_op_num_threads = self.options.threads
-            session = onnxruntime.InferenceSession(
-                path, settings, providers=["CPUExecutionProvider"]
-            )
+            session = onnx_session(path, self.options.threads)
         feeds = {name: x.numpy() for name, x in zip(names, self.images, strict=True)}
-        return lambda: _outputs(session.run(None, feeds))
-
-
-class DetectionOutputs(nn.Module):
-    """A detection model as a function from tensors to logits and boxes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, pixel_values: Tensor, pixel_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        output = self.model(pixel_values, pixel_mask, return_dict=True)
-        return output.logits, output.pred_boxes
+        return lambda: outputs_of(session.run(None, feeds))
 
 
 class _Built:
@@ -289,13 +269,3 @@ class _Built:
         if self.call is None:
             self.call = self.make()
         return self.call()
-
-
-def _outputs(arrays: list[Any]) -> SimpleNamespace:
-    return SimpleNamespace(logits=torch.tensor(arrays[0]), pred_boxes=torch.tensor(arrays[1]))
-
-
-def _require(*modules: str) -> None:
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise GateFailed(f"needs {', '.join(missing)}: pip install 'cdetr-fast[peers]'")

@@ -28,16 +28,14 @@ import torch
 
 import cdetr_fast
 from benchmarks.case import Case, GateFailed, Within
+from benchmarks.detections import LIMITS, detection_errors
 from benchmarks.inputs import write_photographs
-from benchmarks.suite.folder import box_error
 from cdetr_fast.demo import DEMO
 from cdetr_fast.images.results import DetectionResult
 
-MOST = "max box error, px"
 LOST = "answers lost"
 PHOTOGRAPHS = 8
 REFERENCE = "predict, no HTTP"
-MARGIN = 1e-4  # of `box_error`
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +78,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
                 work="photographs to boxes over HTTP",
                 shape=f"{name}, {options.requests} files of 640x480 at {edges['shortest_edge']}",
                 providers=providers,
-                gate=Within(errors, {LOST: 0, MOST: 0.5}),
+                gate=Within(errors, {LOST: 0, **LIMITS}),
                 result=answers.__getitem__,
                 gate_after=True,
                 columns={"requests": options.requests, "most in a batch": options.batch},
@@ -156,16 +154,10 @@ def timed(latencies: list[float], call: Callable[..., Any], *arguments: Any) -> 
 
 
 def errors(got: list[DetectionResult], expected: list[DetectionResult]) -> dict[str, float]:
-    """Return how many answers are missing, and the largest error of a box."""
+    """Return the errors of the answers' detections; refuse if there are fewer answers."""
     if len(got) < len(expected):
         raise GateFailed(f"{len(expected) - len(got)} of {len(expected)} requests got no answer")
-    if not any(len(a) and a.scores[0] > a.scores[-1] + MARGIN for a in expected):
-        raise GateFailed("scores of the reference are too close to each other to compare boxes")
-    distances = [
-        box_error({"scores": a.scores, "labels": a.labels, "boxes": a.boxes_xyxy}, b)
-        for a, b in zip(expected, got, strict=True)
-    ]
-    return {LOST: 0.0, MOST: max(distances)}
+    return {LOST: 0.0, **detection_errors(got, expected)}
 
 
 def percentile(values: list[float], percent: float) -> float:

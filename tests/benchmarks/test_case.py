@@ -1,10 +1,19 @@
 """Comparisons: the gate, what stands in a row, and the timer."""
 
+import multiprocessing
+import os
+
 import pytest
 import torch
 
 from benchmarks.case import Case, Within, largest_difference
-from benchmarks.memory import peak_mib, peak_mib_of_process
+from benchmarks.memory import (
+    available_mib,
+    memory_of,
+    peak_mib,
+    peak_mib_of_process,
+    peaks_mib_of_process,
+)
 from benchmarks.timing import summarised, time_in_turns
 
 X = torch.ones(3)
@@ -29,6 +38,16 @@ def test_a_row_has_its_time_and_accuracy_or_the_reason(capsys):
     assert tried.failures(rows) == [far]
     assert case(optional=["far"]).failures(rows) == []
     assert "far: error is 1" in capsys.readouterr().err
+
+
+def test_what_is_refused_has_a_row_and_is_no_failure():
+    tried = case(providers={"reference": lambda: X}, refused={"large": "does not fit"})
+    rows = tried.measure(1)
+    assert [row["provider"] for row in rows] == ["reference", "large"]
+    assert rows[1]["not measured"] == "does not fit"
+    assert tried.failures(rows) == []
+    (row,) = case(providers={}, refused={"large": "does not fit"}).measure(1)
+    assert row["provider"] == "large"
 
 
 @pytest.mark.parametrize("broken", ["reference", "far"])
@@ -86,3 +105,26 @@ def make_allocation(mib):
 def test_the_peak_of_a_process():
     assert peak_mib_of_process(make_allocation, 64) == pytest.approx(64, abs=16)
     assert peak_mib(make_allocation(1), torch.device("cpu")) is None
+
+
+def make_growing():
+    return make_allocation
+
+
+def test_peaks_of_a_process_that_may_end_before_its_values_do():
+    peaks = peaks_mib_of_process(make_growing, [8, 64, 10**9])
+    assert next(peaks) == pytest.approx(8, abs=16)
+    assert next(peaks) == pytest.approx(64, abs=16)
+    with pytest.raises(RuntimeError, match="make_growing: the process ended with 1"):
+        next(peaks)
+    peaks = peaks_mib_of_process(make_growing, [1, 2])
+    next(peaks)
+    peaks.close()
+    assert not multiprocessing.active_children()
+
+
+def test_memory_of_a_process():
+    sizes = memory_of(os.getpid())
+    assert sizes["RSS"] >= sizes["PSS"] >= sizes["anonymous PSS"] > 0
+    assert sizes["RSS"] >= sizes["own"] > 0
+    assert available_mib() > 0

@@ -1,26 +1,31 @@
 """Every benchmark runs, at sizes that take no time, and reports no speed over a failed check."""
 
 import argparse
+import importlib.util
 import json
 import pickle
+import re
 
 import pytest
+import torch
 
 from benchmarks import results, run
 from benchmarks.registry import BENCHMARKS
-from benchmarks.suite import loss, mask_head, post_processing, runtimes, topk
+from benchmarks.suite import folder as folder_benchmark
+from benchmarks.suite import growth, loss, mask_head, post_processing, runtimes, topk
 
 IMAGE = "--backbone test_resnet --size 64 96"
 SMALL = {
     "model": f"{IMAGE} --padded --batch 2 --layers 1 --steps",
     "runtimes": "--backbone test_resnet --layers 1 --shapes 2x64x96p --only VINO.fp32",
     "stages": IMAGE,
+    "growth": f"--axis size --values 64 96 --layers 1 {IMAGE} --only forward.*(sdpa|cdetr)",
     "decoder": "--map 3 4 --batch 2 --padded --backward",
     "mask_head": "--size 64 96 --queries 3",
     "precision": "--count 3 --precisions bf16",
     "patching": f"{IMAGE} --training-backbone test_resnet --training-size 64 96 --layers 1",
     "preprocessing": "--batch 1 2 --steps",
-    "folder": "--images 2 --edges 64 96 --backbone test_resnet",
+    "folder": "--images 2 --edges 64 96 --backbone test_resnet --only ^cdetr.*[da]$|model",
     "serve": "--requests 4 --clients 1 2",
     "topk": "--batch 1 3 --head 30x9 --k 20",
     "post_processing": "--size 60 80 --input 80 100 --queries 20 --classes 9 --kept 4",
@@ -45,8 +50,16 @@ def in_this_process(monkeypatch):
         make(*arguments)()
         return 1.0
 
+    def calls(make, values, *arguments):
+        make, arguments = pickle.loads(pickle.dumps((make, arguments)))
+        prepare = make(*arguments)
+        for value in values:
+            prepare(value)()
+            yield 10.0 * value
+
     for module in (mask_head, post_processing):
         monkeypatch.setattr(module, "peak_mib_of_process", call)
+    monkeypatch.setattr(growth, "peaks_mib_of_process", calls)
 
 
 def measured(folder, name, options):
@@ -139,12 +152,18 @@ def test_what_does_not_go_together_is_refused(capsys):
     assert "expected --calibration FOLDER" in capsys.readouterr().err
 
 
-def test_a_missing_runtime_is_named(folder, monkeypatch):
-    found = runtimes.importlib.util.find_spec
-    missing = ("openvino", "onnx")
+def find_without(monkeypatch, *missing):
+    """Let packages seem not to be installed."""
+    found = importlib.util.find_spec
     monkeypatch.setattr(
-        runtimes.importlib.util, "find_spec", lambda name: None if name in missing else found(name)
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name in missing else found(name, *rest),
     )
+
+
+def test_a_missing_runtime_is_named(folder, monkeypatch):
+    find_without(monkeypatch, "openvino", "onnx")
     rows, status = measured(
         folder, "runtimes", "--backbone test_resnet --layers 1 --shapes 1x64x96 --only fp32"
     )
@@ -164,3 +183,149 @@ def test_a_missing_runtime_is_named(folder, monkeypatch):
 def test_shapes_of_other_forms_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="expected BxHxW or BxHxWp, got"):
         runtimes.shape_of(text)
+
+
+GROWTH = f"{IMAGE} --layers 1 --axis"
+
+
+def grown(rows):
+    """Values, and those of them that have times, by work and provider."""
+    found = {}
+    for row in rows:
+        values = found.setdefault((row["work"], row["provider"]), ([], []))
+        values[0].append(row["value"])
+        if "ms" in row:
+            values[1].append(row["value"])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "works"),
+    [
+        ("batch --values 3 1 --only sdpa", [("forward", "transformers sdpa")]),
+        ("queries --values 1 3 --only (mask|outputs).*cdetr",
+         [("mask head", "cdetr_fast"), ("outputs to detections", "cdetr_fast")]),
+        ("queries --values 1 3 --only optimize", [("forward", "optimize(cdetr_fast)")]),
+        ("targets --values 1 3",
+         [("matching and loss", "transformers"), ("matching and loss", "cdetr_fast")]),
+    ],
+)  # fmt: skip
+def test_each_axis_grows(options, works, folder, in_this_process):
+    rows, status = measured(folder, "growth", f"{GROWTH} {options}")
+    assert status == 0
+    assert grown(rows) == dict.fromkeys(works, ([1, 3], [1, 3]))
+    assert {row["peak MiB"] for row in rows} == {10.0, 30.0}
+    assert {row["axis"] for row in rows} == {options.split()[0]}
+
+
+def test_threads_grow(folder, in_this_process):
+    rows, status = measured(folder, "growth", f"{GROWTH} threads --values 1 2 --only optimize")
+    assert status == 0
+    assert [row["shape"][-10:] for row in rows] == ["threads: 1", "threads: 2"]
+    assert torch.get_num_threads() == 1  # as before
+
+
+def test_what_does_not_fit_is_not_tried(folder, in_this_process):
+    """10 and 20 MiB fit into 25; 40 is expected to be more, before it is tried."""
+    options = f"{GROWTH} batch --values 1 2 4 8 --only sdpa|optimize --memory {45 / 1024}"
+    rows, status = measured(folder, "growth", options)
+    assert status == 0
+    reasons = {(row["provider"], row["value"]): row.get("not measured", "") for row in rows}
+    for provider in ("transformers sdpa", "optimize(cdetr_fast)"):
+        assert reasons[provider, 1] == reasons[provider, 2] == ""
+        for value in (4, 8):
+            assert (
+                "needs about 0.0 GiB, more than the 0.0 that may be used"
+                in (reasons[provider, value])
+            )
+
+
+def test_models_that_do_not_fit_beside_others_are_not_timed(folder, in_this_process):
+    options = f"{GROWTH} batch --values 1 2 --only sdpa|optimize --memory {35 / 1024}"
+    rows, _ = measured(folder, "growth", options)
+    assert [row["value"] for row in rows if "ms" in row] == [1, 1, 2]
+    (left_out,) = [row for row in rows if "ms" not in row]
+    assert left_out["not measured"].startswith("with those that take less memory needs about")
+
+
+def test_openvino_grows_with_open_sizes(folder, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(
+        growth, "peaks_mib_of_process", lambda make, values, *_: (1.0 for _ in values)
+    )
+    rows, status = measured(folder, "growth", f"{GROWTH} size --values 64 96")
+    assert status == 0
+    assert grown(rows)["forward", "OpenVINO"] == ([64, 96], [64, 96])
+
+
+def test_a_missing_openvino_is_named(folder, in_this_process, monkeypatch):
+    find_without(monkeypatch, "openvino")
+    rows, status = measured(folder, "growth", f"{GROWTH} size --values 64 --only optimize|VINO")
+    assert status == 0
+    assert rows[0]["ms"] > 0
+    assert rows[1]["not measured"] == "needs openvino: pip install 'cdetr-fast[peers]'"
+
+
+def test_workers_share_what_was_loaded_before_they_forked(folder):
+    rows, status = measured(
+        folder, "growth", f"{IMAGE} --axis workers --values 2 --images 1 --only forked"
+    )
+    assert status == 0
+    (row,) = rows
+    assert (row["provider"], row["workers"], row["images"]) == (
+        "optimize(cdetr_fast), forked",
+        2,
+        2,
+    )
+    assert row["images/s"] == pytest.approx(2e3 / row["ms"])
+    assert row["RSS MiB"] > row["PSS MiB"] > row["anonymous PSS MiB"] > 10
+    assert row["RSS MiB"] > row["own MiB"]
+    assert row["accuracy"]["lost"] == 0
+
+
+FOLDER = "--images 2 --edges 64 96 --backbone test_resnet"
+
+
+def test_other_runtimes_get_transformers_processor(folder):
+    for package in ("openvino", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    rows, status = measured(folder, "folder", f"{FOLDER} --only processor")
+    assert status == 0
+    assert [row["provider"] for row in rows] == [
+        "transformers", "ONNX Runtime, transformers' processor",
+        "OpenVINO, transformers' processor",
+    ]  # fmt: skip
+    assert all(row["images/s"] > 0 and row["accuracy"]["lost"] == 0 for row in rows)
+
+
+def test_runtimes_that_are_missing_are_named(folder, monkeypatch):
+    find_without(monkeypatch, "openvino", "onnxruntime")
+    rows, status = measured(folder, "folder", f"{FOLDER} --only processor|engine")
+    assert status == 0
+    reasons = {row["provider"]: row.get("not measured") for row in rows}
+    assert reasons == {
+        "transformers": None,
+        "ONNX Runtime, transformers' processor":
+            "needs onnxruntime: pip install 'cdetr-fast[peers]'",
+        "OpenVINO, transformers' processor": "needs openvino: pip install 'cdetr-fast[peers]'",
+        'cdetr_fast, engine="openvino"':
+            'engine: "openvino" needs openvino: pip install \'cdetr-fast[openvino]\'',
+    }  # fmt: skip
+
+
+def test_boxes_that_differ_are_not_reported(folder, monkeypatch):
+    predict = folder_benchmark._predict
+
+    def shifted(model, threshold):
+        def detect(paths):
+            found = predict(model, threshold)(paths)
+            for one in found:
+                one.boxes_xyxy.add_(1)
+            return found
+
+        return detect
+
+    monkeypatch.setattr(folder_benchmark, "_predict", shifted)
+    rows, status = measured(folder, "folder", f"{FOLDER} --only cdetr_fast$")
+    assert status == 1
+    assert re.search("max box error, px is .*, expected at most 0.5", rows[1]["not measured"])
