@@ -16,7 +16,7 @@ UNITS = {
     "threads": "threads",
     "workers": "worker processes",
 }
-"""What the value on an axis is."""
+"""Name and unit of the values of each axis."""
 FEWEST = 3
 """Values that a law needs to be fitted to."""
 CLOSE = 0.1

@@ -91,7 +91,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 class Axis:
-    """What grows.
+    """An axis with its values, and the memory that they may take.
 
     Args:
         options: Of the command.

@@ -144,6 +144,9 @@ class Models:
             "optimize(cdetr_fast) int8 backbone": lambda: self._optimized(
                 int8_calibration=self.calibration
             ),
+            "optimize(cdetr_fast) int8 backbone, the rest bf16": lambda: self._optimized(
+                dtype=torch.bfloat16, int8_calibration=self.calibration
+            ),
             'engine="openvino" fp32': lambda: self._optimized(engine="openvino"),
             'engine="openvino" bf16': lambda: self._optimized(
                 engine="openvino", dtype=torch.bfloat16

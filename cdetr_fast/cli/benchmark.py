@@ -38,7 +38,7 @@ def benchmark(
         typer.Option(
             metavar=f"TEXT{LIST}",
             parser=list_of(str),
-            help="Of fp32, bf16 and int8; int8 takes minutes.",
+            help="Of fp32, bf16, int8 and int8-bf16; int8 takes minutes.",
         ),
     ] = "fp32 bf16",
     images: Annotated[
@@ -73,7 +73,7 @@ def benchmark(
     findings: list[Finding] = []
     for shape in wanted:
         with progress.task(f"measuring {shape}"):
-            count = 1 + ("int8" in kinds) * -(-_CALIBRATION // shape.batch)
+            count = 1 + any("int8" in kind for kind in kinds) * -(-_CALIBRATION // shape.batch)
             batch, *calibration = _batches(detector, images, shape, count)
             findings += try_engines(detector.model, shape, batch, kinds, calibration, repeats)
     _print_findings(findings)

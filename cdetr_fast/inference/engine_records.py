@@ -32,7 +32,7 @@ RIGHT = "right"
 """The verdict of an engine that "auto" may take; every other one says what is wrong."""
 
 Engine = Literal["torch", "openvino"]
-Precision = Literal["fp32", "bf16", "int8"]
+Precision = Literal["fp32", "bf16", "int8", "int8-bf16"]
 DEFAULT: Engine = "torch"
 
 _PACKAGE = Path(__file__).parents[1]
@@ -83,7 +83,7 @@ class Finding:
 
     Attributes:
         model: From `architecture`.
-        precision: Of the whole model, or of what is quantised in it.
+        precision: Of the whole model; or int8, and that of the rest if it is not fp32.
         shape: Of the images, as `Shape` writes it.
         engine: Name of the engine.
         verdict: `RIGHT`, or what is wrong.
@@ -233,7 +233,7 @@ def choose(model: str, precision: str) -> Choice:
 
     Args:
         model: From `architecture`.
-        precision: "fp32", "bf16" or "int8".
+        precision: As in `Finding`.
     """
     findings, source = read(machine())
     if not findings:

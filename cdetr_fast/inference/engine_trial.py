@@ -82,7 +82,7 @@ def try_engines(
         model: A detection model of this package, in fp32 on a CPU in eval mode; not changed.
         shape: Shape of the batch.
         images: `[B, 3, H, W]`, prepared.
-        precisions: "int8" needs `calibration`.
+        precisions: Those with int8 need `calibration`.
         calibration: Batches of prepared images, for the ranges of int8.
         repeats: Timed calls of each engine and precision.
     """
@@ -96,9 +96,9 @@ def try_engines(
     found: dict[str, dict[str, Any]] = {}
     for precision in precisions:
         options: dict[str, Any] = {}
-        if precision == "bf16":
+        if "bf16" in precision:
             options["dtype"] = torch.bfloat16
-        elif precision == "int8":
+        if "int8" in precision:
             options["int8_calibration"] = calibration
         for engine in _ENGINES:
             work = f"{precision} {engine}"

@@ -249,11 +249,8 @@ def _choice(
     model: nn.Module, family: Family, dtype: torch.dtype, images: tuple[torch.Tensor, ...]
 ) -> Choice:
     """Choose an engine by the record of this machine."""
-    precision: Precision = "fp32" if dtype == torch.float32 else "bf16"
-    if images:
-        if dtype != torch.float32:
-            return Choice(DEFAULT, f"int8 is recorded with the rest in fp32, not in {dtype}")
-        precision = "int8"
+    names: tuple[Precision, Precision] = ("int8", "int8-bf16") if images else ("fp32", "bf16")
+    precision = names[dtype == torch.bfloat16]
     return choose(architecture(family.convert(model)), precision)
 
 

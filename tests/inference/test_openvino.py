@@ -279,6 +279,19 @@ def test_auto_goes_by_the_precision(model, record):
     assert engine_of(optimize(model, engine="auto", dtype="bfloat16")) == "openvino"
 
 
+@needs_bf16
+@pytest.mark.skipif(int8_unsupported_reason() is not None, reason=str(int8_unsupported_reason()))
+@pytest.mark.parametrize(("dtype", "name"), [("float32", "int8"), ("bfloat16", "int8-bf16")])
+def test_precisions_of_int8(model, record, dtype, name):
+    pytest.importorskip("nncf")
+    calibration = [images(1)[0]]
+    for recorded in ("fp32", "bf16", "int8", "int8-bf16"):
+        record(5.0, recorded)
+        fast = optimize(model, engine="auto", dtype=dtype, int8_calibration=calibration)
+        assert engine_of(fast) == ("openvino" if recorded == name else "torch")
+        record(20.0, recorded)
+
+
 @pytest.mark.skipif(int8_unsupported_reason() is not None, reason=str(int8_unsupported_reason()))
 def test_auto_in_int8_is_that_of_pytorch_without_nncf(model, record, monkeypatch):
     record(5.0, "int8")
@@ -484,7 +497,7 @@ def test_the_benchmark_decides_what_auto_is(run, checkpoint, tmp_path, monkeypat
     ("options", "code", "message"),
     [
         (("--shapes", "64x96"), 2, "expected BxHxW or BxHxWp, got '64x96'"),
-        (("--precisions", "fp8"), 2, "expected some of fp32, bf16, int8, got fp8"),
+        (("--precisions", "fp8"), 2, "expected some of fp32, bf16, int8, int8-bf16, got fp8"),
         (("--images", "nowhere"), 1, "--images nowhere: expected a folder with images"),
     ],
 )
