@@ -123,6 +123,8 @@ def _stages(rows: list[Row]) -> str:
 
 def _precision(rows: list[Row]) -> str:
     def line(row: Row) -> tuple[str, ...]:
+        if "not measured" in row:
+            return row["provider"], row["not measured"], "", "", "", ""
         error = row["accuracy"]
         return (
             row["provider"], f"{row['speed-up']:.2f}", f"{row['AP']:.1f}", f"{row['AP lost']:.1f}",

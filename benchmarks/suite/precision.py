@@ -1,7 +1,9 @@
-"""Cost of lower precision: scores, boxes and AP of `optimize(model, dtype=...)` against fp32.
+r"""Cost of lower precision: scores, boxes and AP of `optimize(model, dtype=...)` against fp32.
 
     python -m benchmarks precision --threads 2
-    python -m benchmarks precision --model runs/first/best --annotations test.json --images folder
+    python -m benchmarks precision --model runs/bccd/best --annotations instances_test.json \
+        --images photographs --calibration training_photographs --precisions bf16 \
+        "int8 backbone" "openvino fp32" "openvino bf16" "openvino int8"
 
 Without `--annotations` the images are scenes that no training has seen, as in `cdetr-fast demo`.
 All models see an image before the next one is read, so their times are interleaved. Errors are
@@ -27,6 +29,7 @@ import cdetr_fast
 from benchmarks.case import Case, OptionError, Within
 from benchmarks.results import Row
 from benchmarks.timing import summarised, time_in_turns
+from cdetr_fast.common.errors import first_line
 from cdetr_fast.demo import DEMO
 from cdetr_fast.demo.scenes import TRAIN_SEED, draw_scene, write_coco_dataset
 from cdetr_fast.images.load import image_files
@@ -37,6 +40,18 @@ from cdetr_fast.training.evaluation.detection import Detections, evaluate_detect
 REFERENCE = "fp32"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INT8 = "int8 backbone"
+BF16: dict[str, Any] = {"dtype": torch.bfloat16}
+OPENVINO: dict[str, Any] = {"engine": "openvino"}
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {"dtype": dtype} for name, dtype in DTYPES.items()},
+    INT8: {},
+    f"{INT8}, the rest bf16": BF16,
+    "openvino fp32": OPENVINO,
+    "openvino bf16": OPENVINO | BF16,
+    "openvino int8": OPENVINO,
+    "openvino int8, the rest bf16": OPENVINO | BF16,
+}
+"""Options of `optimize` by precision; those of int8 get calibration images too."""
 PRECISIONS = [*DTYPES, INT8]
 WARMUP = 2
 CALIBRATION = 32  # images
@@ -47,24 +62,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", type=Path, help="COCO JSON file")
     parser.add_argument("--images", type=Path, help="folder of its images")
     parser.add_argument("--count", type=int, default=300, help="scenes, or most images of the file")
-    parser.add_argument("--precisions", nargs="*", default=PRECISIONS, choices=PRECISIONS)
+    parser.add_argument("--precisions", nargs="*", default=PRECISIONS, choices=list(OPTIONS))
     parser.add_argument("--calibration", type=Path, help="folder of images for int8's ranges")
     parser.add_argument("--threshold", type=float, default=0.3, help="score that counts as found")
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    if options.annotations and INT8 in options.precisions and options.calibration is None:
+    has_int8 = any("int8" in name for name in options.precisions)
+    if options.annotations and has_int8 and options.calibration is None:
         raise OptionError("int8 with --annotations: expected --calibration FOLDER, training images")
     model = cdetr_fast.ConditionalDetrForObjectDetection.from_pretrained(
         options.model, dtype=torch.float32
     ).to(options.device)
     models: dict[str, Any] = {REFERENCE: cdetr_fast.optimize(model)}
+    refused: dict[str, str] = {}
+    images = calibration_images(model, options.calibration) if has_int8 else []
     for name in options.precisions:
-        if name == INT8:
-            images = calibration_images(model, options.calibration)
-            models[name] = cdetr_fast.optimize(model, int8_calibration=images)
-        else:
-            models[name] = cdetr_fast.optimize(model, dtype=DTYPES[name])
+        calibration: dict[str, Any] = {"int8_calibration": images} if "int8" in name else {}
+        try:
+            models[name] = cdetr_fast.optimize(model, **OPTIONS[name], **calibration)
+        except RuntimeError as error:  # a package or instructions that are missing
+            refused[name] = first_line(error)
     with tempfile.TemporaryDirectory() as folder:
         annotations = options.annotations or write_coco_dataset(folder, range(options.count))
         names = [model.config.id2label[i] for i in range(model.config.num_labels)]
@@ -86,6 +104,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             shape=f"{len(index)} images",
             device=model.device,
             providers=models,
+            refused=refused,
             records=records,
             processor=model.image_processor,
             index=index,

@@ -329,3 +329,21 @@ def test_boxes_that_differ_are_not_reported(folder, monkeypatch):
     rows, status = measured(folder, "folder", f"{FOLDER} --only cdetr_fast$")
     assert status == 1
     assert re.search("max box error, px is .*, expected at most 0.5", rows[1]["not measured"])
+
+
+def test_precisions_that_do_not_run_are_named(folder, monkeypatch):
+    find_without(monkeypatch, "openvino")
+    command = ["precision", "--count", "2", "--precisions", "openvino fp32", "--threads", "1"]
+    assert run.main([*command, "--output", "trial"]) == 0
+    rows = json.loads((folder / "trial.json").read_text())["rows"]
+    assert [row["provider"] for row in rows] == ["fp32", "openvino fp32"]
+    assert "needs openvino" in rows[1]["not measured"]
+
+
+def test_openvino_has_the_ap_of_the_model(folder):
+    pytest.importorskip("openvino")
+    command = ["precision", "--count", "3", "--precisions", "openvino fp32", "--threads", "1"]
+    assert run.main([*command, "--output", "trial"]) == 0
+    rows = json.loads((folder / "trial.json").read_text())["rows"]
+    assert rows[1]["AP"] == pytest.approx(rows[0]["AP"], abs=0.1)
+    assert rows[1]["accuracy"]["max score error"] < 1e-3
