@@ -68,7 +68,7 @@ def _neighbours(key: tuning.Key) -> dict[str, Audited]:
     architecture = launching.architecture(torch.device("meta"))
     stored = configurations.tile(key.kernel, architecture, key.precision, key.width)
     found = {}
-    for tile in tuning.neighbours(key, stored):
+    for tile in tuning.neighbours(key, stored, architecture):
         with tuning.with_tile(key.kernel, tile):
             audited = key.cases.audited(key.precision, key.width)[key.kernel]
         found[f"{key.kernel} {tuning.text(tile)}"] = audited

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import textwrap
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -22,7 +23,7 @@ from cdetr_kernels.dispatch import Implementation, Operator
 from cdetr_kernels.evidence import BACKWARD, FORWARD, RIGHT, Evidence, Finding, Record
 from cdetr_kernels.gpu import configurations
 from cdetr_kernels.gpu.tiles import Tile
-from cdetr_kernels.qualification import children, plan, run, tuning
+from cdetr_kernels.qualification import checks, children, compilation, plan, run, tuning
 from cdetr_kernels.qualification.children import Outcome
 from cdetr_kernels.qualification.plan import CHECK, LEVELS, TIME, Task
 from cdetr_kernels.testing import accuracy
@@ -244,8 +245,7 @@ def test_tiles_are_kept_only_if_everything_holds_with_them(monkeypatch, holds):
             return Outcome(task, (row(verdict="wrong"),))
         return Outcome(task, (row(ms=dict(zip((key, many), times[task.tile], strict=True))),))
 
-    monkeypatch.setattr(tuning, "tasks", lambda *_: tiles)
-    found = run._qualified(FakeChildren(outcome), planned, "quick", 1e9, are_last=True)
+    found = run._qualified(FakeChildren(outcome), planned, tiles, "quick", 1e9, are_last=True)
     findings, chosen = found
     assert all(x.verdict == RIGHT for x in findings)
     # "c" is wrong, "d" is not better than "b" by more than noise with few rows, and (2, 2) not
@@ -255,7 +255,7 @@ def test_tiles_are_kept_only_if_everything_holds_with_them(monkeypatch, holds):
 
 
 def test_every_operator_with_kernels_has_tasks_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(tuning, "_stored", lambda key, _: tuning.candidates(key)[0])
+    monkeypatch.setattr(tuning, "_architecture", lambda _: "sm_90")
     gpu = torch.device("cuda", 0)
     for name in registry.NAMES:
         paths = registry.operator(name).needs_evidence("cuda")
@@ -271,6 +271,52 @@ def test_every_operator_with_kernels_has_tasks_on_a_gpu(monkeypatch):
                 tiles = tuning.tasks(tasks, level, gpu)
                 assert len({(x.kernel, x.tile) for x in tiles}) == len(tiles) > 6
     assert sum(plan.weight(name) for name in registry.NAMES) > len(registry.NAMES)
+
+
+def compiled_files(folder) -> int:
+    return len(list(folder.rglob("*.cubin")))
+
+
+@in_this_process
+def test_kernels_are_compiled_ahead_into_the_cache_of_triton(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(evidence, "_FIXED", {})
+    tasks = plan.tasks("residual_layer_norm", ["triton"], "quick", torch.device("cuda", 0))
+    key = tuning.Key("half", 32, "separable_forward")
+    tasks.append(Task("tile", key.operator, "triton", kernel=str(key), tile=(64, 32, 4, 3, 1, 4)))
+    job = {"capability": 90, "multiprocessors": 132, "tasks": [x.to_json() for x in tasks]}
+    names = compilation.run(job)
+    assert {"layer_norm_kernel", "forward_kernel", "merge_kernel"} <= set(names)
+    assert compiled_files(tmp_path) == len(names)
+    assert compilation.run(job) == names  # the same variants, found in the cache
+    assert compiled_files(tmp_path) == len(names)
+
+
+@in_this_process
+def test_processes_compile_until_the_tasks_are_done(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compilation, "processes", lambda: 2)
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    gpu = torch.device("cuda", 0)
+    tasks = plan.tasks("residual_layer_norm", ["triton"], "quick", gpu)
+    started: list[children.Child] = []
+
+    class Noted(children.Child):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            started.append(self)
+
+    monkeypatch.setattr(compilation, "Child", Noted)
+    with compilation.ahead(tasks, gpu, LEVELS["quick"]):
+        end = time.monotonic() + 120
+        while compiled_files(tmp_path) < 2 and time.monotonic() < end:
+            time.sleep(0.2)
+    assert compiled_files(tmp_path) == 2
+    assert [x.process.returncode is not None for x in started] == [True, True]
+    # There is no triton driver to do it for, or nothing to gain.
+    with compilation.ahead(tasks, CPU, LEVELS["quick"]):
+        assert len(started) == 2
 
 
 def test_operators_share_the_time():
@@ -473,6 +519,22 @@ def test_keys_in_the_parts_that_are_tried(operator, fill, depth):
         assert_accurate(case)
     tiles = 12 if operator == "conditional_attention" else 18  # 9 lines of 2 tiles
     assert set(made) == {1 if fill == 0 else max(1, tiles // depth)}
+
+
+@interpreted_only
+@pytest.mark.parametrize("operator", ["conditional_attention", "conditional_attention_separable"])
+@pytest.mark.parametrize("options", [{"dropout_p": 0.3}, {"returns_map": True}], ids=str)
+def test_calls_with_dropout_and_with_the_map(operator, options):
+    """They are compared with fp64 too, and torch's side of the times draws its own weights."""
+    sizes = {"batch": 2, "queries": 20, "height": 3, "width": 8, "heads": 1, "size": 16}
+    task = Task(TIME, operator, "triton", "float32", sizes | {"mask": "padded"} | options, True)
+    rows = checks.run(task, CPU, 2, 0.0)
+    assert [(x["mode"], x["verdict"]) for x in rows] == [(FORWARD, RIGHT), (BACKWARD, RIGHT)], rows
+    if "dropout_p" in options:
+        case = registry.cases(operator).make(torch.float32, "cpu", **task.sizes)
+        other = dataclasses.replace(case, options=case.options | {"seed": 2})
+        with pytest.raises(checks.Rejected, match="wrong"):  # other weights are left out
+            checks.measure(accuracy.Judge(other, False), "triton", 2, 0.0)
 
 
 @interpreted_only

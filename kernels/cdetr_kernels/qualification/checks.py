@@ -157,7 +157,9 @@ def measure(judge: Judge, path: str, repeats: int, seconds: float) -> Row:
     function = judge.case.function(path)
     require_accurate(judge, judge.evaluate(function), "")
     require_repeatable(judge, function)
-    calls = {name: _call(judge, judge.case.function(name)) for name in (path, "torch")}
+    # A seed is for the comparison: torch's fused attention takes none.
+    unseeded = {"seed": None} if "seed" in judge.case.options else {}
+    calls = {name: _call(judge, judge.case.function(name, **unseeded)) for name in (path, "torch")}
     device = judge.case.device
     # The interpreter's times say nothing, so there are few of them.
     on_gpu = device.type == "cuda"

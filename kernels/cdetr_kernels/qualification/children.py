@@ -87,9 +87,9 @@ class Child:
         finally:
             os.close(writer)
 
-    def submit(self, tasks: Sequence[Task], tiles: dict[str, Choice]) -> None:
+    def submit(self, tasks: Sequence[Task], tiles: dict[str, Choice], **more: int) -> None:
         """Hand over tasks, to be run with some tiles other than those of the table."""
-        job = self.options | {"tiles": tiles, "tasks": [task.to_json() for task in tasks]}
+        job = self.options | {"tiles": tiles, "tasks": [task.to_json() for task in tasks]} | more
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has died; `receive` says so
             self.process.stdin.write(json.dumps(job).encode() + b"\n")

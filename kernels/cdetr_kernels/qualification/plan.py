@@ -21,18 +21,16 @@ class Level:
         task_seconds: Most seconds of one task, compilation included.
         repeats: Timed calls.
         timing_seconds: Most seconds of one time.
-        dtypes: Those that are tried where an operator has them; None is all.
     """
 
     seconds: float
     task_seconds: float
     repeats: int
     timing_seconds: float
-    dtypes: tuple[torch.dtype, ...] | None = None
 
 
 LEVELS = {
-    "quick": Level(85.0, 30.0, 20, 0.1, (torch.bfloat16, torch.float32, torch.uint8)),
+    "quick": Level(85.0, 30.0, 20, 0.1),
     "full": Level(1800.0, 120.0, 100, 1.0),
 }
 # Shares of the time: attention has the most kernels to compile.
@@ -80,12 +78,15 @@ def weight(operator: str) -> float:
 
 
 def tasks(operator: str, paths: list[str], level: str, device: torch.device) -> list[Task]:
-    """Return the checks of an operator, and then the times; the most telling sizes first."""
+    """Return the checks of an operator, and then the times; the most telling sizes first.
+
+    float16 is last, as the fewest use it.
+    """
     found = []
     for path in paths:
         for what in (CHECK, TIME):
             found += list(_tasks(operator, path, what, level, device))
-    return found
+    return sorted(found, key=lambda task: task.dtype == "float16")
 
 
 def _tasks(operator: str, path: str, what: str, level: str, device: torch.device) -> Iterator[Task]:
@@ -124,8 +125,7 @@ def _sizes(sizes: Sizes, what: str, level: str, device: torch.device) -> list[di
 def _dtypes(sizes: Sizes, level: str, device: torch.device) -> tuple[torch.dtype, ...]:
     if device.type != "cuda" and level == "quick":
         return sizes.dtypes[:1]
-    tried = LEVELS[level].dtypes
-    return tuple(x for x in sizes.dtypes if tried is None or x in tried)
+    return sizes.dtypes
 
 
 def deadlines(operators: list[str], seconds: float, now: float, end: float) -> float:

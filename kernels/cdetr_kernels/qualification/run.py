@@ -12,7 +12,7 @@ import torch
 from cdetr_kernels import evidence, registry
 from cdetr_kernels.evidence import BACKWARD, FORWARD, RIGHT, Choice, Evidence, Finding, Record
 from cdetr_kernels.gpu.configurations import MANY
-from cdetr_kernels.qualification import store, tuning
+from cdetr_kernels.qualification import compilation, store, tuning
 from cdetr_kernels.qualification.children import NOT_TRIED, Children, Outcome
 from cdetr_kernels.qualification.plan import (
     CHECK,
@@ -161,13 +161,16 @@ def _found(
     end = time.monotonic() + limits.seconds
     paths = {name: registry.operator(name).needs_evidence(device.type) for name in names}
     names = [name for name in names if paths[name]]
+    planned = {name: tasks(name, paths[name], level, device) for name in names}
+    tuned = {name: tuning.tasks(planned[name], level, device) for name in names}
+    every = [task for name in names for task in (*planned[name], *tuned[name])]
     findings: list[Finding] = []
     tiles: Tiles = {}
-    with Children(device, limits) as children:
+    with Children(device, limits) as children, compilation.ahead(every, device, limits):
         for i, name in enumerate(names):
             deadline = deadlines(names[i:], _LEAST_SECONDS, time.monotonic(), end)
             own, own_tiles = _qualified(
-                children, tasks(name, paths[name], level, device), level, deadline,
+                children, planned[name], tuned[name], level, deadline,
                 are_last=i == len(names) - 1,
             )  # fmt: skip
             findings += own
@@ -177,10 +180,14 @@ def _found(
 
 
 def _qualified(
-    children: Children, planned: list[Task], level: str, deadline: float, are_last: bool
+    children: Children,
+    planned: list[Task],
+    tuned: list[Task],
+    level: str,
+    deadline: float,
+    are_last: bool,
 ) -> tuple[list[Finding], Tiles]:
     """Check and time an operator, then try tiles in the time that is left."""
-    tuned = tuning.tasks(planned, level, children.device)
     run = children.run(planned, deadline, are_last=are_last and not tuned)
     findings = _findings(list(run), level)
     tiles: Tiles = {}

@@ -21,6 +21,7 @@ from cdetr_kernels.gpu import configurations
 from cdetr_kernels.gpu.tiles import Tile
 from cdetr_kernels.qualification.plan import TILE, Task
 from cdetr_kernels.testing import accuracy, timing
+from cdetr_kernels.testing.case import Case
 
 # Cross-attention of one image and of one large image, of the model at batch 8, and self-attention
 # of the encoder.
@@ -31,6 +32,9 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {"batch": 4, "queries": None, "height": 25, "width": 42},
 )
 TINY: tuple[dict[str, Any], ...] = ({"batch": 1, "queries": 20, "height": 5, "width": 8},)
+# What results are checked on, on a GPU and in the interpreter.
+CHECKED = {"batch": 2, "queries": 67, "height": 13, "width": 21}
+_CHECKED_IN_THE_INTERPRETER = {"batch": 1, "queries": 20, "height": 3, "width": 8}
 TABLE = "table"
 PASSES = ("forward", "backward_queries", "backward_keys")
 # Of forward, beside the table's: programs of a multiprocessor, and fewest tiles of keys in a part.
@@ -93,17 +97,19 @@ def candidates(key: Key) -> list[Tile]:
     ]
 
 
-def neighbours(key: Key, tile: Tile) -> list[Tile]:
+def neighbours(key: Key, tile: Tile, architecture: str) -> list[Tile]:
     """Return the few that a quick qualification tries: more rows and warps, fewer, less ahead."""
     over_keys = key.pass_ == "backward_keys"
     rows = tile.keys if over_keys else tile.queries
     side = "keys" if over_keys else "queries"
+    tile = Tile.of(tile.choice)  # the budgets are the table's
     found = [
         replace(tile, **{side: 2 * rows}, warps=8),
-        # On sm_120 the separable forward would spill with the stages of the larger tile.
-        replace(tile, **{side: max(16, rows // 2)}, warps=4, stages=max(1, tile.stages - 1)),
+        replace(tile, **{side: max(16, rows // 2)}, warps=4),
         replace(tile, stages=max(1, tile.stages - 1)),
     ]
+    if (architecture, key.kernel) == ("sm_120", "separable_forward"):
+        del found[1]  # it spills
     return [x for x in found if x != tile]
 
 
@@ -121,7 +127,9 @@ def tasks(planned: list[Task], level: str, device: torch.device) -> list[Task]:
     for precision, name in itertools.product(precisions[: 1 if interpreted else None], PASSES):
         key = Key(precision, 32, prefix + name)
         stored = _stored(key, device)
-        others = candidates(key) if level == "full" else neighbours(key, stored)
+        others = candidates(key)
+        if level != "full":
+            others = neighbours(key, stored, _architecture(device))
         others = [Tile(16, 32, 4, 1)] if interpreted else others
         others = [replace(x, fill=stored.fill, depth=stored.depth) for x in others]
         found += _tasks(key, [stored, *(x for x in others if x.choice != stored.choice)])
@@ -162,12 +170,15 @@ def _tasks(key: Key, tiles: list[Tile]) -> list[Task]:
 
 def _stored(key: Key, device: torch.device) -> Tile:
     """Return the tile of the table."""
-    architecture = "interpreter"
-    if device.type == "cuda":
-        from cdetr_kernels.gpu import launching
+    return configurations.tile(key.kernel, _architecture(device), key.precision, key.width)
 
-        architecture = launching.architecture(device)
-    return configurations.tile(key.kernel, architecture, key.precision, key.width)
+
+def _architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "interpreter"
+    from cdetr_kernels.gpu import launching
+
+    return launching.architecture(device)
 
 
 def text(tile: Tile) -> str:
@@ -237,11 +248,8 @@ def precision_of_dots(key: Key) -> contextlib.AbstractContextManager[Any]:
 
 def is_accurate(key: Key, device: torch.device) -> bool:
     """Check output and gradients (or the map) of the operator, with the tile that is set."""
-    shape = {"batch": 2, "queries": 67, "height": 13, "width": 21}
-    if device.type == "cpu":
-        shape = {"batch": 1, "queries": 20, "height": 3, "width": 8}
-    dtype = torch.bfloat16 if key.precision == "half" else torch.float32
-    case = key.cases.make(dtype, device, size=key.width, mask="padded", **shape)
+    shape = CHECKED if device.type == "cuda" else _CHECKED_IN_THE_INTERPRETER
+    case = checked_case(key, device, shape)
     if key.pass_ == "attention_map":
         doubles = {
             name: x.double() if name != "key_mask" and x is not None else x
@@ -256,6 +264,13 @@ def is_accurate(key: Key, device: torch.device) -> bool:
     # Products in TF32 are held to their own precision; the reference's may be IEEE.
     factor = 50.0 if key.precision == "tf32" else accuracy.KERNELS_FACTOR
     return all(x.passes(factor) for x in errors)
+
+
+def checked_case(key: Key, device: torch.device, shape: dict[str, Any]) -> Case:
+    """Return the call whose results are checked."""
+    dtype = torch.bfloat16 if key.precision == "half" else torch.float32
+    case: Case = key.cases.make(dtype, device, size=key.width, mask="padded", **shape)
+    return case
 
 
 def calls(

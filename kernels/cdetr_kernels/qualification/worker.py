@@ -14,7 +14,7 @@ import torch
 
 from cdetr_kernels import evidence
 from cdetr_kernels.evidence import Evidence, Record
-from cdetr_kernels.qualification import checks
+from cdetr_kernels.qualification import checks, compilation
 from cdetr_kernels.qualification.plan import Task
 
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
@@ -33,6 +33,9 @@ def main(descriptor: int) -> None:
 
 def run(job: dict[str, Any], report: TextIO) -> None:
     """Run the tasks of a job; a task that has spoiled the process is the last one."""
+    if "capability" in job:
+        compilation.run(job)
+        return
     device = torch.device(job["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)

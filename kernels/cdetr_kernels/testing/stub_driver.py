@@ -76,8 +76,13 @@ class StubDriver:
 
 
 @contextlib.contextmanager
-def stubbed(capability: int = 90) -> Iterator[StubDriver]:
-    """Have operators on CPU tensors run as on a GPU of a compute capability, launching nothing."""
+def stubbed(capability: int = 90, compiles: bool = False) -> Iterator[StubDriver]:
+    """Have operators on CPU tensors run as on a GPU of a compute capability, launching nothing.
+
+    Args:
+        capability: As 90.
+        compiles: Compile kernels, into triton's cache on disk; without it nothing is compiled.
+    """
     from cdetr_kernels.gpu import launching
 
     for name in registry.NAMES:  # before the variable is set: triton reads it at decoration
@@ -87,8 +92,14 @@ def stubbed(capability: int = 90) -> Iterator[StubDriver]:
 
     kernels: list[JITFunction[Any]] = []
 
-    def compiled(kernel: JITFunction[Any], key: str, *_: Any) -> CompiledKernel:
+    compile_ = JITFunction._do_compile
+
+    def compiled(kernel: JITFunction[Any], key: str, *rest: Any) -> CompiledKernel:
         kernels.append(kernel)
+        if compiles:
+            with mock.patch.dict(os.environ):
+                os.environ.pop("TRITON_INTERPRET", None)  # it is for operators, not for triton
+                compile_(kernel, key, *rest)
         return stub.compiled(kernel, key)
 
     launching.forget()

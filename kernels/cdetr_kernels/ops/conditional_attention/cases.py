@@ -36,6 +36,16 @@ def typical(batches: tuple[int, ...], keys: tuple[int, ...]) -> list[dict[str, A
     ]
 
 
+# With dropout in attention, and with the map: a training step of a batch, and one image.
+DROPOUT: dict[str, Any] = {
+    "batch": 2,
+    "height": 25,
+    "width": 42,
+    "mask": "padded",
+    "dropout_p": 0.1,
+}
+MAP: dict[str, Any] = {"batch": 1, "height": 25, "width": 42, "returns_map": True}
+_DECODER: dict[str, Any] = {"queries": None, "height": 12, "width": 25, "mask": None}
 _SMALLEST = {"batch": 1, "queries": 2, "height": 2, "width": 2, "heads": 1, "size": 4}
 _SMALL = {"batch": 2, "queries": 37, "height": 7, "width": 9, "heads": 2, "mask": "padded"}
 SIZES = {
@@ -44,7 +54,7 @@ SIZES = {
         small=_SMALL,
         medium={"batch": 3, "queries": 67, "height": 13, "width": 21, "mask": "padded"},
         typical=typical((1, 8, 32), (1050, 4200)),
-        called=typical((1, 8), (1050,)),
+        called=[*typical((1, 8), (1050,)), DROPOUT, MAP],
     ),
     "encoder_self_attention": Sizes(
         smallest=_SMALLEST | {"queries": None},
@@ -57,10 +67,9 @@ SIZES = {
         # Of the encoder, and of the decoder, whose queries are never padded.
         called=[
             *({**sizes, "queries": None} for sizes in typical((1, 8), (1050,))),
-            *(
-                {"batch": batch, "queries": None, "height": 12, "width": 25, "mask": None}
-                for batch in (1, 8)
-            ),
+            *({"batch": batch} | _DECODER for batch in (1, 8)),
+            *(options | {"queries": None} for options in (DROPOUT, MAP)),
+            *(options | _DECODER for options in (DROPOUT, MAP)),
         ],
     ),
 }
@@ -80,6 +89,8 @@ def make(
     spatial: bool = True,
     shared: tuple[str, ...] = (),
     seed: int = 0,
+    dropout_p: float = 0.0,
+    returns_map: bool = False,
 ) -> Case:
     """Make cross-attention of a decoder layer, or self-attention of the encoder.
 
@@ -97,6 +108,8 @@ def make(
         spatial: Whether there is a spatial half.
         shared: Names of the keys that the batch shares.
         seed: Seed of the inputs.
+        dropout_p: Dropout of weights, seeded; what is compared with leaves out the same weights.
+        returns_map: Whether the attention map is a second output.
     """
     spatial = spatial and queries is not None
     keys = height * width
@@ -121,17 +134,57 @@ def make(
     return Case(
         "conditional_attention",
         f"{'cross' if spatial else 'encoder self'} B={batch} Q={queries} S={keys}"
-        f"{f' {mask}' if mask else ''}",
+        f"{f' {mask}' if mask else ''}"
+        f"{' dropout' if dropout_p else ''}{' map' if returns_map else ''}",
         dtype,
         inputs | {"key_mask": None if attended is None else attended.flatten(1).to(device)},
         conditional_attention,
+        options(dropout_p, returns_map),
         gradients=tuple(name for name, x in inputs.items() if x is not None),
         flops=(forward, forward + backward),
         bytes_moved=(read + written, 2 * (read + written) + written),
-        per_image=not shared,
-        definition=sdpa(SDPBackend.MATH)(),
-        peers=_peers(torch.device(device)),
+        per_image=not shared and not dropout_p,
+        definition=definition(dropout_p, returns_map),
+        peers={} if dropout_p or returns_map else _peers(torch.device(device)),
     )
+
+
+def options(dropout_p: float, returns_map: bool) -> dict[str, Any]:
+    """Return the options of a call that differ from those of inference."""
+    dropout = {"dropout_p": dropout_p, "seed": 1} if dropout_p else {}
+    return {**dropout, **({"return_attention": True} if returns_map else {})}
+
+
+def definition(dropout_p: float, returns_map: bool) -> Function | None:
+    """Return what a call is compared with; None is the backend "torch"."""
+    if dropout_p:
+        return functools.partial(_dropped, dropout_p)
+    return None if returns_map else sdpa(SDPBackend.MATH)()
+
+
+def _dropped(
+    dropout_p: float,
+    q_content: Tensor,
+    q_spatial: Tensor | None,
+    k_content: Tensor,
+    k_spatial: Tensor | None,
+    value: Tensor,
+    key_mask: Tensor | None,
+) -> Tensor:
+    """Attend without the weights that the kernels drop: they go by seed and position alone."""
+    with torch.no_grad():
+        same = torch.zeros_like(q_content, dtype=torch.float32)
+        keys = torch.zeros_like(k_content, dtype=torch.float32).expand(len(same), -1, -1, -1)
+        _, kept = conditional_attention(
+            same, None, keys, None, keys, dropout_p=dropout_p, seed=1, backend="triton",
+            return_attention=True,
+        )  # fmt: skip
+    query, key = concatenated(q_content, q_spatial, k_content, k_spatial)
+    score = query @ key.mT * query.shape[-1] ** -0.5
+    if key_mask is not None:
+        score = score.masked_fill(~key_mask[:, None, None, :], -torch.inf)
+    weights = score.softmax(-1) * (kept != 0).to(score.dtype) / (1.0 - dropout_p)
+    return (weights @ value.transpose(1, 2)).transpose(1, 2)
 
 
 # --------------------------------------------------------------------------------------- peers

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 from cdetr_kernels.ops.conditional_attention import cases as general
 from cdetr_kernels.ops.conditional_attention_separable import conditional_attention_separable
@@ -23,7 +22,7 @@ SIZES = {
         small=_GENERAL.small | {"mask": None},
         medium=_GENERAL.medium,
         typical=[sizes for sizes in general.typical((1, 8), (1050,)) if sizes["mask"] is not None],
-        called=general.typical((1, 8), (1050,)),
+        called=[*general.typical((1, 8), (1050,)), general.DROPOUT, general.MAP],
     )
 }
 
@@ -41,6 +40,8 @@ def make(
     value_size: int | None = None,
     shared: tuple[str, ...] = (),
     seed: int = 0,
+    dropout_p: float = 0.0,
+    returns_map: bool = False,
 ) -> Case:
     """Return `conditional_attention`'s case with the spatial keys of rows and of columns.
 
@@ -57,6 +58,8 @@ def make(
         value_size: Size of a head of the values; None is `size`.
         shared: Names of the keys and codes that the batch shares.
         seed: Seed of the inputs.
+        dropout_p: Dropout of weights, as in the general form.
+        returns_map: Whether the attention map is a second output.
     """
     whole = general.make(
         dtype, device, batch, queries, height, width, mask, heads, size, value_size,
@@ -68,32 +71,38 @@ def make(
     for name, count in codes.items():
         inputs[name] = random.normal(1 if name in shared else batch, count, heads, size)
     inputs["value"] = whole.inputs["value"]
+    defined = general.definition(dropout_p, returns_map)
     # The spatial scores of h + w keys replace those of all keys.
     forward, both = whole.flops
     saved = 2 * batch * heads * size * queries * (height * width - height - width)
     moved = count_bytes(*inputs.values(), whole.inputs["key_mask"], inputs["q_content"])
     return Case(
         "conditional_attention_separable",
-        f"B={batch} Q={queries} h={height} w={width}{f' {mask}' if mask else ''}",
+        f"B={batch} Q={queries} h={height} w={width}{f' {mask}' if mask else ''}"
+        f"{' dropout' if dropout_p else ''}{' map' if returns_map else ''}",
         dtype,
         inputs | {"key_mask": whole.inputs["key_mask"]},
         conditional_attention_separable,
+        general.options(dropout_p, returns_map),
         gradients=tuple(inputs),
         flops=(forward - saved, both - 4 * saved),
         bytes_moved=(moved, 3 * moved),
-        per_image=not shared,
-        definition=_with_spatial_keys(general.sdpa(SDPBackend.MATH)),
+        per_image=not shared and not dropout_p,
+        definition=None if defined is None else _with_spatial_keys(defined),
         peers={
-            f"all keys, {name}": functools.partial(_with_spatial_keys, make)
+            f"all keys, {name}": functools.partial(_of_all_keys, make)
             for name, make in whole.peers.items()
-            if "compiled" not in name and "flex" not in name
+            if not (dropout_p or returns_map) and "compiled" not in name and "flex" not in name
         },
     )
 
 
-def _with_spatial_keys(make_general: Callable[[], Function]) -> Function:
+def _of_all_keys(make_general: Callable[[], Function]) -> Function:
+    return _with_spatial_keys(make_general())
+
+
+def _with_spatial_keys(function: Function) -> Function:
     """Add the codes up to all spatial keys, in the times of those that need them."""
-    function = make_general()
 
     def attend(k_rows: Tensor, k_columns: Tensor, **others: Any) -> Any:
         k_spatial = (k_rows[:, :, None] + k_columns[:, None]).flatten(1, 2)

@@ -18,6 +18,11 @@ SIZES = {
         small={"layers": 2, "queries": 67, "counts": (3, 17)},
         medium={"queries": 67, "counts": (13, 13, 13)},
         typical=[{"counts": (count,) * 8} for count in (7, 100)],
+        called=[
+            *({"counts": (count,) * 8} for count in (7, 100)),
+            # Without auxiliary losses, or one image of all layers.
+            *({"layers": 1, "counts": (count,) * 8} for count in (7, 100)),
+        ],
         differentiable=False,
     )
 }

@@ -17,6 +17,8 @@ SIZES = {
         small={"batch": 2, "queries": 13},
         medium={"batch": 3, "queries": 67},
         typical=[{"batch": batch} for batch in (1, 8, 32)],
+        # The first decoder layer has no scale.
+        called=[*({"batch": batch} for batch in (1, 8, 32)), {"batch": 1, "scaled": False}],
     )
 }
 
