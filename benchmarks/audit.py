@@ -14,6 +14,7 @@ Tiles that a quick qualification tries beside the table's are compiled too; they
 
 import argparse
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import json
@@ -83,6 +84,10 @@ def compiled(part: Part) -> list[tuple[dict[str, Any], list[str]]]:
         if kernel not in part.kernels:
             continue
         used = examine(audited.launch, part.architecture, disassemble=audit.brief)
+        if not audit.documented:  # a variant is held to its chip, and to the spills of its entry
+            tile = dataclasses.replace(audited.launch.tile, registers=512, shared=10**6)
+            launch = dataclasses.replace(audited.launch, tile=tile)
+            audited = audited._replace(launch=launch)
         wrong = complaints(used, audited, part.architecture)
         head = (part.architecture, audit.label, kernel, tuning.text(audited.launch.tile))
         found.append(({**dict(zip(HEADER, head, strict=False)), **used}, wrong))

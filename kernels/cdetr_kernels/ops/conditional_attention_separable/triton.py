@@ -25,7 +25,7 @@ from cdetr_kernels.gpu.tiles import Tile
 from cdetr_kernels.ops.conditional_attention_separable import kernels
 
 # Of the kernel of the codes: it does little, and the same for all heads.
-CODES_TILE = Tile(32, 16, 4, 2, 200, 20)
+CODES_TILE = Tile(32, 16, 4, 2, 216, 20, 10)
 
 
 def forward_launch(
