@@ -100,7 +100,7 @@ def stages(lines: Path, rehearse: bool) -> dict[str, Stage]:
             [*model, "--size", "800", "1333", "--dtype", "bfloat16"], 60, needs=theirs
         ),
         "training step": Stage(
-            [*training, "--backbone", "resnet50", "--targets", "7", "--autocast", "bfloat16",
+            [*training, "--backbone", "resnet50", "--targets", "7", "--precision", "bf16",
              "--size", "800", "1066"],
             80, needs=theirs,
         ),

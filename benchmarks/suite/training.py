@@ -1,7 +1,8 @@
 """Training step: ours against transformers' model and loss in the same loop.
 
     python -m benchmarks training
-    python -m benchmarks training --device cuda --autocast bfloat16 --backbone resnet50
+    python -m benchmarks training --precision fp32 bf16
+    python -m benchmarks training --device cuda --precision bf16 --backbone resnet50
 
 Whole step: forward with labels, backward, clipping, fused AdamW (at a learning rate of 0, which
 takes as long and keeps the weights). Matching and loss: those of all decoder layers and their
@@ -39,6 +40,7 @@ from benchmarks.suite.model import REFERENCE, on_kernels
 from cdetr_fast.models.counting import OperatorCounter, as_on_a_gpu
 from cdetr_fast.training.graphs import use_graphs
 
+AUTOCAST = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 OURS, PAPER, GRAPHS = "cdetr_fast", "cdetr_fast, paper", "cdetr_fast, CUDA graphs"
 Batch = tuple[Tensor, Tensor, Labels]
 
@@ -47,7 +49,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_image_options(parser, (256, 256), "resnet18")
     parser.add_argument("--targets", type=int, default=20, help="objects per image")
     parser.add_argument("--layers", type=int, default=6, help="of the encoder and the decoder")
-    parser.add_argument("--autocast", choices=("bfloat16", "float16"))
+    parser.add_argument(
+        "--precision", nargs="+", choices=AUTOCAST, default=["fp32"],
+        help="autocast of all models; several are measured in turns, against the first",
+    )  # fmt: skip
     parser.set_defaults(batch=8, repeats=7)
 
 
@@ -57,20 +62,29 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     labels = random_labels(options.batch, options.targets, device)
     batch = values.to(device), mask.to(device), labels
     models = make_models(options.backbone, options.layers, device)
-    steps = {name: Step(model, model, batch, options.autocast) for name, model in models.items()}
-    for name, run in on_kernels(models[OURS], batch[0]).items():
-        steps[name] = Step(models[OURS], run, batch, options.autocast)
-    if device.type == "cuda":
-        steps[GRAPHS] = GraphedStep(models[OURS], batch, options.autocast)
+    steps: dict[str, Step] = {}
+    autocasts: dict[str, str | None] = {}
+    for precision in dict.fromkeys(options.precision):
+        autocast = AUTOCAST[precision]
+        own = {name: Step(model, model, batch, autocast) for name, model in models.items()}
+        for name, run in on_kernels(models[OURS], batch[0]).items():
+            own[name] = Step(models[OURS], run, batch, autocast)
+        if device.type == "cuda":
+            own[GRAPHS] = GraphedStep(models[OURS], batch, autocast)
+        # One precision stands in the column of the dtype; several are told apart by the name.
+        suffix = f" {precision}" if len(set(options.precision)) > 1 else ""
+        steps |= {name + suffix: step for name, step in own.items()}
+        autocasts |= {name + suffix: autocast for name in own}
+    is_one = len(set(options.precision)) == 1
     columns = {"threads": options.threads, "targets": options.targets}
     yield Case(
         work="whole step",
         shape=f"{options.backbone} {height}x{width} B={options.batch} T={options.targets}",
-        dtype=options.autocast or "float32",
+        dtype=(AUTOCAST[options.precision[0]] or "float32") if is_one else "as named",
         device=device,
         providers=steps,
         result=lambda name: steps[name].checked(),
-        gate=lambda *given: _gate(options.autocast, *given),
+        gate=lambda name, *given: _gate(autocasts[name], name, *given),
         counts=lambda name: steps[name].counts(),
         memory=(lambda name: peak_mib(steps[name], device)) if device.type == "cuda" else None,
         columns=columns,
@@ -174,7 +188,7 @@ class GraphedStep(Step):
 
 
 def _gate(autocast: str | None, provider: str, got: Any, expected: Any) -> dict[str, float | None]:
-    if provider == PAPER:  # another loss, of other weights: there is nothing to compare it with
+    if provider.startswith(PAPER):  # other weights: nothing to compare with
         if not got[0].isfinite():
             raise GateFailed(f"the loss is {got[0].item()}")
         return {"loss error": None, "gradient error": None}

@@ -347,3 +347,15 @@ def test_openvino_has_the_ap_of_the_model(folder):
     rows = json.loads((folder / "trial.json").read_text())["rows"]
     assert rows[1]["AP"] == pytest.approx(rows[0]["AP"], abs=0.1)
     assert rows[1]["accuracy"]["max score error"] < 1e-3
+
+
+def test_training_in_two_precisions_is_one_run(folder):
+    rows, status = measured(folder, "training", f"{SMALL['training']} --precision fp32 bf16")
+    assert status == 0
+    steps = [row for row in rows if row["work"] == "whole step"]
+    assert [row["provider"] for row in steps] == [
+        f"{name} {precision}" for precision in ("fp32", "bf16")
+        for name in ("transformers sdpa", "cdetr_fast", "cdetr_fast, paper")
+    ]  # fmt: skip
+    errors = {row["provider"]: row["accuracy"]["loss error"] for row in steps}
+    assert errors["cdetr_fast fp32"] < 1e-4 < errors["cdetr_fast bf16"] < 5e-2

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from support.accelerate_state import forget_accelerate_state
 
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
+from cdetr_fast.loss import assignment
 from cdetr_fast.training import DataError, TrainingConfig, TrainingStopped, train
 from cdetr_fast.training.engine import Engine
 from cdetr_fast.training.evaluation.detection import evaluate_detections
@@ -259,6 +261,35 @@ def test_half_precision_and_batches_without_objects(settings, scenes, tmp_path, 
     assert rows(config)[-1]["skipped"] == 0
     dtype = final_state(config)["model"]["class_labels_classifier.weight"].dtype
     assert dtype == (torch.bfloat16 if precision == "bf16-pure" else torch.float32)
+
+
+def test_losses_in_bf16_follow_those_in_fp32(settings, tmp_path, monkeypatch):
+    """Boxes and costs are in fp32, whatever the layers before them are in."""
+    seen = set()
+    cost = assignment.matching_cost
+
+    def spied(logits, boxes, *rest, **options):
+        found = cost(logits, boxes, *rest, **options)
+        seen.add((boxes.dtype, found.dtype))
+        return found
+
+    monkeypatch.setattr(assignment, "matching_cost", spied)
+    curves = {}
+    for precision in ("fp32", "bf16"):
+        config = TrainingConfig(
+            **settings(
+                precision=precision,
+                output=str(tmp_path / precision),
+                model_options=settings()["model_options"] | {"dropout": 0.0},
+            )
+        )
+        train(config)
+        curves[precision] = losses(config)
+        forget_accelerate_state()  # its precision is that of the process
+    assert len(curves["fp32"]) == len(curves["bf16"]) > 3
+    assert curves["bf16"] != curves["fp32"]
+    assert curves["bf16"] == pytest.approx(curves["fp32"], rel=0.05)
+    assert seen == {(torch.float32, torch.float32)}
 
 
 def test_accumulation_is_one_large_batch(settings, tmp_path):
