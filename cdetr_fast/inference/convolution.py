@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.padding import pad_same
 from torch import Tensor, nn
 
 from cdetr_fast.common.errors import first_line
+from cdetr_fast.inference.padding import pad_same
 from cdetr_fast.inference.workspace import Workspace, worth_keeping
 from cdetr_fast.models.backbone import FrozenBatchNorm2d
 

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers.padding import pad_same
 from torch import Tensor, fx, nn
 
 from cdetr_fast.inference.backbone import FusedBackbone
 from cdetr_fast.inference.convolution import RELU, Activation, FusedConv2d, map_shape
+from cdetr_fast.inference.padding import pad_same
 from cdetr_fast.inference.pooling import KeptMaxPool2d
 from cdetr_fast.inference.workspace import worth_keeping
 from cdetr_kernels.pooling import codes_unsupported_reason

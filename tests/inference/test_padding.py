@@ -1,0 +1,37 @@
+"""Padding as timm's, whose size in an exported program stays short."""
+
+import pytest
+import torch
+from timm.layers import Conv2dSame
+from timm.layers import padding as theirs
+from torch import nn
+
+from cdetr_fast.inference.convolution import FusedConv2d
+from cdetr_fast.inference.padding import pad_same
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_as_timm(kernel, stride, dilation):
+    for height in range(1, 19):
+        x = torch.rand(1, 2, height, 23 - height)
+        windows = [kernel, kernel + 1], [stride, 1 + stride % 3], [dilation, dilation]
+        assert torch.equal(pad_same(x, *windows), theirs.pad_same(x, *windows))
+        ours, other = pad_same(x, *windows, value=7.0), theirs.pad_same(x, *windows, value=7.0)
+        assert torch.equal(ours, other)
+
+
+def test_sizes_of_an_exported_program_stay_short():
+    """Each of five strides tripled timm's expression, which a backbone's users then simplify."""
+    layers = [FusedConv2d(Conv2dSame(3, 3, 3 + 2 * (i % 2), 2), None) for i in range(5)]
+    axes = {2: torch.export.Dim("height", min=33), 3: torch.export.Dim("width", min=33)}
+    program = torch.export.export(
+        nn.Sequential(*layers), (torch.rand(2, 3, 70, 90),), dynamic_shapes=(axes,)
+    )
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    height, width = output.args[0][0].meta["val"].shape[2:]
+    for size in (height, width):
+        assert len(size.node.expr.free_symbols) == 1
+        assert size.node.expr.count(*size.node.expr.free_symbols) == 1
+        assert size.node.expr.count_ops() < 15
