@@ -32,7 +32,8 @@ from cdetr_fast.common.files import ADDED_BY_CALLERS, read_json
 from cdetr_fast.common.model_families import service
 from cdetr_fast.common.validation import checked, refuse
 from cdetr_fast.config.attention import check_attn_implementation
-from cdetr_fast.config.model import CONFIG_NAME, ConditionalDetrConfig, Dtype
+from cdetr_fast.config.field_types import Dtype
+from cdetr_fast.config.model import CONFIG_NAME, ConditionalDetrConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -324,3 +324,26 @@ def make_backbone(
     return BackboneConfig(
         "resnet", **{"num_channels": num_channels, "out_features": ["stage4"]} | options
     )
+
+
+def override_backbone(given: BackboneConfig, v4: dict[str, Any], dilation: bool | None) -> Any:
+    """Return the fields of a backbone with keywords of v4 applied on top.
+
+    Args:
+        given: The configuration of the file.
+        v4: As in `make_backbone`.
+        dilation: Whether the last stage is dilated instead of strided; None leaves it as it is.
+
+    Raises:
+        ValueError: The keywords ask for another kind of backbone than the file has.
+    """
+    is_timm = given.model_type == "timm_backbone"
+    if v4.get("use_timm_backbone", is_timm) != is_timm:
+        refuse("use_timm_backbone", f"{is_timm}, as in the file", not is_timm)
+    changes = dict(v4.get("backbone_kwargs") or {})
+    changes |= {k: v for k, v in v4.items() if k not in ("use_timm_backbone", "backbone_kwargs")}
+    if "in_chans" in changes:
+        changes["num_channels"] = changes.pop("in_chans")
+    if dilation is not None and is_timm:
+        changes.setdefault("output_stride", 16 if dilation else None)
+    return given.merged(changes)

@@ -8,14 +8,11 @@ import copy
 import warnings
 from typing import Annotated, Any, ClassVar, Literal, Self, overload
 
-import torch
-
 from cdetr_fast.common.host_classes import inherit_from_hosts
 from cdetr_fast.common.validation import (
     Before,
     Bounds,
     Checked,
-    Expected,
     NonNegativeInt,
     PositiveInt,
     Probability,
@@ -31,54 +28,19 @@ from cdetr_fast.config.backbone import (
     ActivationName,
     BackboneConfig,
     make_backbone,
+    override_backbone,
 )
 from cdetr_fast.config.compat import departure_of
+from cdetr_fast.config.field_types import (
+    Dtype,
+    IdsByLabel,
+    LabelsById,
+    NonNegativeFloat,
+    Weight,
+)
 from cdetr_fast.config.files import CONFIG_NAME, ConfigFile
 
 __all__ = ["ACTIVATION_NAMES", "CONFIG_NAME", "BackboneConfig", "ConditionalDetrConfig"]
-
-
-def _dtype_named(value: Any) -> Any:
-    """Return the torch dtype of a name; other values as they are."""
-    if not isinstance(value, str):
-        return value
-    named = getattr(torch, value.removeprefix("torch."), None)
-    if not isinstance(named, torch.dtype):
-        raise ValueError
-    return named
-
-
-def _integral_as_int(value: Any) -> Any:
-    """Return 2.0 as 2; other values as they are."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _with_int_keys(value: Any) -> Any:
-    """Return a dict with indices as integers, which JSON makes strings."""
-    try:
-        return {int(index): label for index, label in value.items()}
-    except (AttributeError, TypeError, ValueError):
-        return value
-
-
-def _with_int_values(value: Any) -> Any:
-    try:
-        return {label: int(index) for label, index in value.items()}
-    except (AttributeError, TypeError, ValueError):
-        return value
-
-
-Dtype = Annotated[torch.dtype, Before(_dtype_named), Expected("a torch dtype or its name")]
-# A loss or cost weight; 2.0 is stored as 2, because transformers 5 types these fields int.
-Weight = Annotated[float | int, Before(_integral_as_int), Bounds(0)]
-# transformers 5 types these float, and refuses an int.
-NonNegativeFloat = Annotated[float, Bounds(0)]
-LabelsById = Annotated[
-    dict[int, str], Before(_with_int_keys), Expected("a dict of class index to class name")
-]
-IdsByLabel = Annotated[
-    dict[str, int], Before(_with_int_values), Expected("a dict of class name to class index")
-]
 
 
 def _alias(name: str) -> property:
@@ -411,15 +373,8 @@ class ConditionalDetrConfig(ConfigFile):
         if backbone is not None:
             self.backbone_config = self.backbone_config.merged(backbone)
         elif v4 or "dilation" in fields:
-            if v4.pop("use_timm_backbone", self.use_timm_backbone) != self.use_timm_backbone:
-                expected = f"{self.use_timm_backbone}, as in the file"
-                refuse("use_timm_backbone", expected, not self.use_timm_backbone)
-            changes = dict(v4.pop("backbone_kwargs", None) or {}) | v4
-            if "in_chans" in changes:
-                changes["num_channels"] = changes.pop("in_chans")
-            if "dilation" in fields and self.use_timm_backbone:
-                changes.setdefault("output_stride", 16 if self.dilation else None)
-            self.backbone_config = self.backbone_config.merged(changes)
+            dilation = self.dilation if "dilation" in fields else None
+            self.backbone_config = override_backbone(self.backbone_config, v4, dilation)
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field as plain values, unknown ones of a file included, in v5's form."""

@@ -9,7 +9,7 @@ from torch import nn
 from cdetr_fast.common.devices import usable_device
 from cdetr_fast.common.model_families import family_of
 from cdetr_fast.common.validation import PositiveInt, checked
-from cdetr_fast.config.model import Dtype
+from cdetr_fast.config.field_types import Dtype
 from cdetr_fast.inference import optimized
 from cdetr_fast.inference.engine_records import (
     DEFAULT,

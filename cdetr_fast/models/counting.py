@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cdetr_fast.models import modeling
+from cdetr_fast.models import base_model
 from cdetr_fast.models.position import ConditionalDetrSinePositionEmbedding
 
 # The host has to know how many ones there are to allocate their results.
@@ -96,7 +96,7 @@ class OperatorCounter(TorchDispatchMode):
 def as_on_a_gpu() -> Iterator[None]:
     """Keep our models from reading masks (for padding and rectangles), as they do on a CPU only."""
     with (
-        mock.patch.object(modeling, "is_unpadded", return_value=False),
+        mock.patch.object(base_model, "is_unpadded", return_value=False),
         mock.patch.object(ConditionalDetrSinePositionEmbedding, "is_separable", return_value=False),
     ):
         yield

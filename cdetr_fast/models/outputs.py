@@ -195,3 +195,19 @@ class ConditionalDetrSegmentationOutput(ModelOutput):
     encoder_last_hidden_state: Tensor | None = None
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     encoder_attentions: tuple[Tensor, ...] | None = None
+
+
+def shared_fields(outputs: ConditionalDetrModelOutput) -> dict[str, Any]:
+    """Return the fields that the outputs of detection and segmentation have too."""
+    return {
+        name: getattr(outputs, name)
+        for name in (
+            "last_hidden_state",
+            "decoder_hidden_states",
+            "decoder_attentions",
+            "cross_attentions",
+            "encoder_last_hidden_state",
+            "encoder_hidden_states",
+            "encoder_attentions",
+        )
+    }

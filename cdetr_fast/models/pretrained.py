@@ -12,7 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from cdetr_fast.checkpoints.key_maps import to_v5
 from cdetr_fast.common.host_classes import inherit_from_hosts
 from cdetr_fast.common.validation import checked, unknown_keyword
-from cdetr_fast.config.model import ConditionalDetrConfig, Dtype
+from cdetr_fast.config.field_types import Dtype
+from cdetr_fast.config.model import ConditionalDetrConfig
 from cdetr_fast.models.adapters import AdapterMethods
 from cdetr_fast.models.recompute import DEFAULT_OPTIONS
 
