@@ -1,13 +1,12 @@
 """`train` on a GPU: every precision learns, graphs too, and an interrupted run resumes."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from support.accelerate_state import forget_accelerate_state
-from support.training_settings import short_run, write_scenes
+from support.training_settings import rows, short_run, write_scenes
 
 pytest.importorskip("accelerate")
 pytest.importorskip("faster_coco_eval")
@@ -43,11 +42,6 @@ def config_of(scenes, output, **changes):
     return TrainingConfig(**values | changes)
 
 
-def train_rows(config):
-    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == "train"]
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -65,13 +59,13 @@ def train_rows(config):
 def test_learns_and_evaluates(scenes, tmp_path, changes):
     config = config_of(scenes, tmp_path / "run", **changes)
     result = train(config)
-    assert result["step"] == len(train_rows(config)) > 40 - 1
+    assert result["step"] == len(rows(config)) > 40 - 1
     assert {"AP", "AP50"} < set(result)
-    rows = train_rows(config)
-    early, late = ([row["loss"] for row in part] for part in (rows[:5], rows[-5:]))
+    written = rows(config)
+    early, late = ([row["loss"] for row in part] for part in (written[:5], written[-5:]))
     assert sum(late) < 0.9 * sum(early)
     # The scaler of fp16 finds its factor by steps that overflow.
-    assert rows[-1]["skipped"] <= (8 if config.precision == "fp16" else 0)
+    assert written[-1]["skipped"] <= (8 if config.precision == "fp16" else 0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -90,7 +84,7 @@ def test_a_stopped_run_goes_on(scenes, tmp_path, monkeypatch, precision):
         train(broken)
     monkeypatch.undo()
     train(dataclasses.replace(broken, resume=True))
-    ours, expected = ([row["loss"] for row in train_rows(x)] for x in (broken, whole))
+    ours, expected = ([row["loss"] for row in rows(x)] for x in (broken, whole))
     assert ours == pytest.approx(expected, rel=2e-2)
     state = load_checkpoint(checkpoint_files(Path(broken.output) / "checkpoints")[-1])
     assert "cuda" in state["random"][0]

@@ -4,22 +4,16 @@ import sys
 
 import pytest
 import torch
-from support.oracle import SMALL_MODEL, make_ours, randomise
+from support.oracle import SMALL_MODEL, random_model
 
 from cdetr_fast import cli
 from cdetr_fast.inference import export as module
 from cdetr_fast.inference.export import export, module_of
 
 
-def random_model(task="detection"):
-    model = make_ours(task, **SMALL_MODEL)
-    randomise(model)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def detector():
-    return random_model()
+    return random_model(**SMALL_MODEL)
 
 
 def images(batch=1, height=64, width=96):
@@ -28,7 +22,7 @@ def images(batch=1, height=64, width=96):
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_torch_with_sizes_open(task, tmp_path):
-    model, path = random_model(task), tmp_path / "model.pt2"
+    model, path = random_model(task, **SMALL_MODEL), tmp_path / "model.pt2"
     assert export(model, path, size=(64, 96), masked=True) <= 1e-4
     exported = module_of(torch.export.load(path))
     pixel_values = images(3, 70, 130)
@@ -97,7 +91,7 @@ class Adapter(torch.nn.Module):
 
 def test_an_adapter_is_not_dropped(tmp_path):
     """The file computes the caller's own forward, or there is no file."""
-    model, path = random_model(), tmp_path / "model.pt2"
+    model, path = random_model(**SMALL_MODEL), tmp_path / "model.pt2"
     layer = model.model.decoder.layers[0].mlp
     layer.fc2 = Adapter(layer.fc2)
     try:
@@ -110,7 +104,7 @@ def test_an_adapter_is_not_dropped(tmp_path):
 
 
 def test_a_hook_is_not_dropped(tmp_path):
-    model = random_model()
+    model = random_model(**SMALL_MODEL)
     model.class_labels_classifier.register_forward_hook(lambda *arguments: arguments[-1] + 1)
     with pytest.raises(ValueError, match="class_labels_classifier has a forward hook"):
         export(model, tmp_path / "model.pt2", size=(64, 96), dynamic=False)
@@ -125,7 +119,7 @@ def test_arguments_are_checked(detector, tmp_path):
     with pytest.raises(FileNotFoundError, match="path: expected an existing folder"):
         export(detector, tmp_path / "none" / "model.pt2")
     with pytest.raises(TypeError, match="model: expected one that predicts boxes"):
-        export(random_model("base"), tmp_path / "model.pt2")
+        export(random_model("base", **SMALL_MODEL), tmp_path / "model.pt2")
     for options, kind, message in (
         ({"size": 128}, TypeError, r"size: expected \(height, width\), got 128"),
         ({"size": (0, 64), "dynamic": False}, ValueError, "size: expected an integer >= 1, got 0"),
@@ -139,7 +133,7 @@ def test_arguments_are_checked(detector, tmp_path):
 
 def test_half_precision_is_held_to_its_own_rounding(tmp_path):
     path = tmp_path / "model.pt2"
-    assert export(random_model().bfloat16(), path, size=(64, 96), dynamic=False) < 0.2
+    assert export(random_model(**SMALL_MODEL).bfloat16(), path, size=(64, 96), dynamic=False) < 0.2
     assert path.is_file()
 
 

@@ -1,4 +1,4 @@
-"""Writes to weights that count no version, and originals that the result shares no memory with."""
+"""Changes of weights: loaded, trained, written past torch, with shared memory and without."""
 
 import copy
 import gc
@@ -6,23 +6,13 @@ import weakref
 
 import pytest
 import torch
-from support.oracle import make_ours, padded_images, randomise
+from support.oracle import TINY, assert_same, largest_error, padded_images, random_model
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from cdetr_fast import optimize
 
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
-def random_model(seed=0):
-    torch.manual_seed(0)
-    model = make_ours(backbone="test_resnet")
-    randomise(model, seed)
-    return model.eval()
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def predictions(model, images):
@@ -65,8 +55,8 @@ WRITES = {
     "inference mode": scaled_in_inference_mode,
     "fused optimiser": lambda model: trained(model, fused=True),
     "optimiser": lambda model: trained(model, foreach=True),
-    "loaded": lambda model: model.load_state_dict(random_model(5).state_dict()),
-    "assigned": lambda model: model.load_state_dict(random_model(5).state_dict(), assign=True),
+    "loaded": lambda model: model.load_state_dict(random_model(seed=5).state_dict()),
+    "assigned": lambda model: model.load_state_dict(random_model(seed=5).state_dict(), assign=True),
 }
 
 
@@ -118,7 +108,7 @@ def test_an_original_that_was_converted_keeps_its_precision():
 
 
 def test_loaded_weights_are_followed_no_more():
-    model, other, images = random_model(), random_model(5), padded_images()
+    model, other, images = random_model(), random_model(seed=5), padded_images()
     fast = optimize(model, dtype=torch.float64)
     fast.load_state_dict(other.state_dict())
     scaled_through_data(model)
@@ -157,3 +147,82 @@ def test_the_original_is_not_kept():
     gc.collect()
     assert weight() is None
     assert torch.equal(predictions(fast, images), before)
+
+
+def test_follows_the_training_of_the_original(model, images):
+    fast = optimize(model)
+    before = fast(*images)
+    with torch.enable_grad():
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        output = model(*images)
+        (output.logits.square().mean() + output.pred_boxes.mean()).backward()
+        optimizer.step()
+    assert largest_error(fast(*images), before) > 1e-3
+    assert_same(fast(*images), model(*images))
+    model.model.backbone.model.layer1[0].bn1.weight.mul_(2)  # a folded buffer
+    assert_same(fast(*images), model(*images))
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("part", ["all", "model.backbone", "model.decoder"])
+def test_follows_loaded_weights(model, images, assign, part):
+    fast, other, original = optimize(model), random_model(seed=5), model(*images)
+    expected = copy.deepcopy(model)
+    for target in (fast, expected):
+        module, source = target, other
+        if part != "all":
+            module, source = target.get_submodule(part), other.get_submodule(part)
+        module.load_state_dict(copy.deepcopy(source.state_dict()), assign=assign)
+    assert largest_error(fast(*images), original) > 1e-2
+    assert_same(fast(*images), expected(*images))
+    assert_same(model(*images), original, 0)  # the original keeps its weights
+
+
+def test_follows_changes_of_other_kinds(model, images):
+    fast = optimize(model)
+    fast.double()
+    exact = copy.deepcopy(model).double()
+    pixel_values = images[0].double()
+    assert_same(fast(pixel_values), exact(pixel_values), 1e-9)
+    fast.float()
+    fast.config.auxiliary_loss = model.config.auxiliary_loss = True
+    fast.config.compat = model.config.compat = "transformers"
+    assert_same(fast(*images), model(*images))
+    for x in (fast, model):
+        torch.manual_seed(0)
+        x.class_labels_classifier = nn.Linear(TINY["d_model"], 3)
+    assert_same(fast(*images), model(*images))
+    for x in (fast, model):
+        x.bbox_predictor.layers[0].weight.data = x.bbox_predictor.layers[0].weight.data * 2
+    assert_same(fast(*images), model(*images))
+
+
+def test_compiled_graphs_see_loaded_weights(model, images):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    fast, other = optimize(model), random_model(seed=5)
+    compiled = torch.compile(fast, fullgraph=True, backend=counter)
+    assert_same(compiled(*images), model(*images))
+    fast.load_state_dict(other.state_dict())
+    assert_same(compiled(*images), other(*images))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_compiled_engine_follows_its_weights(images, monkeypatch):
+    """`optimize(compile=True)`, by a compiler that takes no minute."""
+    torch._dynamo.reset()
+    compiler, counter = torch.compile, CompileCounterWithBackend("aot_eager")
+
+    def quick(engine, *, mode, **options):
+        assert mode == "default"
+        return compiler(engine, backend=counter, **options)
+
+    monkeypatch.setattr(torch, "compile", quick)
+    model, other = random_model(), random_model(seed=5)
+    fast = optimize(model, compile=True)
+    assert_same(fast(*images), model(*images))
+    assert counter.frame_count == 1
+    fast.load_state_dict(other.state_dict())
+    assert_same(fast(*images), other(*images))
+    torch._dynamo.reset()

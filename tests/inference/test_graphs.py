@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from support import graph_stand_in
-from support.oracle import make_ours, padded_images, randomise
+from support.oracle import largest_error, padded_images, random_model
 from support.threads import in_threads
 
 from cdetr_fast import optimize
@@ -159,27 +159,17 @@ def with_graphs(model, **options):
     return fast
 
 
-def random_model(seed=0):
-    model = make_ours(backbone="test_resnet")
-    randomise(model, seed)
-    return model.eval()
-
-
-def error(got, expected):
-    return max((got[k] - expected[k]).abs().max().item() for k in ("logits", "pred_boxes"))
-
-
 @torch.no_grad()
 def test_a_model_runs_by_graphs_and_follows_its_weights():
-    model, other, images = random_model(), random_model(5), padded_images()
+    model, other, images = random_model(), random_model(seed=5), padded_images()
     fast = with_graphs(model)
     first = fast(*images)
     for inputs in (images, (images[0], None), images):
-        assert error(fast(*inputs), model(*inputs)) <= 1e-4
+        assert largest_error(fast(*inputs), model(*inputs)) <= 1e-4
     assert "graph            2 x 97 x 131, float32, with a mask" in fast.explain()
     fast.load_state_dict(other.state_dict())
-    assert error(fast(*images), other(*images)) <= 1e-4
-    assert error(first, model(*images)) <= 1e-4
+    assert largest_error(fast(*images), other(*images)) <= 1e-4
+    assert largest_error(first, model(*images)) <= 1e-4
 
 
 @torch.no_grad()
@@ -195,12 +185,12 @@ def test_constants_made_in_a_capture_are_not_kept(cuda):
     fast.runner.prepare(fast)
     cuda.before_capture = other_sizes
     for _ in range(2):
-        assert error(fast(pixel_values), model(pixel_values)) <= 1e-4
+        assert largest_error(fast(pixel_values), model(pixel_values)) <= 1e-4
     cuda.before_capture = lambda: None
     fast(torch.randn(1, 3, 64, 64))  # spoils the memory of the first graph
     expected = model(pixel_values)
-    assert error(fast.runner.prepared(pixel_values, None), expected) <= 1e-4
-    assert error(fast(pixel_values), expected) <= 1e-4
+    assert largest_error(fast.runner.prepared(pixel_values, None), expected) <= 1e-4
+    assert largest_error(fast(pixel_values), expected) <= 1e-4
 
 
 @torch.no_grad()

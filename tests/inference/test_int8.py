@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.oracle import make_ours, padded_images, randomise
+from support.oracle import make_ours, padded_images, random_model
 from timm.layers import Conv2dSame
 from torch import nn
 
@@ -19,17 +19,7 @@ needs_int8 = pytest.mark.skipif(
 CODES, RESIDUAL = int8.Codes(0.02, 3, (2, 6, 9, 11)), int8.Codes(0.5, 120, (2, 8, 9, 11))
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
-def random_model(task="detection", **config):
-    torch.manual_seed(0)
-    model = make_ours(task, "paper", **({"backbone": "test_resnet"} | config))
-    randomise(model)
-    return model.eval()
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def calibration(count=4):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.oracle import make_ours, padded_images, randomise
+from support.oracle import padded_images, random_model
 from torch import nn
 
 from cdetr_fast import optimize
@@ -14,17 +14,7 @@ from cdetr_fast.models.modeling import ConditionalDetrForObjectDetection
 LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, FrozenBatchNorm2d)
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
-def random_model():
-    torch.manual_seed(0)
-    model = make_ours("detection", "paper", backbone="test_resnet")
-    randomise(model)
-    return model.eval()
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def positions():

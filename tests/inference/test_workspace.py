@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from support.oracle import make_ours, randomise
+from support.oracle import random_model
 from support.threads import in_threads
 from torch import nn
 
@@ -25,13 +25,6 @@ def _for_small_maps(monkeypatch):
     monkeypatch.setattr(workspace, "_SMALLEST", 0)
     with torch.no_grad():
         yield
-
-
-def random_model(task="detection", **config):
-    torch.manual_seed(0)
-    model = make_ours(task, "paper", **config)
-    randomise(model)
-    return model.eval()
 
 
 def without_slots(fast):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from support.oracle import CLASSES, TINY, padded_images, randomise
+from support.oracle import CLASSES, TINY, assert_same, padded_images, randomise
 
 from cdetr_fast import optimize
 
@@ -43,13 +43,6 @@ def their_model(task="detection", seed=0, **config):
     model = getattr(transformers, CLASSES[task])(transformers.ConditionalDetrConfig(**settings))
     randomise(model, seed)
     return model.eval()
-
-
-def assert_same(got, expected, tolerance=1e-4):
-    assert type(got) is type(expected)
-    assert list(got) == list(expected)
-    for name in expected:
-        assert (got[name] - expected[name]).abs().max() <= tolerance, name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

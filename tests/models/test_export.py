@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.oracle import SMALL_MODEL, make_ours, randomise
+from support.oracle import SMALL_MODEL, random_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
 
@@ -17,12 +17,12 @@ OTHER_SIZES = [(1, 70, 130), (3, 101, 64)]
 
 @pytest.fixture(scope="module", params=["detection", "segmentation"])
 def model(request):
-    return random_model(request.param)
+    return random_model(request.param, **SMALL_MODEL)
 
 
 @pytest.fixture(scope="module")
 def detector():
-    return random_model("detection")
+    return random_model(**SMALL_MODEL)
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +30,6 @@ def without_traces_of_other_tests():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def random_model(task, **config):
-    model = make_ours(task, **(SMALL_MODEL | config))
-    randomise(model)
-    return model.eval()
 
 
 def inputs(batch=2, height=64, width=96, seed=0):
@@ -117,7 +111,7 @@ def test_compile_makes_one_graph(model):
 def test_compile_for_training():
     """One graph, and the gradients of eager mode, dropout included."""
     counter = CompileCounterWithBackend("aot_eager")
-    model = random_model("detection", dropout=0.1, attention_dropout=0.1).train()
+    model = random_model(**SMALL_MODEL, dropout=0.1, attention_dropout=0.1).train()
     gradients = []
     for forward in (model, torch.compile(model, fullgraph=True, backend=counter)):
         model.zero_grad()

@@ -108,6 +108,30 @@ def make_ours(task: str = "detection", compat: str = "paper", **config: Any) -> 
     return getattr(cdetr_fast, CLASSES[task])(settings)
 
 
+def random_model(
+    task: str = "detection", compat: str = "paper", seed: int = 0, **config: Any
+) -> nn.Module:
+    """Return our model with random weights, in evaluation mode."""
+    torch.manual_seed(0)  # some initial weights amplify rounding
+    model = make_ours(task, compat, **config)
+    randomise(model, seed)
+    return model.eval()
+
+
+def assert_same(got: Any, expected: Any, tolerance: float = 1e-4) -> None:
+    """Compare two outputs of one class, field by field."""
+    assert type(got) is type(expected)
+    assert list(got) == list(expected)
+    for name in expected:
+        error = (got[name] - expected[name]).abs().max().item()
+        assert error <= tolerance, f"{name} is off by {error}"
+
+
+def largest_error(got: Any, expected: Any) -> float:
+    """Return the largest difference of logits and boxes."""
+    return max((got[k] - expected[k]).abs().max().item() for k in ("logits", "pred_boxes"))
+
+
 def padded_images(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Return two images of odd sizes, 97 x 131 and 70 x 100, padded: pixel_values, pixel_mask."""
     generator = torch.Generator().manual_seed(1)

@@ -1,5 +1,6 @@
-"""Small scenes, small models, and settings that train them in seconds."""
+"""Small scenes and models, settings that train them in seconds, and what a run has written."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cdetr_fast.demo.scenes import write_coco_dataset
+from cdetr_fast.training.run.state import checkpoint_files, load_checkpoint
 
 MODEL = {
     "d_model": 32,
@@ -81,3 +83,19 @@ def damage(scenes, tmp_path):
         return folder / "annotations.json"
 
     return copy
+
+
+def rows(config, kind="train"):
+    """Return the rows of a kind in the log of a run."""
+    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def losses(config):
+    """Return the loss of each logged step."""
+    return [row["loss"] for row in rows(config)]
+
+
+def final_state(config):
+    """Return the content of the last checkpoint."""
+    return load_checkpoint(checkpoint_files(Path(config.output) / "checkpoints")[-1])
