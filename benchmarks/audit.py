@@ -1,8 +1,8 @@
 """Machine code of every kernel for GPUs that need not be present, held to its budgets.
 
-    python -m benchmarks.audit                      all architectures, all entries and variants
-    python -m benchmarks.audit --quick sm_90        heads of 32 only, one architecture
-    python -m benchmarks.audit --brief              each kernel once, as in the test-suite
+    python -m benchmarks audit                      all architectures, all entries and variants
+    python -m benchmarks audit --quick sm_90        heads of 32 only, one architecture
+    python -m benchmarks audit --brief              each kernel once, as in the test-suite
 
 Of the machine code it counts registers, spills, shared memory, tensor-core instructions, and loads
 and stores of 16 bytes; instructions in PTX, but for the cases of --brief, as disassembling takes

@@ -1,7 +1,7 @@
 """Check of everything that only a GPU can show, in one command and within eight minutes.
 
-    python -m benchmarks.gpu_check
-    python -m benchmarks.gpu_check --rehearse   tiny sizes on a CPU, in triton's interpreter
+    python -m benchmarks gpu_check
+    python -m benchmarks gpu_check --rehearse   tiny sizes on a CPU, in triton's interpreter
 
 Stages: the extension is built, the kernels qualify (the record goes into the package), their tests,
 tests that need a GPU, compute-sanitizer, microbenchmarks, and the model and its training step
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks import ops, results
-from cdetr_fast.common.files import write_text
+from cdetr_fast.common.files import write_json, write_text
 from cdetr_kernels import evidence
 from cdetr_kernels.qualification.children import OUT_OF_TIME
 
@@ -298,7 +298,7 @@ def check(
         if left < 25:
             content["stages"].setdefault(name, {"status": PARTIAL, "reason": "not begun"})
             say(f"{name}: not begun, out of time; call again")
-            _write(path, content)
+            write_json(path, content, indent=1, sort_keys=False)
             continue
         say(f"{name}: {' '.join(stage.command[:6])} ...", flush=True)
         stage = output_options(name, stage, parts)
@@ -313,7 +313,7 @@ def check(
         if lines.is_file():
             cells = map(json.loads, lines.read_text(encoding="utf-8").splitlines())
             content["rows"]["microbenchmarks"] = [row for cell in cells for row in cell["rows"]]
-        _write(path, content)
+        write_json(path, content, indent=1, sort_keys=False)
     return content
 
 
@@ -338,10 +338,6 @@ def take_over_records(folder: Path, content: dict[str, Any], rehearse: bool) -> 
     if wrong:
         return {"status": FAILED, "reason": f"{len(wrong)} findings, such as {wrong[0]}"}
     return {} if rows else {"status": FAILED, "reason": "no findings"}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def report(content: dict[str, Any]) -> None:

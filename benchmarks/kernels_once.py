@@ -1,6 +1,6 @@
 """Every kernel once, forward and backward, at small odd sizes, for tools that watch them.
 
-    compute-sanitizer --tool memcheck python -m benchmarks.kernels_once
+    compute-sanitizer --tool memcheck python -m benchmarks kernels_once
 
 Exits with 1 if a result is not accurate. Under `TRITON_INTERPRET=1` it runs on a CPU.
 """

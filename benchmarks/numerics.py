@@ -1,8 +1,8 @@
 """Errors of the kernels, and of torch in the same dtype, against fp64; parity of the model.
 
-    python -m benchmarks.numerics          prints the tables
-    python -m benchmarks.numerics --docs   also writes them into docs/numerics.md
-    python -m benchmarks.numerics --only optimized --docs   one of the tables
+    python -m benchmarks numerics          prints the tables
+    python -m benchmarks numerics --docs   also writes them into docs/numerics.md
+    python -m benchmarks numerics --only optimized --docs   one of the tables
 
 On a GPU if there is one; otherwise kernels are measured in triton's interpreter, at smaller sizes.
 The exit status is 1 if a kernel has more than twice torch's error and a rounding.
@@ -90,9 +90,9 @@ def optimized_rows() -> list[dict[str, Any]]:
     from cdetr_fast.demo.scenes import draw_scene
 
     demo = cdetr_fast.ConditionalDetrForObjectDetection.from_pretrained(DEMO, dtype=torch.float32)
-    scenes = [draw_scene(seed)[0] for seed in range(5)]
+    scenes = [draw_scene(seed)[0] for seed in range(20)]
     models = {
-        "the demo's checkpoint, 5 scenes": (
+        "the demo's checkpoint, 20 scenes": (
             demo,
             [demo.image_processor([x], return_tensors="pt")["pixel_values"] for x in scenes],
         )
@@ -149,7 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
     on_a_gpu = torch.cuda.is_available()
     if "kernels" in wanted and not on_a_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         # triton decides at import whether it interprets.
-        command = [sys.executable, "-m", "benchmarks.numerics", *sys.argv[1:]]
+        given = sys.argv[1:] if arguments is None else arguments
+        command = [sys.executable, "-m", "benchmarks.numerics", *given]
         return subprocess.call(command, env=os.environ | {"TRITON_INTERPRET": "1"})
     makers = {
         "kernels": lambda: kernel_rows(torch.device("cuda" if on_a_gpu else "cpu")),

@@ -1,7 +1,7 @@
 """Microbenchmarks of the operators: ours by backend against what else computes the same.
 
-    python -m benchmarks.ops --only conditional_attention --dtypes bf16 fp32
-    python -m benchmarks.ops --list
+    python -m benchmarks ops --only conditional_attention --dtypes bf16 fp32
+    python -m benchmarks ops --list
 
 On a GPU if there is one (events, cold L2, also as a captured graph), else on the CPU with its
 timers. No speed is reported for a provider whose results fail the check: our kernels have at most

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from cdetr_fast.common.files import write_text
+from cdetr_fast.common.files import write_json
 
 RESULTS = Path(os.environ.get("CDETR_FAST_RESULTS", Path(__file__).parent / "results"))
 
@@ -52,7 +52,7 @@ def save(name: str, rows: list[Row], command: str) -> Path:
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"environment": environment(command), "rows": rows}
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_json(path, content, indent=1, sort_keys=False)
     return path
 
 

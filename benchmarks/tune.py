@@ -1,7 +1,7 @@
 """Search for the tiles of conditional attention on the GPU at hand, for the table.
 
-    python -m benchmarks.tune
-    python -m benchmarks.tune --dry-run --architecture sm_90
+    python -m benchmarks tune
+    python -m benchmarks tune --dry-run --architecture sm_90
 
 It is the full qualification of the attention operators (`cdetr_kernels.qualify`), whose fastest
 tiles go into `kernels/cdetr_kernels/gpu/tiles.py` (lines of this architecture only, with the

@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from cdetr_fast.common.errors import first_line
 from cdetr_fast.common.validation import refuse
 
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -90,7 +91,7 @@ def _device(name: str, value: Any) -> torch.device | str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         expected = f'a device of this machine, "disk", or one of {", ".join(_STRATEGIES)} for all'
-        refuse(where, f"{expected} ({str(error).splitlines()[0]})", value)
+        refuse(where, f"{expected} ({first_line(error)})", value)
     return device
 
 

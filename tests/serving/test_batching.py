@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.threads import until
 
 from cdetr_fast.serving.batching import Batcher
 
@@ -30,14 +31,6 @@ class Recorder:
 
 def parity(item):
     return item % 2
-
-
-async def until(condition):
-    for _ in range(2000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("has not happened within 2 s")
 
 
 @given(

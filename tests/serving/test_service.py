@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.service import RawRequest, client_of
+from support.threads import until
 from support.tiny import NAMES, randomized, tiny_config
 
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
@@ -250,14 +251,6 @@ class Slow:
 @pytest.fixture
 def slow(model, monkeypatch):
     return Slow(model, monkeypatch)
-
-
-async def until(condition):
-    for _ in range(2000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("has not happened within 2 s")
 
 
 def test_requests_that_wait_share_a_batch_and_get_their_own_results(model, picture, slow):
