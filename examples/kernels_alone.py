@@ -10,6 +10,7 @@ import os
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from cdetr_kernels import conditional_attention, conditional_attention_separable, detection_topk
 from cdetr_kernels.registry import report
@@ -105,9 +106,7 @@ scores, labels, boxes_xyxy, query = detection_topk(
 )
 best, index = logits.flatten(1).topk(100)
 chosen = boxes_cxcywh.gather(1, (index // 91)[..., None].expand(-1, -1, 4))
-centre, extent = chosen.split(2, dim=-1)
-expected = torch.cat((centre - extent / 2, centre + extent / 2), dim=-1)
-expected = expected * torch.tensor([640, 480, 640, 480], device=DEVICE)
+expected = box_convert(chosen, "cxcywh", "xyxy") * torch.tensor([640, 480, 640, 480], device=DEVICE)
 assert (query == index // 91).all()
 assert (labels == index % 91).all()
 worst = max(error(scores, best.sigmoid()), error(boxes_xyxy, expected))

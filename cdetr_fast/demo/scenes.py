@@ -239,21 +239,25 @@ def coco_ground_truth(annotations: Iterable[dict[str, Any]]) -> dict[str, Any]:
         A dictionary with "images" (ids count from 0 in the given order, files "<id>.png" with six
         digits), "annotations" (boxes as xywh pixels) and "categories" (ids are the labels).
     """
+    import torch
+    from torchvision.ops import box_convert
+
     images: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []
     for image_id, annotation in enumerate(annotations):
         height, width = annotation["size"]
         name = f"{image_id:06d}.png"
         images.append({"id": image_id, "file_name": name, "height": height, "width": width})
-        for box, label in zip(annotation["boxes_xyxy"], annotation["labels"], strict=True):
-            x0, y0, x1, y1 = (float(v) for v in box)
+        boxes_xyxy = torch.from_numpy(annotation["boxes_xyxy"]).double()
+        boxes_xywh = box_convert(boxes_xyxy, "xyxy", "xywh").tolist()
+        for box, label in zip(boxes_xywh, annotation["labels"], strict=True):
             objects.append(
                 {
                     "id": len(objects) + 1,  # evaluators take id 0 for "unmatched"
                     "image_id": image_id,
                     "category_id": int(label),
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": (x1 - x0) * (y1 - y0),
+                    "bbox": box,
+                    "area": box[2] * box[3],
                     "iscrowd": 0,
                 }
             )

@@ -58,11 +58,11 @@ class DetectionResult:
         return f"<{type(self).__name__}: {len(self)} objects in {width} x {height} pixels>"
 
     def __str__(self) -> str:
+        boxes_xywh = box_convert(self.boxes_xyxy, "xyxy", "xywh").tolist()
         lines = [
-            f"{score:.2f} {name} at {left:.0f}, {top:.0f}, "
-            f"{right - left:.0f} x {bottom - top:.0f} pixels"
-            for score, name, (left, top, right, bottom) in zip(
-                self.scores.tolist(), self.names, self.boxes_xyxy.tolist(), strict=True
+            f"{score:.2f} {name} at {left:.0f}, {top:.0f}, {width:.0f} x {height:.0f} pixels"
+            for score, name, (left, top, width, height) in zip(
+                self.scores.tolist(), self.names, boxes_xywh, strict=True
             )
         ]
         return "\n".join(lines) or "nothing found"
@@ -118,17 +118,16 @@ class DetectionResult:
         Raises:
             ImportError: Segments without pycocotools.
         """
-        rows = zip(
-            self.boxes_xyxy.tolist(), self.labels.tolist(), self.scores.tolist(), strict=True
-        )
+        boxes_xywh = box_convert(self.boxes_xyxy.double(), "xyxy", "xywh").tolist()
+        rows = zip(boxes_xywh, self.labels.tolist(), self.scores.tolist(), strict=True)
         return [
             {
                 "image_id": image_id,
                 "category_id": label,
-                "bbox": [round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0)],
+                "bbox": [round(v, 3) for v in box],
                 "score": round(score, 6),
             }
-            for (x0, y0, x1, y1), label, score in rows
+            for box, label, score in rows
         ]
 
     def draw(self, image: ImageInput) -> Image.Image:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
+from torchvision.ops import box_convert
 
 from cdetr_fast.images.draw import MASK_OPACITY, class_colour, inner_edge
 
@@ -17,6 +19,8 @@ _LONGEST_CAPTION = 28  # characters
 _MOST_BOXES = 300  # of a picture
 _LINE = 13.0  # units, height of a caption
 _LETTER = 6.8  # units, width of a letter on average
+_WIDEST = 1.1  # of a caption, relative to that estimate
+_CAPTIONED = 0.25  # most of a picture's area that captions cover
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,24 @@ class Mask:
 
 
 @dataclass(frozen=True)
+class Caption:
+    """A caption over a picture.
+
+    Attributes:
+        x: Its left end, or its right one.
+        y: Its base line.
+        text: Class name and score, shortened.
+        ends: Whether `x` is the right end: browsers' letters differ in width, and the picture's
+            edge cuts them off.
+    """
+
+    x: float
+    y: float
+    text: str
+    ends: bool
+
+
+@dataclass(frozen=True)
 class Box:
     """A box over a picture, in the picture's units.
 
@@ -62,7 +84,7 @@ class Box:
         label: Class index.
         score: In [0, 1]; None for labels.
         title: Class name and score, in full.
-        caption: Left end, base line and text of the caption, shortened; None if it has no room.
+        caption: None if it has no room.
         mask: Of the object; None without one.
     """
 
@@ -74,7 +96,7 @@ class Box:
     label: int
     score: float | None
     title: str
-    caption: tuple[float, float, str] | None
+    caption: Caption | None
     mask: Mask | None = None
 
 
@@ -120,10 +142,12 @@ def boxes_over(
     order = order[np.isfinite(boxes_xyxy[order]).all(1)][-_MOST_BOXES:]
     corners = boxes_xyxy.astype(np.float64) * picture.scale
     corners = corners.clip(0, [picture.width, picture.height] * 2)
+    placed = box_convert(torch.from_numpy(corners), "xyxy", "xywh").numpy().round(1)
+    placed[:, 2:] = placed[:, 2:].clip(min=1)
     captions = _Captions(picture)
     found = []
     for i in order[::-1].tolist():  # the highest score chooses its caption's place first
-        left, top, right, bottom = corners[i].round(1).tolist()
+        left, top, width, height = placed[i].tolist()
         label = int(labels[i])
         name = id2label.get(label, str(label))
         score = None if scores is None else round(float(scores[i]), 4)
@@ -131,12 +155,12 @@ def boxes_over(
         short = name if len(name) <= _LONGEST_CAPTION else f"{name[: _LONGEST_CAPTION - 1]}…"
         found.append(
             Box(
-                *(left, top, round(max(right - left, 1), 1), round(max(bottom - top, 1), 1)),
+                *(left, top, width, height),
                 colour=css_colour(label),
                 label=label,
                 score=score,
                 title=name + shown,
-                caption=captions.place(short + shown, left, top, bottom),
+                caption=captions.place(short + shown, left, top, top + height),
                 mask=None if mask_of is None else _mask_over(picture, mask_of(i), label),
             )
         )
@@ -164,18 +188,25 @@ def _mask_over(picture: Picture, mask: np.ndarray, label: int) -> Mask | None:
 
 
 class _Captions:
-    """Places of captions: above, inside or below their boxes, and none over another."""
+    """Places of captions: above, inside or below their boxes, and none over another.
+
+    The first ones count; there are no further ones when they cover `_CAPTIONED` of the picture.
+    """
 
     def __init__(self, picture: Picture) -> None:
         self.picture = picture
         self.taken: list[tuple[float, float, float]] = []
 
-    def place(
-        self, text: str, left: float, top: float, bottom: float
-    ) -> tuple[float, float, str] | None:
+    def place(self, text: str, left: float, top: float, bottom: float) -> Caption | None:
+        covered = sum(end - start for start, end, _ in self.taken) * _LINE
+        if covered > _CAPTIONED * self.picture.width * self.picture.height:
+            return None
         wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
         width = (len(text) + wide) * _LETTER
-        left = round(max(0.0, min(left + 2, self.picture.width - width)), 1)
+        ends = left + 2 + _WIDEST * width > self.picture.width > width
+        left = self.picture.width - width if ends else round(left + 2, 1)
+        if width > self.picture.width:
+            left = 0.0
         for base in (top - 3, top + _LINE - 2, bottom + _LINE - 2, bottom - 3):
             base = round(base, 1)
             if not _LINE - 3 <= base <= self.picture.height - 2:
@@ -185,7 +216,8 @@ class _Captions:
                 for start, end, other in self.taken
             ):
                 self.taken.append((left, left + width, base))
-                return left, base, text
+                x = round(self.picture.width - 2, 1) if ends else left
+                return Caption(x, base, text, ends)
         return None
 
 

@@ -119,7 +119,7 @@ def test_a_page_is_not_too_large(monkeypatch):
 
 def test_captions_do_not_cover_each_other():
     picture = embed(image((640, 480)), 320)
-    found = result(100, ["some class"], (480, 640))
+    found = result(100, ["a", "some class of a long name"], (480, 640))
     boxes = boxes_over(
         picture,
         found.boxes_xyxy.numpy() * 12,
@@ -132,11 +132,21 @@ def test_captions_do_not_cover_each_other():
     assert boxes[-1].caption is not None
     captions = [box.caption for box in boxes if box.caption]
     assert 5 < len(captions) < 100
-    for i, (left, base, text) in enumerate(captions):
-        assert left >= 0
-        assert 10 <= base <= 238
-        for other_left, other_base, _ in captions[:i]:
-            assert abs(base - other_base) >= 13 or abs(left - other_left) >= 6.8 * len(text)
+    places = []
+    for one in captions:
+        width = 6.8 * len(one.text)
+        left = one.x - width if one.ends else one.x
+        assert 0 <= left <= left + width <= 320
+        assert 10 <= one.y <= 238
+        slack = 2  # from the picture's edge
+        assert all(
+            abs(one.y - y) >= 13 or left + width <= start + slack or end <= left + slack
+            for start, end, y in places
+        )
+        places.append((left, left + width, one.y))
+    assert any(one.ends for one in captions)
+    covered = 13 * 6.8 * sum(len(one.text) for one in captions)
+    assert covered < 0.3 * 320 * 240  # the picture is still to be seen
 
 
 def test_boxes_that_are_not_finite_are_left_out():

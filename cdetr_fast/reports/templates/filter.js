@@ -4,24 +4,25 @@ if (controls) {
   const empty = controls.querySelector("input[type=checkbox]");
   const [shownScore, count] = controls.querySelectorAll("output");
   const entries = Array.from(document.querySelectorAll(".entry"), (entry) => ({
-    entry, boxes: Array.from(entry.querySelectorAll("g[data-score]")),
+    entry, drawn: Array.from(entry.querySelectorAll("[data-score]")), // boxes and captions
   }));
   const apply = () => {
     let [images, objects] = [0, 0];
     shownScore.value = Number(slider.value).toFixed(2);
-    for (const { entry, boxes } of entries) {
+    for (const { entry, drawn } of entries) {
       let kept = 0;
-      for (const box of boxes) {
-        const on = Number(box.dataset.score) >= Number(slider.value) &&
-          (select.value === "" || box.dataset.label === select.value);
-        box.style.display = on ? "" : "none";
-        kept += on;
+      for (const one of drawn) {
+        const on = Number(one.dataset.score) >= Number(slider.value) &&
+          (select.value === "" || one.dataset.label === select.value);
+        one.style.display = on ? "" : "none";
+        kept += on && one.tagName === "g";
       }
       entry.hidden = kept === 0 && !empty.checked;
       images += !entry.hidden;
       objects += kept;
     }
-    count.value = `${images} images, ${objects} objects`;
+    const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
+    count.value = `${counted(images, "image")}, ${counted(objects, "object")}`;
   };
   for (const control of [select, slider, empty]) control.addEventListener("input", apply);
   apply();

@@ -90,6 +90,7 @@ def write_report(report: Report, path: Path) -> None:
             "path": str(scored.index.path),
             "threshold": scored.threshold,
             "failures": scored.found.failures,
+            "nothing_from": sections.highest_score_below(scored),
             "figures": sections.headline(scored),
             "classes": sections.class_table(scored),
             "sizes": sections.size_table(scored),

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torchvision.ops import box_convert
 
 from cdetr_fast.common.files import read_json, write_json, write_text
 from cdetr_fast.training.data.index import CocoIndex
@@ -127,12 +129,11 @@ def _coco_results(index: CocoIndex, found: Detections) -> str:
     """Return COCO results as JSON with the ids of the file, without classes that it lacks."""
     categories = index.category_ids[found.labels]
     kept = (categories >= 0) & np.isfinite(found.boxes_xyxy).all(1)
-    boxes = found.boxes_xyxy[kept].astype(np.float64)
-    boxes[:, 2:] -= boxes[:, :2]
+    boxes_xyxy = torch.from_numpy(found.boxes_xyxy[kept]).double()
     columns = (
         index.image_ids[found.images[kept]].tolist(),
         categories[kept].tolist(),
-        boxes.round(3).tolist(),
+        box_convert(boxes_xyxy, "xyxy", "xywh").round(decimals=3).tolist(),
         found.scores[kept].astype(np.float64).round(6).tolist(),
     )
     rows = [
@@ -207,14 +208,13 @@ def _detections(rows: Sequence[dict[str, Any]], index: CocoIndex) -> Detections:
     }
     kept = [r for r in rows if r["image_id"] in images and r["category_id"] in labels]
     owners = np.array([images[row["image_id"]] for row in kept], dtype=np.int64)
-    boxes = np.array([row["bbox"] for row in kept], dtype=np.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
+    boxes_xywh = torch.tensor([row["bbox"] for row in kept], dtype=torch.float32).reshape(-1, 4)
     order = np.argsort(owners, kind="stable")
     return Detections(
         owners[order],
         np.array([labels[row["category_id"]] for row in kept], dtype=np.int64)[order],
         np.array([row["score"] for row in kept], dtype=np.float32)[order],
-        boxes[order],
+        box_convert(boxes_xywh, "xywh", "xyxy").numpy()[order],
         failures=[],
         evaluated=np.arange(len(index)),
     )

@@ -44,6 +44,12 @@ def headline(scored: Scored) -> list[tuple[str, str, str]]:
     return rows
 
 
+def highest_score_below(scored: Scored) -> str | None:
+    """Return the highest score if there are detections and none reaches the threshold."""
+    highest = scored.found.scores.max(initial=-1.0)
+    return number(float(highest), 2) if 0 <= highest < scored.threshold else None
+
+
 def class_table(scored: Scored) -> dict[str, Any]:
     """Return the columns and rows of the table of classes, and how many have nothing to show."""
     matrix = scored.confusion

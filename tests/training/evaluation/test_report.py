@@ -125,6 +125,15 @@ def test_figures_charts_and_pictures(tmp_path):
     assert "b, found as nothing: 1" in confusion
 
 
+@pytest.mark.parametrize(("score", "threshold"), [(0.31, 0.5), (0.5, 0.5), (0.31, 0.3)])
+def test_a_threshold_above_all_scores_is_noted(tmp_path, score, threshold):
+    index = make_index(tmp_path / "set")
+    page = report_of(scored(index, perfect(index, score), threshold), tmp_path)
+    notes = [text for text in page.texts["p"] if text.startswith("Nothing has a score from 0.50")]
+    assert len(notes) == (score < threshold)
+    assert all("the highest is 0.31." in text for text in notes)
+
+
 def test_outcomes_of_detections(tmp_path):
     """One match per object, that of the highest score; none on a crowd."""
     index = make_index(tmp_path / "set", ("a",), images=1, boxes_each=3)
