@@ -37,6 +37,7 @@ def train(config: str | None = None, **given: Any) -> None:
                 f", {k} {result[k]:.3f}" for k in ("AP", "AP50", "PQ", "mask_AP") if k in result
             )
             print(f"{result['step']} steps{figures}: {merged.output}")
+            print(f"report: {merged.output}/report.html")
     finally:
         end_process_group()
 

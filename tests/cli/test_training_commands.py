@@ -67,11 +67,15 @@ def test_from_a_yolo_folder_to_figures(run, yolo, settings, scenes, tmp_path):
         *("--model-options", *(f"{k}={v}" for k, v in values["model_options"].items())),
     )
     assert done.code == 0, done.err
-    assert re.search(r"step 2: loss [\d.]+ \(ce [\d.]+, bbox [\d.]+, giou [\d.]+\)", done.err)
+    assert re.search(
+        r"step 2 of \d+: loss [\d.]+ \(ce [\d.]+, bbox [\d.]+, giou [\d.]+\)", done.err
+    )
     assert re.search(r"epoch 1: AP 0\.\d+, AP50 0\.\d+, AP75 0\.\d+\n", done.err)
     output = tmp_path / "work" / "run"
-    assert done.out.splitlines()[-1].startswith("2 steps, AP ")
-    assert done.out.splitlines()[-1].endswith(": run")
+    summary, report = done.out.splitlines()[-2:]
+    assert summary.startswith("2 steps, AP ")
+    assert summary.endswith(": run")
+    assert report == "report: run/report.html"
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["train", "train", "eval"]
     assert yaml.safe_load((output / "config.yaml").read_text())["seed"] == 3

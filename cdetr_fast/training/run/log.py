@@ -136,7 +136,7 @@ class RunLog:
         self.write("train", report.step + 1, means | rates | extra)
         if means and not self.display.shows_tasks:
             self.display.line(
-                f"step {report.step + 1}: {_losses_text(means)}, "
+                f"step {report.step + 1} of {self.total_steps}: {_losses_text(means)}, "
                 f"gradient {means['grad_norm']:.2f}, {self._rate_text()}".rstrip(", ")
             )
         self.window = []
