@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cdetr_fast.cli.detector import Detector, read_image, save_picture
+from cdetr_fast.cli.detector import EMBEDDED, Detector, read_image, save_picture
 from cdetr_fast.cli.errors import UserError
 from cdetr_fast.cli.options import (
     DeviceOption,
@@ -179,6 +179,10 @@ def detect(
     note = "".join(f", {count} {what}" for count, what in notes if count)
     counts = f"{counted(len(records), 'image')}, {counted(len(results), 'detection')}"
     print(f"{counts}{note}: {output}")
+    if not results and detector.name != EMBEDDED:
+        progress.current().line(
+            f"no score is above {threshold}; scores of a short training are low: lower --threshold"
+        )
     if skipped or undrawn or unwritten:
         raise typer.Exit(1)
 

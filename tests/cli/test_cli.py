@@ -279,6 +279,7 @@ def test_threshold_drops_what_is_below(run, checkpoint, pictures, tmp_path):
     done = run("detect", *common, "--threshold", 1)
     assert done.code == 0
     assert read(tmp_path / "detections.json") == []
+    assert done.err.startswith("no score is above 1.0; ")
     assert "3 images, 0 detections" in done.out
 
 
