@@ -1,6 +1,8 @@
 """Fixtures and settings of the whole suite."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,19 @@ ROOT = Path(__file__).resolve().parents[1]
 # Time limits per example fail on busy machines; the same examples on every run.
 settings.register_profile("cdetr_fast", deadline=None, derandomize=True)
 settings.load_profile("cdetr_fast")
+
+
+_CACHE = tempfile.mkdtemp(prefix="cdetr_fast_tests_")
+
+
+def pytest_configure() -> None:
+    """Give tests, and the processes that they start, another cache than the user's."""
+    os.environ.setdefault("CDETR_FAST_CACHE", _CACHE)
+
+
+def pytest_unconfigure() -> None:
+    """Remove the cache."""
+    shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

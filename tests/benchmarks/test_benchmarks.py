@@ -63,7 +63,8 @@ def test_every_operator_is_measured():
     for cell in ops.cells(["fp32"], tiny=True):
         rows = ops.run_cell(cell, torch.device("cpu"), 1, 1.0, "^(?!.*compiled)")
         assert len(rows) > 1
-        assert all(row.get("ms") for row in rows), rows
+        for row in rows:
+            assert row.get("ms") or "has no gradient" in row["not measured"], row
         measured.add(cell[0])
     assert measured == set(ops.works())
 
