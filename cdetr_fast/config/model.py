@@ -135,7 +135,7 @@ class ConditionalDetrConfig(ConfigFile):
     transformers_version: str | None = None
     id2label: LabelsById
     label2id: IdsByLabel
-    _commit_hash = None  # pipelines of transformers 5.17 read it
+    _commit_hash = None  # transformers 5.17's pipelines read it
     _name_or_path: Annotated[str, Before(str)] = ""
     _attn_implementation: Annotated[str | None, Before(check_attn_implementation)] = None
 
@@ -311,6 +311,7 @@ class ConditionalDetrConfig(ConfigFile):
             **overrides: Fields that replace those of the dict; `compat` given here always wins.
         """
         fields = copy.deepcopy(config_dict)
+        fields.pop("_commit_hash", None)  # transformers 5.17's automatic classes put it in
         if fields.get("dtype", 0) is None and fields.get("torch_dtype") is not None:
             del fields["dtype"]
         if fields.get("model_type") is None:

@@ -130,7 +130,10 @@ def _without_weights(
     arguments: dict[str, Any],
     device: str = "meta",
 ) -> nn.Module:
-    """Make a model whose weights do not count, in eval mode."""
+    """Make a model whose weights do not count, in eval mode.
+
+    On a CPU instead of the meta device, if timm computes while it builds, as older releases do.
+    """
     chosen: dict[str, Any] = {} if out_indices is None else {"out_indices": out_indices}
     try:
         with torch.device(device), torch.random.fork_rng(devices=[]):
@@ -138,6 +141,8 @@ def _without_weights(
                 name, pretrained=False, features_only=True, in_chans=channels, **chosen, **arguments
             )
     except (AssertionError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        if device == "meta" and "meta" in str(error).lower():
+            return _without_weights(name, channels, out_indices, arguments, "cpu")
         raise _cannot_build(name, arguments | chosen, error) from error
     return model.eval()
 

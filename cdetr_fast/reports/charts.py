@@ -12,6 +12,7 @@ _WIDTH, _HEIGHT = 480, 290
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 20, 12, 44
 _MOST_MARKERS = 60
 _MOST_POINTS = 600
+_SMALLEST_RANGE = 1e-300  # of an axis: less has no fifth, and no power of ten below it
 COLOURS = 12
 """Number of colours of lines in the style sheet."""
 
@@ -148,8 +149,8 @@ def _axis(
 ) -> tuple[list[float], tuple[float, float]]:
     """Return round ticks, and the ends of the axis: at ticks unless they are exact."""
     low, high = ends
-    if high <= low:
-        high = low + (abs(low) or 1.0)
+    if high - low < _SMALLEST_RANGE:
+        high = low + (abs(low) if abs(low) >= _SMALLEST_RANGE else 1.0)
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)

@@ -321,7 +321,9 @@ def _():
     four = {"image_mean": [0.5] * 4, "image_std": [0.5] * 4, "size": SIZE}
     with pytest.raises(ValueError, match=r"image_mean: expected 3 values \(channels\), got 4"):
         cdetr_fast.ConditionalDetrImageProcessor(**four)(pixels)
-    kept = transformers.ConditionalDetrImageProcessor(**four)(pixels, return_tensors="pt")
+    kept = transformers.ConditionalDetrImageProcessor(**four)(
+        pixels, return_tensors="pt", input_data_format="channels_last"
+    )
     assert kept["pixel_values"].shape[1] == 4
 
 

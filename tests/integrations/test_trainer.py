@@ -1,6 +1,7 @@
 """transformers' Trainer and pipeline run our model, with our image processor."""
 
 import copy
+import dataclasses
 import json
 import re
 
@@ -168,9 +169,10 @@ def test_trains_evaluates_and_predicts(model, data, processor, tmp_path):
 
 def test_trains_with_checkpointing_and_accumulation(model, data, tmp_path):
     before = snapshot(model)
-    trainer = make_trainer(
-        model, data, tmp_path, activation_checkpointing=True, gradient_accumulation_steps=2
-    )
+    # Its name before transformers 5.23 is gradient_checkpointing.
+    known = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    name = next(x for x in ("activation_checkpointing", "gradient_checkpointing") if x in known)
+    trainer = make_trainer(model, data, tmp_path, gradient_accumulation_steps=2, **{name: True})
     assert np.isfinite(trainer.train().training_loss)
     assert model.is_activation_checkpointing
     assert_trained(model, before)

@@ -1,19 +1,25 @@
 """Machine code of the kernels on every architecture, held to its budgets."""
 
 import pytest
+from packaging.version import Version
 from support.interpreter import INTERPRETED
 
 pytest.importorskip("triton")
+import triton
+
 from cdetr_kernels import registry
 from cdetr_kernels.gpu import configurations
 from cdetr_kernels.ops.conditional_attention import cases
 from cdetr_kernels.testing.machine_code import TARGETS, Audited, compiling_for, complaints, examine
 
+# Set with triton 3.9. For the same kernels 3.6 needs more registers and memory, and spills some.
+BUDGETS_HOLD = Version(triton.__version__) >= Version("3.9")
+
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="needs kernels that can be compiled")
 
 
 def brief(architecture: str) -> dict[str, Audited]:
-    """Every kernel once, with the most options; `python -m benchmarks.audit` compiles all."""
+    """Every kernel once, with the most options; `python -m benchmarks audit` compiles all."""
     found: dict[str, Audited] = {}
     for name in registry.NAMES:
         for audit in registry.cases(name).audits():
@@ -26,7 +32,7 @@ def brief(architecture: str) -> dict[str, Audited]:
 @pytest.mark.parametrize("architecture", [name for name in TARGETS if name != "sm_89"])
 def test_every_kernel_stays_within_its_budgets(architecture):
     found = {
-        name: complaints(examine(audited.launch, architecture), audited, architecture)
+        name: complaints(examine(audited.launch, architecture), audited, architecture, BUDGETS_HOLD)
         for name, audited in brief(architecture).items()
     }
     assert len(found) >= 18

@@ -122,10 +122,7 @@ def test_arguments_reach_timm():
     ("fields", "message"),
     [
         ({"backbone": "levit_128"}, "'levit_128', which runs at 224x224 alone"),
-        (
-            {"backbone": "swin_tiny_patch4_window7_224", "strict_image_size": 1},
-            "swin.*strict_image",
-        ),
+        ({"backbone": "vit_tiny_patch16_224", "dynamic_size": 1}, "vit_tiny.*dynamic_size"),
         ({"backbone": "resnet18", "widen": 2}, "resnet18.*widen"),
         ({"backbone": "resnet18", "out_indices": [7]}, "resnet18.*7"),
         ({"backbone": "resnet5000"}, "resnet5000"),

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support.html import Page
 
@@ -53,6 +53,7 @@ def test_nothing_to_draw(bars):
 
 
 @given(st.lists(st.floats(0, 1e7), min_size=1, max_size=20))
+@example([5e-324])
 def test_bars_are_as_high_as_their_values(values):
     page = Page(bar_chart([(str(i), v) for i, v in enumerate(values)], "x", "y"))
     heights = [float(bar["height"]) for bar in page.of("rect")]

@@ -51,7 +51,10 @@ def score_boxes(
         return None
 
     index = COCO(truth, print_function=quiet)
-    found = index.loadRes(results if len(results) else np.zeros((0, 7)))
+    if len(results):
+        found = index.loadRes(results)
+    else:  # which `loadRes` takes from faster-coco-eval 1.8 on
+        found = COCO(truth | {"annotations": []}, print_function=quiet)
     evaluation = COCOeval_faster(index, found, kind, print_function=quiet)
     with contextlib.redirect_stdout(None):
         evaluation.run()

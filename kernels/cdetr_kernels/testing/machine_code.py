@@ -204,16 +204,23 @@ def _output(*command: Any) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def complaints(used: dict[str, int], audited: Audited, architecture: str) -> list[str]:
-    """Return what a kernel does that its entry does not allow, or lacks."""
+def complaints(
+    used: dict[str, int], audited: Audited, architecture: str, budgets: bool = True
+) -> list[str]:
+    """Return what a kernel does that its entry does not allow, or lacks.
+
+    Without `budgets` it has to fit the architecture alone: other releases of triton than the one
+    that they were set with need more or fewer registers and spills.
+    """
     launch, instructions = audited
     found = []
     memory = CAPACITY[architecture][0] - (not architecture.startswith("gfx"))
     registers = 512 if architecture.startswith("gfx") else 255
     # Where an architecture borrows the tiles of another one, that one's budgets do not count.
-    if architecture in DOCUMENTED or not configurations.is_borrowed(architecture, launch.tile):
+    borrowed = configurations.is_borrowed(architecture, launch.tile)
+    if budgets and (architecture in DOCUMENTED or not borrowed):
         memory, registers = min(memory, launch.tile.shared), launch.tile.registers
-    if used["spills"] > launch.tile.spills:
+    if budgets and used["spills"] > launch.tile.spills:
         found.append(f"{used['spills']} spills > {launch.tile.spills}")
     if used["registers"] > registers:
         found.append(f"{used['registers']} registers > {registers}")
