@@ -159,7 +159,8 @@ def reporting(verbosity: Verbosity, animated: bool = True) -> Iterator[Reporter]
             stack.enter_context(_download_bars_hidden())
         yield reporter
         if (repeated := reporter.once.repeated) and not verbosity.quiet:
-            reporter.write(f"{_PROGRAM}{repeated} more warnings like these; --verbose shows them")
+            more = "1 more warning" if repeated == 1 else f"{repeated} more warnings"
+            reporter.write(f"{_PROGRAM}{more} like these; --verbose shows them")
 
 
 @contextmanager
