@@ -37,15 +37,6 @@ def root() -> Path:
     return ROOT
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory):
-    """Keep records that this machine's user has of kernels and engines out of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        if "CDETR_FAST_CACHE" not in os.environ:
-            patch.setenv("CDETR_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _own_accelerate_state():
     """Reset the settings that Accelerate keeps for the whole process after each test."""
