@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from cdetr_kernels import conditional_attention, conditional_attention_separable
 from cdetr_kernels.ops.conditional_attention import cases as general
-from cdetr_kernels.ops.conditional_attention import concatenated
+from cdetr_kernels.ops.conditional_attention import concatenated, native
 from cdetr_kernels.ops.conditional_attention_separable import cases as separable
 
 SHARED = ("k_content", "k_spatial", "k_rows", "k_columns")
@@ -32,6 +32,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(
         concatenated, "is_taken", lambda _, seed, with_map: seed is None and not with_map
     )
+    monkeypatch.setattr(native, "_UNSUPPORTED_CPU", "not on a GPU")
 
 
 def evaluate(case, dtype=None):

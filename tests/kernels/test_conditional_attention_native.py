@@ -163,7 +163,10 @@ def test_an_older_build_is_named(monkeypatch):
 
 
 def test_compiled_and_exported():
-    """A compiled graph holds the kernel; an exported one consists of PyTorch's own operators."""
+    """An exported graph consists of PyTorch's own operators.
+
+    So does a compiled one where torch cannot tell it from an exported one, as 2.11.
+    """
     case = separable_cases.make(torch.float32, "cpu", 1, 13, 3, 7, heads=2)
     tensors = [x for x in case.inputs.values() if x is not None]
 
@@ -173,7 +176,7 @@ def test_compiled_and_exported():
 
     expected = Model()(*tensors)
     compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*tensors), expected)
+    torch.testing.assert_close(compiled(*tensors), expected)
     program = torch.export.export(Model(), tuple(tensors))
     assert "cdetr_fast" not in program.graph_module.code
     torch.testing.assert_close(program.module()(*tensors), expected)
