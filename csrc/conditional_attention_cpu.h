@@ -67,7 +67,6 @@ template <class Isa>
 struct SingleWords {
   using Floats = typename Isa::Floats;
   static constexpr int kNumbers = 1;
-  CDETR_BOTH static int32_t word(float x) { return bits_as<int32_t>(x); }
   CDETR_BOTH static void multiply_add(Floats& sum, int32_t a, const int32_t* b) {
     typename Isa::Floats factors;
     memcpy(&factors, b, sizeof(factors));
