@@ -38,7 +38,16 @@ def check_alike(name: str, tensor: Tensor, **others: Tensor) -> None:
             raise ValueError(f"{other_name}: expected {device} as {name}, got {other.device}")
 
 
+def check_device(name: str, tensor: Tensor, **others: Tensor) -> None:
+    """Raise ValueError if a tensor is on another device than `tensor`."""
+    device = tensor.device
+    for other_name, other in others.items():
+        if other.device != device:
+            raise ValueError(f"{other_name}: expected {device} as {name}, got {other.device}")
+
+
 def check_attention_options(
+    q_content: Tensor,
     key_mask: Tensor | None,
     mask_shape: tuple[int, int],
     scale: float | None,
@@ -48,6 +57,7 @@ def check_attention_options(
     """Check the options of an attention operator and return its scale.
 
     Args:
+        q_content: Tells the device.
         key_mask: bool of `mask_shape`, or None.
         mask_shape: Batch and number of keys.
         scale: Factor of the score; None takes `1 / sqrt(query_width)`.
@@ -56,12 +66,13 @@ def check_attention_options(
 
     Raises:
         TypeError: `key_mask` is not bool.
-        ValueError: Its shape, `scale` or `dropout_p` is out of range.
+        ValueError: Its shape or device does not fit, or `scale` or `dropout_p` is out of range.
     """
     if key_mask is not None:
         if key_mask.dtype != torch.bool:
             raise TypeError(f"key_mask: expected bool {list(mask_shape)}, got {describe(key_mask)}")
         check_shape("key_mask", key_mask, mask_shape)
+        check_device("q_content", q_content, key_mask=key_mask)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
     if scale is None:
@@ -72,16 +83,28 @@ def check_attention_options(
 
 
 def check_predictions(logits: Tensor, boxes_cxcywh: Tensor) -> None:
-    """Raise ValueError unless predictions are `[L, B, Q, K]` and `[L, B, Q, 4]`."""
+    """Raise ValueError unless predictions are `[L, B, Q, K]` and `[L, B, Q, 4]` of one device."""
     check_rank("logits", logits, 4)
     check_shape("boxes_cxcywh", boxes_cxcywh, (*logits.shape[:3], 4))
+    check_device("logits", logits, boxes_cxcywh=boxes_cxcywh)
 
 
-def check_targets(batch: int, labels: Tensor, boxes_cxcywh: Tensor, counts: Tensor) -> None:
-    """Raise TypeError or ValueError unless targets are `[B, T]`, `[B, T, 4]` and `[B]`."""
+def check_targets(logits: Tensor, labels: Tensor, boxes_cxcywh: Tensor, counts: Tensor) -> None:
+    """Raise TypeError or ValueError unless targets of `logits` `[L, B, Q, K]` fit.
+
+    They are `[B, T]`, `[B, T, 4]` and `[B]`.
+    """
+    batch = logits.shape[1]
     check_rank("target_labels", labels, 2)
     if labels.dtype != torch.int64:
         raise TypeError(f"target_labels: expected int64 [B, T], got {describe(labels)}")
     check_shape("target_labels", labels, (batch, labels.shape[1]))
     check_shape("target_boxes_cxcywh", boxes_cxcywh, (batch, labels.shape[1], 4))
     check_shape("target_counts", counts, (batch,))
+    check_device(
+        "logits",
+        logits,
+        target_labels=labels,
+        target_boxes_cxcywh=boxes_cxcywh,
+        target_counts=counts,
+    )

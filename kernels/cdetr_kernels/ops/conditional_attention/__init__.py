@@ -119,7 +119,7 @@ def conditional_attention(
 
     Raises:
         TypeError: A dtype differs from that of `q_content`, or `key_mask` is not bool.
-        ValueError: A shape, `scale` or `dropout_p` is out of range.
+        ValueError: A shape or device does not fit, or `scale` or `dropout_p` is out of range.
         RuntimeError: `backend` was named and cannot run.
 
     Source: Meng et al., section 3.3.
@@ -140,7 +140,7 @@ def conditional_attention(
         raise ValueError(f"{missing}: expected a tensor, as its counterpart is given, got None")
     check_alike("q_content", q_content, k_content=k_content, value=value)
     width = size if q_spatial is None else 2 * size
-    scale = check_attention_options(key_mask, (batch, keys), scale, dropout_p, width)
+    scale = check_attention_options(q_content, key_mask, (batch, keys), scale, dropout_p, width)
     output, attention_map = OPERATOR(
         backend,
         q_content,

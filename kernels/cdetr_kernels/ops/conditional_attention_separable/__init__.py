@@ -117,7 +117,7 @@ def conditional_attention_separable(
 
     Raises:
         TypeError: A dtype differs from that of `q_content`, or `key_mask` is not bool.
-        ValueError: A shape, `scale` or `dropout_p` is out of range.
+        ValueError: A shape or device does not fit, or `scale` or `dropout_p` is out of range.
         RuntimeError: `backend` was named and cannot run.
 
     Source: Meng et al., section 3.3; the authors' models/position_encoding.py, whose code of a
@@ -144,7 +144,9 @@ def conditional_attention_separable(
         k_columns=k_columns,
         value=value,
     )
-    scale = check_attention_options(key_mask, (batch, keys), scale, dropout_p, 2 * size)
+    scale = check_attention_options(
+        q_content, key_mask, (batch, keys), scale, dropout_p, 2 * size
+    )
     output, attention_map = OPERATOR(
         backend,
         q_content,

@@ -54,7 +54,9 @@ def _backward(
     d_kept = d_scores * scores * (1 - scores)
     d_logits = d_logits.scatter(1, query_index * shape[2] + labels, d_kept)
     if sizes_hw is not None:
-        sides = sizes_hw.to(d_boxes_xyxy.device, d_boxes_xyxy.dtype).flip(1)  # [B, 2] width, height
+        sides = sizes_hw.to(
+            d_boxes_xyxy.device, d_boxes_xyxy.dtype, non_blocking=sizes_hw.is_cpu
+        ).flip(1)  # [B, 2] width, height
         d_boxes_xyxy = d_boxes_xyxy * sides.repeat(1, 2)[:, None]
     first, last = d_boxes_xyxy[..., :2], d_boxes_xyxy[..., 2:]
     d_cxcywh = torch.cat((first + last, 0.5 * (last - first)), dim=-1)  # [B, k, 4]

@@ -58,7 +58,8 @@ def detection_topk(
     center_xy, half_size = boxes[..., :2], 0.5 * boxes[..., 2:]
     boxes_xyxy = torch.cat((center_xy - half_size, center_xy + half_size), dim=-1)
     if sizes_hw is not None:
-        sizes_hw = sizes_hw.to(logits.device, dtype)
+        # From the host's memory the copy does not wait for a GPU.
+        sizes_hw = sizes_hw.to(logits.device, dtype, non_blocking=sizes_hw.is_cpu)
         boxes_xyxy = boxes_xyxy * sizes_hw.flip(1).repeat(1, 2)[:, None]
     return scores, labels, boxes_xyxy, query_index, counts
 

@@ -77,14 +77,13 @@ def matching_cost(
 
     Raises:
         TypeError: `target_labels` is not int64.
-        ValueError: A shape does not fit, or `classification` is unknown.
+        ValueError: A shape or device does not fit, or `classification` is unknown.
         NotImplementedError: In backward, on the path "triton": it has no derivative.
 
     Source: the authors' models/matcher.py.
     """
     check_predictions(logits, boxes_cxcywh)
-    batch = logits.shape[1]
-    check_targets(batch, target_labels, target_boxes_cxcywh, target_counts)
+    check_targets(logits, target_labels, target_boxes_cxcywh, target_counts)
     if classification not in ("focal", "softmax"):
         raise ValueError(f'classification: expected "focal" or "softmax", got {classification!r}')
     return OPERATOR(

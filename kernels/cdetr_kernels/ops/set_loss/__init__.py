@@ -5,7 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdetr_kernels.checks import check_predictions, check_shape, check_targets, describe
+from cdetr_kernels.checks import (
+    check_device,
+    check_predictions,
+    check_shape,
+    check_targets,
+    describe,
+)
 from cdetr_kernels.dispatch import Implementation, Operator, bucket
 from cdetr_kernels.gpu.support import by_evidence, unsupported_criterion
 from cdetr_kernels.ops.set_loss import reference
@@ -63,7 +69,7 @@ def set_loss(
         target_counts: int64 `[B]`.
         matches: int64 `[L, B, T]`, the query of each target, -1 where it has none (as in the
             padding). No query has two targets.
-        num_boxes: Divisor of the sums, a number or a tensor of no dimension.
+        num_boxes: Divisor of the sums, a number or a tensor of no dimension, on any device.
         alpha: Balance of the focal loss.
         gamma: Exponent of the focal loss.
         backend: "auto", "torch", "triton" or "native".
@@ -73,16 +79,17 @@ def set_loss(
 
     Raises:
         TypeError: `target_labels` or `matches` is not int64.
-        ValueError: A shape does not fit.
+        ValueError: A shape or device does not fit.
 
     Source: the authors' SetCriterion in models/conditional_detr.py.
     """
     check_predictions(logits, boxes_cxcywh)
-    check_targets(logits.shape[1], target_labels, target_boxes_cxcywh, target_counts)
+    check_targets(logits, target_labels, target_boxes_cxcywh, target_counts)
     shape = (*logits.shape[:2], target_labels.shape[1])
     if matches.dtype != torch.int64:
         raise TypeError(f"matches: expected int64 {list(shape)}, got {describe(matches)}")
     check_shape("matches", matches, shape)
+    check_device("logits", logits, matches=matches)
     return OPERATOR(
         backend,
         logits,

@@ -424,12 +424,17 @@ def set_loss(
     gamma: float,
 ) -> dict[str, Tensor]:
     """Run the path "triton" of `cdetr_kernels.set_loss`; see there for shapes."""
-    if not isinstance(num_boxes, Tensor):
-        num_boxes = torch.full((), num_boxes, device=logits.device)
+    if isinstance(num_boxes, Tensor):
+        # From the host's memory the copy does not wait for the device.
+        num_boxes = num_boxes.detach().to(
+            logits.device, torch.float32, non_blocking=num_boxes.is_cpu
+        )
+    else:
+        num_boxes = torch.full((), num_boxes, dtype=torch.float32, device=logits.device)
     differentiable = logits.requires_grad or boxes_cxcywh.requires_grad
     losses, _, _ = torch.ops.cdetr_fast.set_loss.default(
         logits, boxes_cxcywh, target_labels, target_boxes_cxcywh, target_counts, matches,
-        num_boxes.detach().float(), alpha, gamma, differentiable and torch.is_grad_enabled(),
+        num_boxes, alpha, gamma, differentiable and torch.is_grad_enabled(),
     )  # fmt: skip
     focal, l1, giou, cardinality = losses.unbind(0)
     return {
