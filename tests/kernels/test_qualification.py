@@ -23,7 +23,15 @@ from cdetr_kernels.dispatch import Implementation, Operator
 from cdetr_kernels.evidence import BACKWARD, FORWARD, RIGHT, Evidence, Finding, Record
 from cdetr_kernels.gpu import configurations
 from cdetr_kernels.gpu.tiles import Tile
-from cdetr_kernels.qualification import checks, children, compilation, plan, run, tuning
+from cdetr_kernels.qualification import (
+    checks,
+    children,
+    compilation,
+    plan,
+    run,
+    tuning,
+    worker,
+)
 from cdetr_kernels.qualification.children import Outcome
 from cdetr_kernels.qualification.plan import CHECK, LEVELS, TIME, Task
 from cdetr_kernels.testing import accuracy
@@ -296,7 +304,7 @@ def test_kernels_are_compiled_ahead_into_the_cache_of_triton(tmp_path, monkeypat
 def test_processes_compile_until_the_tasks_are_done(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(compilation, "processes", lambda: 2)
-    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, uuid="a")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     gpu = torch.device("cuda", 0)
     tasks = plan.tasks("residual_layer_norm", ["triton"], "quick", gpu)
@@ -317,6 +325,41 @@ def test_processes_compile_until_the_tasks_are_done(tmp_path, monkeypatch):
     # There is no triton driver to do it for, or nothing to gain.
     with compilation.ahead(tasks, CPU, LEVELS["quick"]):
         assert len(started) == 2
+
+
+@in_this_process
+def test_a_gpu_that_no_other_process_can_use_is_not_the_kernels_fault(tmp_path, monkeypatch):
+    """One in exclusive mode, or full: nothing is recorded, so that it is tried again."""
+    refuses = "import os, sys\nif any('worker' in x for x in sys.orig_argv):\n    os._exit(3)\n"
+    (tmp_path / "sitecustomize.py").write_text(refuses)
+    monkeypatch.setenv("CDETR_FAST_CACHE", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="cannot work on cpu: exit status 3"):
+        cdetr_kernels.qualify(operators="sine_query")
+    assert not list(tmp_path.glob("records/*"))
+
+
+@pytest.mark.parametrize(
+    ("seen", "taken"),
+    [("ab", 1), ("b", 0), ("ba", 0), ("bb", 1), ("a", None), ("", None)],
+)
+def test_a_gpu_has_another_number_in_the_process_that_checks(monkeypatch, seen, taken):
+    """The parent process took it for number 1, before its variables were changed."""
+    used = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(seen))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda x: SimpleNamespace(uuid=seen[x.index])
+    )
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: SimpleNamespace(item=lambda: device))
+    job = {"device": "cuda:1", "identity": "b"}
+    if taken is None:
+        with pytest.raises(RuntimeError, match=r"there is no cuda:1 of the parent process \(b\)"):
+            worker.usable_device(job)
+        return
+    assert worker.usable_device(job) == torch.device("cuda", taken)
+    assert used == [torch.device("cuda", taken)]
 
 
 def test_operators_share_the_time():

@@ -49,6 +49,17 @@ class _Ended(Exception):
     """The child process has ended."""
 
 
+class Unusable(RuntimeError):
+    """No child process can work on the device, which says nothing about a kernel."""
+
+
+def identity(device: torch.device) -> str:
+    """Return what a GPU is called whatever its number is in a process; "" off GPUs."""
+    if device.type != "cuda":
+        return ""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
 class Child:
     """A process that has imported all it needs and waits for its tasks.
 
@@ -60,6 +71,7 @@ class Child:
     def __init__(self, device: torch.device, level: Level) -> None:
         self.options = {
             "device": str(device),
+            "identity": identity(device),
             "repeats": level.repeats,
             "timing_seconds": level.timing_seconds,
         }
@@ -161,6 +173,7 @@ class Children:
         self.device, self.level = device, level
         self.spare: Child | None = Child(device, level)
         self.hung = ""
+        self.have_worked = False
 
     def __enter__(self) -> "Children":
         return self
@@ -182,6 +195,9 @@ class Children:
         What ends or hangs is an outcome, and the tasks after it get another process. Where that was
         a check, the other tasks of the same path and dtype are not tried. After the last tasks no
         further process is made ready.
+
+        Raises:
+            Unusable: A process has ended before its first task, and none has begun one yet.
         """
         left = deque(tasks)
         failures = 0
@@ -224,6 +240,10 @@ class Children:
             try:
                 message = child.receive(seconds)
             except _Ended:
+                if not self.have_worked:
+                    raise Unusable(
+                        f"a process for the checks cannot work on {self.device}: {child.obituary()}"
+                    ) from None
                 yield Outcome(left.popleft(), (), CRASHED, child.obituary())
                 return
             if message is None:
@@ -231,6 +251,7 @@ class Children:
                     reason = f"nothing after {limit:.0f} s"
                     yield Outcome(left.popleft(), (), TIMED_OUT, reason)
                 return  # out of time as a whole, or another process for the rest
+            self.have_worked = True
             limit = self.level.task_seconds
             if "rows" in message:
                 yield Outcome(left.popleft(), tuple(message["rows"]))

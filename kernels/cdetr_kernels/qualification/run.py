@@ -99,7 +99,7 @@ def qualify(
 
     Raises:
         ValueError: An operator or a level is unknown.
-        RuntimeError: There is no GPU.
+        RuntimeError: There is no GPU, or none that another process can use.
     """
     target = usable_device(device)
     names = _operators(operators)

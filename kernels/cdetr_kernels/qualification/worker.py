@@ -15,6 +15,7 @@ import torch
 from cdetr_kernels import evidence
 from cdetr_kernels.evidence import Evidence, Record
 from cdetr_kernels.qualification import checks, compilation
+from cdetr_kernels.qualification.children import identity
 from cdetr_kernels.qualification.plan import Task
 
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
@@ -36,9 +37,7 @@ def run(job: dict[str, Any], report: TextIO) -> None:
     if "capability" in job:
         compilation.run(job)
         return
-    device = torch.device(job["device"])
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = usable_device(job)
     # With the tiles that are asked for, whatever records say.
     tiles = {name: tuple(sizes) for name, sizes in job["tiles"].items()}
     evidence.fix(device, Evidence(Record(evidence.key(device), (), tiles), "a qualification"))
@@ -50,6 +49,28 @@ def run(job: dict[str, Any], report: TextIO) -> None:
         print(json.dumps({"rows": rows, "fatal": fatal}), file=report, flush=True)
         if fatal:
             return
+
+
+def usable_device(job: dict[str, Any]) -> torch.device:
+    """Return the device of a job, once it has computed something.
+
+    A GPU may have another number here than in the parent process, which reads the variables that
+    number them when it starts.
+
+    Raises:
+        RuntimeError: This process does not see the device, or cannot use it.
+    """
+    device = torch.device(job["device"])
+    if device.type == "cuda":
+        seen = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        same = [x for x in seen if identity(x) == job["identity"]]
+        if not same:
+            raise RuntimeError(f"there is no {device} of the parent process ({job['identity']})")
+        device = device if device in same else same[0]
+        torch.cuda.set_device(device)
+    # A GPU for one process at a time, or without free memory, fails here, and no kernel is blamed.
+    torch.zeros(1, device=device).item()
+    return device
 
 
 def _is_spoiled(device: torch.device) -> bool:
