@@ -32,6 +32,11 @@ def is_capturing() -> bool:
     return cuda.is_initialized() and cuda.is_current_stream_capturing()
 
 
+def current_stream(device: torch.device) -> cuda.Stream | None:
+    """Return the stream that work on a device is given to, None where there are no streams."""
+    return cuda.current_stream(device) if device.type == DEVICE_TYPE else None
+
+
 def free_cached_memory() -> None:
     """Give memory that torch keeps for later back to the device."""
     with _CAPTURE_LOCK:

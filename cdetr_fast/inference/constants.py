@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cdetr_fast.common.cuda_graphs import is_capturing
+from cdetr_fast.common.cuda_graphs import current_stream, is_capturing
 from cdetr_fast.models.attention import ConditionalDetrDecoderCrossAttention
 from cdetr_fast.models.decoder import ConditionalDetrDecoder, ConditionalDetrDecoderLayer
 from cdetr_fast.models.heads import box_origins
@@ -50,26 +50,33 @@ class KeptPosition(MapPosition):
 
 
 class PositionCache:
-    """Positions of the map sizes that were used last."""
+    """Positions of the map sizes that were used last.
+
+    Each stream of a GPU has its own, as another one may read them before they are computed, or when
+    their memory is in use again.
+    """
 
     def __init__(self) -> None:
-        self._positions: OrderedDict[tuple[int, int], KeptPosition] = OrderedDict()
+        self._positions: OrderedDict[tuple[tuple[int, int], object], KeptPosition] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, size: tuple[int, int], make: Callable[[], MapPosition]) -> KeptPosition:
+    def get(
+        self, size: tuple[int, int], device: torch.device, make: Callable[[], MapPosition]
+    ) -> KeptPosition:
         """Return the position of a map of a height and width, made in its first call."""
+        key = size, current_stream(device)
         with self._lock:
-            found = self._positions.get(size)
+            found = self._positions.get(key)
             if found is None:
                 with torch.inference_mode(False), torch.no_grad():
                     made = make()
                 found = KeptPosition(made.code, made.rows, made.columns)
                 if is_capturing():  # its values would be those of the graph's replays
                     return found
-                self._positions[size] = found
+                self._positions[key] = found
                 if len(self._positions) > MAP_SIZES_KEPT:
                     self._positions.popitem(last=False)
-            self._positions.move_to_end(size)
+            self._positions.move_to_end(key)
         return found
 
     def clear(self) -> None:
@@ -82,7 +89,7 @@ class PositionCache:
 
     def sizes(self) -> list[tuple[int, int]]:
         with self._lock:
-            return list(self._positions)
+            return list(dict.fromkeys(size for size, _ in self._positions))
 
 
 class ModelWithKeptPositions(ConditionalDetrModel):
@@ -106,7 +113,7 @@ class ModelWithKeptPositions(ConditionalDetrModel):
             return super().map_position(feature_map, mask, dtype)
         height, width = feature_map.shape[-2:]
         make = functools.partial(super().map_position, feature_map, None, dtype)
-        return self.positions.get((height, width), make)
+        return self.positions.get((height, width), feature_map.device, make)
 
 
 def keep_positions(model: ConditionalDetrModel) -> ModelWithKeptPositions:

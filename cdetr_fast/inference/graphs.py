@@ -13,6 +13,7 @@ from cdetr_fast.common.cuda_graphs import (
     GraphTable,
     channels_last_copy,
     free_cached_memory,
+    is_capturing,
 )
 
 Outputs = dict[str, Tensor]
@@ -42,6 +43,8 @@ class GraphCache:
 
     def __call__(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Outputs:
         """Return what the call does."""
+        if is_capturing():  # by the caller, whose graph cannot hold another one
+            return self._call(pixel_values, pixel_mask)
         key = GraphKey(tuple(pixel_values.shape), pixel_values.dtype, pixel_mask is not None)
         table = self._table
         with self._lock:

@@ -152,6 +152,9 @@ class Runner:
             if self.prepared is None or not self.prepared.take_values(fresh):
                 self.prepared = fresh
                 self._call = self._graphs = None
+            stream = cuda_graphs.current_stream(self._model.device)
+            if stream is not None:  # calls on other streams read what was computed on this one
+                stream.synchronize()
             if uses_openvino:
                 self._call = self._openvino = None  # no call may run with the old weights
                 self._call = self._openvino = OpenVinoCall(

@@ -201,10 +201,11 @@ class TrainingStep:
     def _send(self, step: int, values: Tensor, names: list[str], image_ids: ImageIds) -> None:
         arrived = None
         if values.device.type == "cuda":
+            stream = torch.cuda.current_stream(values.device)  # which need not be the current one
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = host.copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()
-            arrived.record()
+            arrived.record(stream)
         with_gradient = self.with_gradient
 
         def describe(flags: list[float]) -> list[str]:

@@ -149,6 +149,18 @@ def test_threads_and_streams_share_graphs(cuda):
     assert not wrong
 
 
+def test_a_capture_of_the_callers_own_has_no_other_in_it(cuda):
+    cache, graph = make_cache(), cuda.CUDAGraph()
+    for captured in (False, True):
+        if captured:
+            assert cache(image(), None)["total"].item() == 48
+        with cuda.graph(graph, cuda.graph_pool_handle(), cuda.Stream(), "thread_local"):
+            total = cache(image(value=2.0), None)["total"]
+        assert total.tolist() == [96]
+        assert cuda.captured == 1 + 2 * captured
+        assert len(shapes_with_graphs(cache)) == captured
+
+
 # In a model --------------------------------------------------------------------------------------
 
 
@@ -191,6 +203,36 @@ def test_constants_made_in_a_capture_are_not_kept(cuda):
     expected = model(pixel_values)
     assert largest_error(fast.runner.prepared(pixel_values, None), expected) <= 1e-4
     assert largest_error(fast(pixel_values), expected) <= 1e-4
+
+
+@torch.no_grad()
+def test_each_stream_has_constants_of_its_own(cuda):
+    """Those of another may not be computed yet, or be gone before they are read."""
+    model, pixel_values = random_model(), torch.randn(1, 3, 64, 96)
+    fast = optimize(model)
+    kept = []
+    for stream in (cuda.Stream(), cuda.Stream()):
+        with cuda.stream(stream):
+            for _ in range(2):
+                assert largest_error(fast(pixel_values), model(pixel_values)) <= 1e-4
+            kept.append(fast.runner.prepared.constants())
+    assert [len(x) for x in kept] == [1, 2]
+    assert kept[0][0] is kept[1][0] is not kept[1][1]
+    assert "map sizes kept   2x3\n" in fast.explain()
+
+
+@torch.no_grad()
+def test_other_streams_find_prepared_weights(cuda, monkeypatch):
+    waits = []
+    monkeypatch.setattr(cuda.default_stream, "synchronize", lambda: waits.append(1))
+    model = random_model()
+    fast = optimize(model)
+    assert len(waits) == 1
+    fast(torch.randn(1, 3, 64, 96))
+    assert len(waits) == 1
+    model.class_labels_classifier.weight.mul_(2)
+    fast(torch.randn(1, 3, 64, 96))
+    assert len(waits) == 2
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,3 +194,17 @@ def test_fp16_on_a_cpu_is_refused(settings):
     """Accelerate would train in fp32 without a word."""
     with pytest.raises(DataError, match="precision: fp16 needs a GPU, the device is cpu"):
         train(TrainingConfig(**settings(precision="fp16")))
+
+
+def test_reports_wait_for_the_gpu_that_sends_them(monkeypatch):
+    """Training may run on another GPU than the current one."""
+    recorded, host = [], torch.empty(3)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: host)
+    monkeypatch.setattr(host, "copy_", lambda *_, **__: host, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=recorded.append))
+    values = SimpleNamespace(device=torch.device("cuda", 1), shape=(3,), dtype=torch.float32)
+    step = SimpleNamespace(pending=[], with_gradient=[])
+    TrainingStep._send(step, 1, values, [], [])
+    assert recorded == ["stream of cuda:1"]
+    assert step.pending[0].arrived is not None

@@ -144,9 +144,7 @@ def conditional_attention_separable(
         k_columns=k_columns,
         value=value,
     )
-    scale = check_attention_options(
-        q_content, key_mask, (batch, keys), scale, dropout_p, 2 * size
-    )
+    scale = check_attention_options(q_content, key_mask, (batch, keys), scale, dropout_p, 2 * size)
     output, attention_map = OPERATOR(
         backend,
         q_content,
