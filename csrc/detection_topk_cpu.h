@@ -4,7 +4,7 @@
 // bound of the k-th largest logit, so most chunks are never looked at again:
 //
 //   chunk_maxima   one vectorised pass over all logits, split over threads
-//   select_image   bound, candidates above it, partial selection, sort of k; one thread an image
+//   select_image   bound, candidates above it, partial selection, sort of k; one thread per image
 //
 // Where chunks of 32, then 16, are fewer than 5/4 k (large k), every logit is a candidate.
 #pragma once

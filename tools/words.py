@@ -17,6 +17,7 @@ PHRASES = {
     r"anew": "again; from scratch",
     r"lies": "is",
     r"one an? (image|layer|step|query|head|key|row|box|object|class|process|epoch)": "one per ...",
+    r"(targets|frames|images|tiles|steps) an? (image|second|epoch)": "... per ...",
     r"there (is|are) none of": "has no ...; without",
     r"what there is": "(name the thing)",
     r"(that|which) (is|are) no (?!longer|more|worse|better)\w+": "is not a ...",

@@ -290,7 +290,7 @@ def _loss(rows: list[Row]) -> Iterator[Line]:
     for theirs, ours in _pairs(rows, "transformers", "cdetr_fast"):
         error = ours["accuracy"]
         yield (
-            f"matching and loss, 6 layers, batch 16, {ours['targets']} targets an image, forward "
+            f"matching and loss, 6 layers, batch 16, {ours['targets']} targets per image, forward "
             "and backward",
             f"{theirs['ms']:.0f} ms",
             _times(ours, 1),
@@ -308,7 +308,7 @@ def _training(rows: list[Row]) -> Iterator[Line]:
         for theirs, ours in _pairs(rows, theirs_name, name):
             error = ours["accuracy"]["gradient error"]
             yield (
-                f"{work}, ResNet-18, 256x256, batch 8, {ours['targets']} targets an image, "
+                f"{work}, ResNet-18, 256x256, batch 8, {ours['targets']} targets per image, "
                 f"threads: {ours['threads']}",
                 f"{theirs['ms']:.0f} ms (sdpa)",
                 _times(ours),
@@ -319,7 +319,7 @@ def _training(rows: list[Row]) -> Iterator[Line]:
 def _patching(rows: list[Row]) -> Iterator[Line]:
     sizes = {
         "forward": ("ResNet-50, 800x1066, batch 1", "logits", "max |dlogit|"),
-        "training step": ("ResNet-18, 320x416, batch 4, 20 targets an image", "gradients",
+        "training step": ("ResNet-18, 320x416, batch 4, 20 targets per image", "gradients",
                           "gradient error"),
     }  # fmt: skip
     for theirs, ours in _pairs(rows, "transformers", "cdetr_fast, all"):

@@ -71,7 +71,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--only", default="", metavar="REGEX", help="works and providers to measure"
     )
     parser.add_argument(
-        "--memory", type=float, metavar="GIB", help=f"to use at most; {MOST * 100:.0f} %% of what is free"
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help=f"to use at most; {MOST * 100:.0f} %% of what is free",
     )
     parser.set_defaults(repeats=5)
 

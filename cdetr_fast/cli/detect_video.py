@@ -225,7 +225,7 @@ def _detect(
     def pace() -> str:
         rate = done / (time.perf_counter() - started)
         dropped = f", {frames.dropped} dropped" if reader.is_live else ""
-        return f"{rate:.1f} frames a second{dropped}"
+        return f"{rate:.1f} frames per second{dropped}"
 
     doing = f"detecting in {reader.name}"
     totals = [total for total in (reader.total, most_frames) if total is not None]

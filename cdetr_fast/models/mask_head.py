@@ -1,4 +1,4 @@
-"""The mask head: attention maps of the queries and the backbone's maps -> one mask a query.
+"""The mask head: attention maps of the queries and the backbone's maps -> one mask per query.
 
 Much of what a query's mask is computed from is the same for all queries of an image. A convolution
 is linear, so that part is computed once per image and added: the map's half of the first

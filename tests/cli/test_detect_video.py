@@ -75,7 +75,7 @@ def test_results_are_those_of_the_frames(detect, checkpoint, tmp_path, found, ba
     done = detect(clip, "--batch-size", batch_size)
     assert (done.code, done.err) == (0, "")
     assert re.fullmatch(
-        rf"{clip}: 10 frames, 210 detections, [\d.]+ frames a second: found/clip\.mp4\n", done.out
+        rf"{clip}: 10 frames, 210 detections, [\d.]+ frames per second: found/clip\.mp4\n", done.out
     )
     index, objects = read(found)
     assert index["images"] == [
@@ -152,7 +152,7 @@ def test_a_camera_drops_what_the_model_has_no_time_for(detect, camera, found, mo
     assert (done.code, done.err) == (0, "")
     assert camera == [0]
     match = re.fullmatch(
-        r"camera 0: (\d+) frames, \d+ detections, [\d.]+ frames a second, (\d+) dropped: "
+        r"camera 0: (\d+) frames, \d+ detections, [\d.]+ frames per second, (\d+) dropped: "
         r"found/camera_0\.mp4\n",
         done.out,
     )

@@ -12,7 +12,7 @@ _LIBRARY.define(
     "detection_topk(Tensor logits, Tensor boxes_cxcywh, Tensor? sizes_hw, int k, float threshold) "
     "-> (Tensor scores, Tensor labels, Tensor boxes_xyxy, Tensor query_index, Tensor counts)"
 )
-_TOPK = torch.ops.cdetr_fast.detection_topk.default  # looking it up takes 2 us a call
+_TOPK = torch.ops.cdetr_fast.detection_topk.default  # looking it up takes 2 us per call
 _SIZE_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 
