@@ -68,6 +68,12 @@ def load(path: Path) -> Results:
     return Results(path.stem, content["environment"], content["rows"])
 
 
+def machine(environment: dict[str, Any]) -> str:
+    """Return the processor of a file of `save`, and how many threads it used."""
+    threads = environment["threads"]
+    return f"{environment['processor']}, {threads} thread{'s' if threads != 1 else ''}"
+
+
 def environment(command: str) -> dict[str, Any]:
     """Return what a reader needs to judge a figure: machine, versions, commit, command."""
     device = {}

@@ -65,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     right.tick_params(left=False)
     right.set_title("ResNet-50, one image of 800x1066, fp32, the same outputs", fontsize=10)
     right.set_xlabel(
-        f"{environment['processor']}, {environment['threads']} threads, "
-        f"torch {environment['torch']}, {environment['date']}; less is better",
+        f"{results.machine(environment)}, torch {environment['torch']}, {environment['date']}; "
+        "less is better",
         fontsize=8,
         color="gray",
     )

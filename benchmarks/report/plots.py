@@ -218,9 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(rows, dict):  # of gpu_check
         rows = rows.get("microbenchmarks", [])
     rows = [row for row in rows if "ms" in row]
-    device = environment.get("device") or (
-        f"{environment['processor']}, {environment['threads']} threads"
-    )
+    device = environment.get("device") or results.machine(environment)
     note = f"{device}, torch {environment['torch']}, {environment['date']}"
     if not rows:
         print(f"{options.results}: no times of microbenchmarks or models", file=sys.stderr)

@@ -68,7 +68,7 @@ def _with_note(name: str, table: Callable[[list[Row]], str]) -> str:
         return "Not measured yet."
     environment = found.environment
     note = (
-        f"{environment['processor']}, {environment['threads']} threads, torch "
+        f"{results.machine(environment)}, torch "
         f"{environment['torch']}, {environment['date']}: `{environment['command']}` ({name}.json)."
     )
     return f"{table(found.rows)}\n\n{note}"
@@ -206,7 +206,7 @@ def headline() -> str:
     table = markdown(["work", "transformers", "cdetr_fast", "accuracy"], lines)
     environment = file.environment
     return (
-        f"{table}\n\n{environment['processor']}, {environment['threads']} threads, torch "
+        f"{table}\n\n{results.machine(environment)}, torch "
         f"{environment['torch']}, transformers {environment['transformers']}; medians, the two in "
         "turns in one run."
     )
@@ -233,7 +233,7 @@ def figures() -> str:
     environment = found[0].environment
     made_by = "\n".join(f"- {file.name}.json: `{file.environment['command']}`" for file in found)
     note = (
-        f"{environment['processor']}, {environment['threads']} threads, torch "
+        f"{results.machine(environment)}, torch "
         f"{environment['torch']}, transformers {environment['transformers']}; medians, the two in "
         f"turns in one run. Made by:\n\n{made_by}"
     )
