@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cdetr_kernels import conditional_attention
 from cdetr_kernels.ops.conditional_attention import cases, reference
@@ -123,6 +124,60 @@ def test_error_in_lower_precision(dtype):
         ).transpose(1, 2)
     floor = torch.finfo(dtype).eps
     assert (got - expected).abs().max() <= 2 * (torchs - expected).abs().max() + floor
+
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("mask", ["no mask", "padded"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_gradients_of_few_queries_are_computed_in_fp32(dtype, mask, autocast):
+    """torch's own in half precision take several times as long on CPUs, and are less accurate."""
+    tensors = inputs(queries=33, size=8, value_size=8, dtype=dtype, spatial=False)
+    got, expected = (
+        {name: x.detach().to(to).requires_grad_() for name, x in tensors.items() if x is not None}
+        for to in (dtype, torch.float32)
+    )
+    seed = torch.randn(2, 33, 3, 8).to(dtype)
+    results = []
+    for leaves in (got, expected):
+        arguments = [leaves.get(name) for name in NAMES]
+        with torch.autocast("cpu", dtype, enabled=autocast and leaves is got):
+            result = conditional_attention(*arguments, MASKS[mask], backend="torch")
+        result.backward(seed.to(result.dtype))
+        results.append(result)
+    assert results[0].dtype == dtype
+    assert torch.equal(results[0], results[1].to(dtype))
+    for name, leaf in got.items():
+        assert torch.equal(leaf.grad, expected[name].grad.to(dtype)), name
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_scores_are_one_product(dtype):
+    """They are rounded once, and have no copy in fp32."""
+    made = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape == (2, 3, 33, 7):
+                made.append((function, result.dtype))
+            return result
+
+    tensors = inputs(queries=33, size=8, value_size=8, dtype=dtype)
+    leaves = [tensors[name].requires_grad_() for name in NAMES]
+    with Recorder():
+        got = conditional_attention(*leaves, MASKS["padded"], backend="torch")
+        got.sum().backward()
+    assert {dtype for _, dtype in made} == {dtype}
+    assert not any(function is torch.ops.aten.add.Tensor for function, _ in made)
+    q_content, q_spatial, k_content, k_spatial, value = leaves
+    query, key = torch.cat((q_content, q_spatial), -1), torch.cat((k_content, k_spatial), -1)
+    expected, _ = conditional_attention(
+        query, None, key, None, value, MASKS["padded"], return_attention=True
+    )
+    torch.testing.assert_close(got, expected, rtol=0, atol=torch.finfo(dtype).eps)
 
 
 @given(

@@ -1,10 +1,10 @@
-"""Conditional attention as one call of torch's fused attention: the PyTorch path on GPUs.
+"""Conditional attention with both halves concatenated, as the paper writes it.
 
     score = scale * [q_content, q_spatial] . [k_content, k_spatial]
 
-Both halves are concatenated, as the paper writes them, so that the fused attention computes the sum
-of the products and no score is ever in memory. Of its backends flash wants heads of one width; the
-memory-efficient one takes queries and keys of 64 with values of 32, masked, in fp32 too.
+On GPUs it is one call of torch's fused attention, which computes the sum of the products without
+any score in memory. Of its backends flash wants heads of one width; the memory-efficient one takes
+queries and keys of 64 with values of 32, masked, in fp32 too.
 
 Source: Meng et al., section 3.3.
 """
@@ -38,11 +38,7 @@ def conditional_attention(
     """Return what `cdetr_kernels.conditional_attention` returns; see there for shapes."""
     query, key = q_content, k_content
     if q_spatial is not None and k_spatial is not None:
-        query = torch.cat((q_content, q_spatial), -1)
-        if k_content.shape[0] != k_spatial.shape[0]:
-            batch = value.shape[0]
-            k_content, k_spatial = (x.expand(batch, -1, -1, -1) for x in (k_content, k_spatial))
-        key = torch.cat((k_content, k_spatial), -1)
+        query, key = join(q_content, q_spatial, k_content, k_spatial)
     batch, _, _, width = value.shape
     if key.shape[0] != batch:
         key = key.expand(batch, -1, -1, -1)
@@ -67,6 +63,16 @@ def conditional_attention(
     if any_key is not None:
         output = torch.where(any_key, output, output.new_zeros(()))
     return output
+
+
+def join(
+    q_content: Tensor, q_spatial: Tensor, k_content: Tensor, k_spatial: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Concatenate the halves of queries `[B, Q, N, D]` and of keys `[B|1, S, N, D]`."""
+    if k_content.shape[0] != k_spatial.shape[0]:
+        batch = q_content.shape[0]
+        k_content, k_spatial = (x.expand(batch, -1, -1, -1) for x in (k_content, k_spatial))
+    return torch.cat((q_content, q_spatial), -1), torch.cat((k_content, k_spatial), -1)
 
 
 def spatial_keys(k_rows: Tensor, k_columns: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
                               + q_spatial[b,i,n] . k_spatial[b,j,n])
     out[b,i,n]     = sum_j softmax_j(score[b,n,i])[j] * value[b,j,n]
 
-The content and the spatial halves are never concatenated: two products add up into one score.
+In fp32 the content and the spatial halves are not concatenated: two products add up into one score.
 Softmax statistics are in fp32 (fp64 for fp64 inputs). A row whose keys are all masked gives 0,
 never NaN.
 
@@ -25,6 +25,10 @@ from cdetr_kernels.ops.conditional_attention import concatenated
 # two images of 800x1333. Pieces of 8 to 20 MiB take the same time (Zen 4), one of 24 a tenth more,
 # one of 40 half as long again, as glibc gives memory of that size back to the system.
 _PIECE = 20 * 2**20
+
+# From this many queries on, torch's fused attention takes 256 of them at a time on a CPU, below 32
+# or 64, which makes its gradients slow in half precision: see `_fused`.
+_LARGE_BLOCKS = 768
 
 
 class SpatialScores(NamedTuple):
@@ -68,10 +72,14 @@ def conditional_attention(
         return _fused(q_content, k_content, value, mask, scale, dropout_p), None
     spatial_scores = None
     if q_spatial is not None and k_spatial is not None:
-        query = q_spatial * scale
-        keys = k_spatial.expand(query.shape[0], -1, -1, -1)
-        parts = (query.transpose(1, 2), keys.permute(0, 2, 3, 1))
-        spatial_scores = SpatialScores(parts, torch.matmul, k_spatial.shape[1:2])
+        tensors = (q_content, q_spatial, k_content, k_spatial, value)
+        if joins_halves(tensors, dropout_p, return_attention):
+            q_content, k_content = concatenated.join(q_content, q_spatial, k_content, k_spatial)
+        else:
+            query = q_spatial * scale
+            keys = k_spatial.expand(query.shape[0], -1, -1, -1)
+            parts = (query.transpose(1, 2), keys.permute(0, 2, 3, 1))
+            spatial_scores = SpatialScores(parts, torch.matmul, k_spatial.shape[1:2])
     options = (key_mask, scale, dropout_p, seed, return_attention)
     return attend(q_content, k_content, value, spatial_scores, *options)
 
@@ -88,24 +96,21 @@ def attend(
     return_attention: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Add the content scores to the spatial ones, already scaled, and attend."""
-    if (
-        spatial_scores is not None
-        and not return_attention
-        and dropout_p == 0.0
-        and _takes_a_bias(q_content, k_content, value, spatial_scores)
+    if spatial_scores is not None and _takes_a_bias(
+        (q_content, k_content, value, *spatial_scores.parts), dropout_p, return_attention
     ):
         return _attend_with_bias(q_content, k_content, value, spatial_scores, key_mask, scale), None
 
     scores = dot(q_content * scale, k_content)
     if spatial_scores is not None:
         scores = scores + spatial_scores.all()
-    statistics_dtype = torch.promote_types(scores.dtype, torch.float32)
     if key_mask is not None:
         # A finite fill keeps softmax and its gradient free of NaN where a whole row is masked.
         masked = ~_over_queries(key_mask)
         scores = scores.masked_fill_(masked, torch.finfo(scores.dtype).min)
-    attention = torch.softmax(scores, dim=-1, dtype=statistics_dtype)
-    attention = attention.to(value.dtype)
+    # Its statistics are in fp32 without copies of half-precision scores in fp32. Autocast may make
+    # it fp32 altogether.
+    attention = torch.softmax(scores, dim=-1).to(value.dtype)
     if dropout_p > 0.0:
         attention = attention * _dropout_multiplier(attention, dropout_p, seed)
     any_key = None
@@ -120,20 +125,35 @@ def attend(
     return output, attention if return_attention else None
 
 
-def _takes_a_bias(
-    q_content: Tensor, k_content: Tensor, value: Tensor, spatial_scores: SpatialScores
-) -> bool:
+def joins_halves(tensors: Sequence[Tensor], dropout_p: float, return_attention: bool) -> bool:
+    """Return whether scores are one product of concatenated halves.
+
+    In half precision that is faster than to add scores, forward and backward, and the sum is
+    rounded once instead of three times.
+
+    Args:
+        tensors: Queries, keys and values.
+        dropout_p: As in `conditional_attention`.
+        return_attention: Likewise.
+    """
+    is_half = tensors[0].element_size() < 4
+    return is_half and not _takes_a_bias(tensors, dropout_p, return_attention)
+
+
+def _takes_a_bias(tensors: Sequence[Tensor], dropout_p: float, return_attention: bool) -> bool:
     """Return whether torch's fused attention takes the spatial scores as a bias.
 
     On CPUs it does, in half of the time or less (300 queries, 850 keys, 8 heads of 32), but it has
     no gradient for the bias.
     """
-    if not q_content.is_cpu or is_tracing():  # a traced graph may be differentiated
+    # A traced graph may be differentiated.
+    if return_attention or dropout_p > 0.0 or not tensors[0].is_cpu or is_tracing():
         return False
-    if not torch.is_grad_enabled():
-        return True
-    inputs = (q_content, k_content, value, *spatial_scores.parts)
-    return not any(x.requires_grad for x in inputs)
+    return not _needs_gradients(tensors)
+
+
+def _needs_gradients(tensors: Iterable[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _attend_with_bias(
@@ -216,7 +236,20 @@ def _fused(
     scale: float,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Call the fused attention of torch, in this package's order of axes."""
+    """Call the fused attention of torch, in this package's order of axes.
+
+    Gradients of few queries in half precision are computed in fp32. torch multiplies small blocks
+    of them, and in half precision each product is a call of oneDNN: forward and backward of 300
+    queries and keys in bf16 takes 1.4 times as long as in fp32, of 100 three times (8 heads of 32).
+    """
+    is_half, is_short = query.element_size() < 4, query.shape[1] < _LARGE_BLOCKS
+    is_graph = is_tracing() or torch.compiler.is_compiling()  # which serves other sizes, too
+    if is_half and is_short and not is_graph and _needs_gradients((query, key, value)):
+        with torch.autocast(query.device.type, enabled=False):
+            output = _fused(
+                query.float(), key.float(), value.float(), mask_or_bias, scale, dropout_p
+            )
+            return output.to(query.dtype)
     output = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
