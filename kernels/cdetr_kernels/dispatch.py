@@ -13,13 +13,13 @@ that "auto" takes wherever it can run. It is read once, when this module is impo
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from cdetr_kernels import evidence
-from cdetr_kernels.evidence import Finding
+if TYPE_CHECKING:
+    from cdetr_kernels.evidence import Evidence, Finding
 
 BACKENDS = ("auto", "torch", "triton", "native")
 """Values of `backend`. "cuda" is accepted too: "native", for tensors on a GPU only."""
@@ -168,6 +168,8 @@ class Operator:
 
     def _take(self, first: Tensor) -> dict[tuple[Any, ...], str]:
         """Read the evidence about this operator, at its first call."""
+        from cdetr_kernels import evidence  # a tenth of the package's import, and CPUs need none
+
         known = evidence.of(first.device)
         _say_without_record(known, first.device)
         found = {call: x.path for call, x in known.taken(self.name).items()}
@@ -199,7 +201,11 @@ class Operator:
         preferred = self.implementations.get(PREFERRED)
         if preferred is not None and preferred.unsupported_reason(tensor) is None:
             return [Choice(self.name, PREFERRED, (f"CDETR_FAST_BACKEND={PREFERRED}",))]
-        known = evidence.peek(where) if where.type == "cuda" or INTERPRETED else None
+        known = None
+        if where.type == "cuda" or INTERPRETED:
+            from cdetr_kernels import evidence
+
+            known = evidence.peek(where)
         findings = known.findings(self.name) if known is not None else []
         if findings and known is not None:
             taken = set(map(id, known.taken(self.name).values()))
@@ -230,11 +236,13 @@ class Operator:
         return f"this version of cdetr_kernels has no {backend} path for it"
 
 
-def _choice_of(finding: Finding, is_taken: bool) -> Choice:
+def _choice_of(finding: "Finding", is_taken: bool) -> Choice:
+    from cdetr_kernels.evidence import RIGHT
+
     speed_up, path = finding.speed_up, finding.path
     if is_taken:
         reason = f"{path} is right, and the fastest here"
-    elif finding.verdict != evidence.RIGHT:
+    elif finding.verdict != RIGHT:
         reason = f"not {path}: {finding.verdict}" + f" ({finding.reason})" * bool(finding.reason)
     else:
         reason = f"not {path}: right, but not faster" if speed_up else f"not {path}: not timed"
@@ -247,6 +255,8 @@ def _choice_of(finding: Finding, is_taken: bool) -> Choice:
 @torch.compiler.assume_constant_result
 def _constant_path(name: str, device: torch.device, dtype: torch.dtype, backward: bool) -> str:
     """Return the path that a graph takes for calls of any size, "" if evidence names none."""
+    from cdetr_kernels import evidence
+
     known = evidence.of(device)
     _say_without_record(known, device)
     found = known.constant(name, dtype, backward)
@@ -255,9 +265,11 @@ def _constant_path(name: str, device: torch.device, dtype: torch.dtype, backward
     return found or ""
 
 
-def _say_without_record(known: evidence.Evidence, device: torch.device) -> None:
+def _say_without_record(known: "Evidence", device: torch.device) -> None:
     if known.record is None and device.type == "cuda":
-        evidence.say_once(
+        from cdetr_kernels.evidence import say_once
+
+        say_once(
             f"{known.source}, so PyTorch's own operators run on it. "
             "`cdetr-fast qualify`, or `qualify()` of the kernels, tries them in about 90 seconds."
         )
