@@ -52,6 +52,7 @@ def pages() -> dict[str, dict[str, str]]:
             "stages": _with_note("cpu_stages_800x1066", _stages),
             "precision": _with_note("cpu_precision_demo", _precision),
             "serve": _served("cpu_serve_demo"),
+            "training in bf16": _with_note("cpu_training_bf16", _training_steps),
             **{f"growth: {axis}": _grown(f"cpu_growth_{axis}") for axis in growth.UNITS},
         },
         "docs/guides/serve.md": {"serve": _served("cpu_serve_demo")},
@@ -135,6 +136,17 @@ def _precision(rows: list[Row]) -> str:
     header = ["`optimize(model)` in", "times as fast", "AP", "AP lost",
               "score error, mean and largest", "box error, mean and largest"]  # fmt: skip
     return markdown(header, map(line, rows))
+
+
+def _training_steps(rows: list[Row]) -> str:
+    def line(row: Row) -> tuple[str, ...]:
+        error = row.get("accuracy", {}).get("gradient error")
+        within = "-" if error is None else f"{error:.0e}"  # other parts of the backbone train
+        return row["provider"], f"{row['ms']:.0f}", f"{row['speed-up']:.2f}", within
+
+    steps = [row for row in rows if row["work"] == "whole step"]
+    header = ["model", "ms", "times as fast", "gradients within"]
+    return f"{steps[0]['shape']}\n\n{markdown(header, map(line, steps))}"
 
 
 def _grown(name: str) -> str:
