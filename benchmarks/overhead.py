@@ -9,7 +9,7 @@ above the limit is a failure.
 
 Where an operator has triton kernels, they are launched by a driver that does nothing: the host time
 of the public function, and of bare launches by triton of the same kernels with arguments that are
-ready. More than 2.5 bare launches are a failure. "forward and backward" is the call and its
+ready. More than two bare launches are a failure. "forward and backward" is the call and its
 gradients by autograd, most of whose time is autograd's; it has no limit.
 """
 
@@ -37,7 +37,7 @@ CALLS = 100
 HOST = "host, triton"
 BARE = "bare launches"
 BACKWARD = ", forward and backward"
-MOST_BARE_LAUNCHES = 2.5
+MOST_BARE_LAUNCHES = 2.0
 
 
 Call = Callable[[], Any]

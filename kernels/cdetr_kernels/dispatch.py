@@ -128,9 +128,9 @@ class Operator:
             reason: str | None = self._missing_reason(backend)
         else:
             reason = self.implementations[backend].unsupported_reason(*args)
-        device_type = _tensor(args[0]).device.type
-        if reason is None and requested == "cuda" and device_type != "cuda":
-            reason = f"the tensors are on {device_type}"
+        if reason is None and requested == "cuda":
+            device_type = _tensor(args[0]).device.type
+            reason = None if device_type == "cuda" else f"the tensors are on {device_type}"
         if reason is not None:
             raise RuntimeError(f"{self.name}: backend {requested!r} cannot run: {reason}")
         return self.implementations[backend].run(*args)

@@ -24,20 +24,32 @@ __all__ = [
 _SHARED: Any = WeakTensorKeyDictionary()
 
 
-class ConditionalDetrSelfAttention(nn.Module):
-    """Self-attention of the encoder."""
+class _Layer(nn.Module):
+    """What `kernelize` reads of a layer; it refuses any other member."""
 
     can_torch_compile = True
     has_backward = True
 
+
+class _Attention(_Layer):
     config: Any
     head_dim: int
+    num_attention_heads: int
     scaling: float
     attention_dropout: float
     q_proj: nn.Linear
     k_proj: nn.Linear
+    q_content_proj: nn.Linear
+    q_pos_proj: nn.Linear
+    q_pos_sine_proj: nn.Linear
+    k_content_proj: nn.Linear
+    k_pos_proj: nn.Linear
     v_proj: nn.Linear
     o_proj: nn.Linear
+
+
+class ConditionalDetrSelfAttention(_Attention):
+    """Self-attention of the encoder."""
 
     def forward(
         self,
@@ -50,40 +62,16 @@ class ConditionalDetrSelfAttention(nn.Module):
         if not _is_computed(self.config, attention_mask, kwargs):
             original: Any = type(self).forward
             return original(self, hidden_states, attention_mask, position_embeddings, **kwargs)
-        heads = (-1, self.head_dim)
         states = hidden_states
         if position_embeddings is not None:
             states = states + position_embeddings
-        output = conditional_attention(
-            self.q_proj(states).unflatten(-1, heads),
-            None,
-            self.k_proj(states).unflatten(-1, heads),
-            None,
-            self.v_proj(hidden_states).unflatten(-1, heads),
-            _key_mask(attention_mask, len(states)),
-            scale=self.scaling,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-        )
-        assert isinstance(output, Tensor)
-        return self.o_proj(output.flatten(2)), None
+        query, key, value = self.q_proj(states), self.k_proj(states), self.v_proj(hidden_states)
+        heads = (-1, self.head_dim)
+        return _attend(self, heads, query, None, key, None, value, attention_mask)
 
 
-class ConditionalDetrDecoderSelfAttention(nn.Module):
+class ConditionalDetrDecoderSelfAttention(_Attention):
     """Self-attention of the decoder."""
-
-    can_torch_compile = True
-    has_backward = True
-
-    config: Any
-    head_dim: int
-    scaling: float
-    attention_dropout: float
-    q_content_proj: nn.Linear
-    q_pos_proj: nn.Linear
-    k_content_proj: nn.Linear
-    k_pos_proj: nn.Linear
-    v_proj: nn.Linear
-    o_proj: nn.Linear
 
     def forward(
         self,
@@ -97,40 +85,14 @@ class ConditionalDetrDecoderSelfAttention(nn.Module):
         if not _is_computed(self.config, attention_mask, kwargs):
             original: Any = type(self).forward
             return original(self, hidden_states, positions, attention_mask, **kwargs)
-        heads = (-1, self.head_dim)
         query = self.q_content_proj(hidden_states) + self.q_pos_proj(positions)
         key = self.k_content_proj(hidden_states) + self.k_pos_proj(positions)
-        output = conditional_attention(
-            query.unflatten(-1, heads),
-            None,
-            key.unflatten(-1, heads),
-            None,
-            self.v_proj(hidden_states).unflatten(-1, heads),
-            _key_mask(attention_mask, len(hidden_states)),
-            scale=self.scaling,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-        )
-        assert isinstance(output, Tensor)
-        return self.o_proj(output.flatten(2)), None
+        value, heads = self.v_proj(hidden_states), (-1, self.head_dim)
+        return _attend(self, heads, query, None, key, None, value, attention_mask)
 
 
-class ConditionalDetrDecoderCrossAttention(nn.Module):
+class ConditionalDetrDecoderCrossAttention(_Attention):
     """Conditional cross-attention: two dot products, nothing of twice the width."""
-
-    can_torch_compile = True
-    has_backward = True
-
-    config: Any
-    num_attention_heads: int
-    scaling: float
-    attention_dropout: float
-    q_content_proj: nn.Linear
-    q_pos_proj: nn.Linear
-    k_content_proj: nn.Linear
-    k_pos_proj: nn.Linear
-    v_proj: nn.Linear
-    q_pos_sine_proj: nn.Linear
-    o_proj: nn.Linear
 
     def forward(
         self,
@@ -155,32 +117,22 @@ class ConditionalDetrDecoderCrossAttention(nn.Module):
                 attention_mask,
                 **kwargs,
             )
-        heads = (self.num_attention_heads, -1)
         q_content = self.q_content_proj(hidden_states)
         q_spatial = self.q_pos_sine_proj(query_sine_embed)
         if query_position_embeddings is not None:
             q_content = q_content + self.q_pos_proj(query_position_embeddings)
             # q_c . (k_c + k_s) + q_s . k_s = q_c . k_c + (q_c + q_s) . k_s: fewer queries than keys
             q_spatial = q_content + q_spatial
-        output = conditional_attention(
-            q_content.unflatten(-1, heads),
-            q_spatial.unflatten(-1, heads),
-            self.k_content_proj(encoder_hidden_states).unflatten(-1, heads),
-            self.k_pos_proj(encoder_position_embeddings).unflatten(-1, heads),
-            self.v_proj(encoder_hidden_states).unflatten(-1, heads),
-            _key_mask(attention_mask, len(encoder_hidden_states)),
-            scale=self.scaling,
-            dropout_p=self.attention_dropout if self.training else 0.0,
+        k_content = self.k_content_proj(encoder_hidden_states)
+        k_spatial = self.k_pos_proj(encoder_position_embeddings)
+        value, heads = self.v_proj(encoder_hidden_states), (self.num_attention_heads, -1)
+        return _attend(
+            self, heads, q_content, q_spatial, k_content, k_spatial, value, attention_mask
         )
-        assert isinstance(output, Tensor)
-        return self.o_proj(output.flatten(2)), None
 
 
-class ConditionalDetrSinePositionEmbedding(nn.Module):
+class ConditionalDetrSinePositionEmbedding(_Layer):
     """Sine code of the map positions; angles are in fp32 whatever the dtype of the code is."""
-
-    can_torch_compile = True
-    has_backward = True
 
     num_position_features: int
     temperature: float
@@ -206,6 +158,31 @@ class ConditionalDetrSinePositionEmbedding(nn.Module):
             mask.bool(), channels, self.temperature, self.normalize, self.scale, dtype
         )
         return code.transpose(1, 2).unflatten(-1, (height, width))
+
+
+def _attend(
+    layer: _Attention,
+    heads: tuple[int, int],
+    q_content: Tensor,
+    q_spatial: Tensor | None,
+    k_content: Tensor,
+    k_spatial: Tensor | None,
+    value: Tensor,
+    mask: Tensor | None,
+) -> tuple[Tensor, None]:
+    """Return the layer's output, of channels that are split into heads, and no attention map."""
+    output = conditional_attention(
+        q_content.unflatten(-1, heads),
+        None if q_spatial is None else q_spatial.unflatten(-1, heads),
+        k_content.unflatten(-1, heads),
+        None if k_spatial is None else k_spatial.unflatten(-1, heads),
+        value.unflatten(-1, heads),
+        None if mask is None else mask[:, 0, 0].expand(len(value), -1),
+        scale=layer.scaling,
+        dropout_p=layer.attention_dropout if layer.training else 0.0,
+    )
+    assert isinstance(output, Tensor)
+    return layer.o_proj(output.flatten(2)), None
 
 
 def _is_computed(config: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
@@ -235,8 +212,3 @@ def _is_shared(mask: Any) -> bool:
             return False
         known = _SHARED[mask] = version, bool((mask == mask[:, :1, :1]).all())
     return bool(known[1])
-
-
-def _key_mask(mask: Tensor | None, batch: int) -> Tensor | None:
-    """Return a mask that all queries share as `[B, S]`."""
-    return None if mask is None else mask[:, 0, 0].expand(batch, -1)

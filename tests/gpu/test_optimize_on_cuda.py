@@ -84,9 +84,11 @@ def test_graphs_run_without_synchronising():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_streams_and_threads():
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_streams_and_threads(cuda_graphs):
+    """Each thread has a stream of its own, and the constants of a map size are made in one."""
     model = random_model()
-    fast = optimize(model, max_graphs=2)
+    fast = optimize(model, cuda_graphs=cuda_graphs, max_graphs=2)
     inputs = [torch.randn(1, 3, size, 96, device="cuda") for size in (64, 96, 128)]
     expected = [model(x) for x in inputs]
     torch.cuda.synchronize()

@@ -126,10 +126,10 @@ class AttentionOperator:
     score_gradients: Callable[..., tuple[Tensor | None, ...]]
     fp32_gradients: tuple[int, ...] = ()
 
-    def register(self) -> None:
-        """Define the operator, its backward and its map."""
+    def register(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Define the operator, its backward and its map; return calls of the first and the last."""
         options = "Tensor? key_mask, Tensor? seed"
-        register(
+        attend = register(
             f"{self.name}({self.inputs}, Tensor value, {options}, float scale, float dropout_p) "
             "-> (Tensor, Tensor)",
             self.forward,
@@ -145,7 +145,7 @@ class AttentionOperator:
             self._backward_outputs,
             refuse_second_derivative(f"{self.name}_backward"),
         )
-        register(
+        attention_map = register(
             f"{self.name}_map({self.inputs}, {options}, Tensor logsumexp, float scale, "
             "float dropout_p) -> Tensor",
             self._map,
@@ -153,6 +153,7 @@ class AttentionOperator:
             self._map_gradients,
             _save_for_map_backward,
         )
+        return attend, attention_map
 
     def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
         """Launch forward, in parts and with their merge where one launch would not fill a GPU."""
@@ -186,11 +187,9 @@ class AttentionOperator:
 
         What the batch shares has a gradient per image first, so that none is added atomically.
         """
-        batch = len(tensors[0])
+        batch = tensors[0].shape[0]
         return [
-            x.new_empty(
-                batch, *x.shape[1:], dtype=torch.float32 if i in self.fp32_gradients else x.dtype
-            )
+            _gradient_buffer(x, batch, torch.float32 if i in self.fp32_gradients else x.dtype)
             for i, x in enumerate(tensors)
             if x is not None
         ]
@@ -199,12 +198,8 @@ class AttentionOperator:
         tensors = inputs[: self.count + 1]
         gradients = self.gradient_buffers(*tensors)
         launching.run(self.backward_launches, grad_output, *inputs, *gradients)
-        batch = len(inputs[0])
         present = (x for x in tensors if x is not None)
-        return [
-            (gradient if len(x) == batch else gradient.sum(0, keepdim=True)).to(x.dtype)
-            for gradient, x in zip(gradients, present, strict=True)
-        ]
+        return [_gradient_of(x, buffer) for buffer, x in zip(gradients, present, strict=True)]
 
     def _backward_outputs(self, grad_output: Tensor, *inputs: Any) -> list[Tensor]:
         return [x.new_empty(x.shape) for x in inputs[: self.count + 1] if x is not None]
@@ -237,6 +232,20 @@ class AttentionOperator:
         weighted = attention.float() * grad_attention.float()  # [B, N, Q, S]
         dscore = (weighted - undropped.float() * weighted.sum(-1, keepdim=True)) * ctx.scale
         return (*self.score_gradients(dscore, *tensors), None, None, None, None, None)
+
+
+def _gradient_buffer(x: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+    if x.shape[0] != batch:
+        return x.new_empty(batch, *x.shape[1:], dtype=dtype)
+    # In half of the time of `new_empty`.
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _gradient_of(x: Tensor, buffer: Tensor) -> Tensor:
+    """Return the gradient of a tensor, given that of each image."""
+    if buffer.shape[0] != x.shape[0]:
+        buffer = buffer.sum(0, keepdim=True)
+    return buffer if buffer.dtype == x.dtype else buffer.to(x.dtype)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -78,6 +78,7 @@ class _Plan:
             x.launch(*arguments)
 
 
+_IS_HIP = torch.version.hip is not None
 _PLANS: dict[tuple[Any, ...], _Plan] = {}
 # Of a few kilobytes each. Beyond that, sizes change all the time: all are dropped.
 _MOST_PLANS = 4096
@@ -88,8 +89,9 @@ def run(make: Make, *inputs: Any) -> None:
 
     Args:
         make: Returns a launch, or several in their order. It may go by shapes, strides and dtypes
-            of the tensors, by the numbers among the inputs, and by what is the same in the whole
-            process. Memory that it allocates is allocated in each call.
+            of the tensors, by the numbers among the inputs, by what is the same in the whole
+            process, and by `dot_precision` of the first tensor's dtype. Memory that it allocates is
+            allocated in each call.
         inputs: Tensors, all that the kernels read and write, and what else `make` takes. The first
             one is a tensor.
     """
@@ -106,7 +108,9 @@ def _run(make: Make, inputs: tuple[Any, ...]) -> None:
         for launch in _launches(make, inputs):
             launch.run()
         return
-    key: list[Any] = [make, dot_precision(torch.float32)]
+    key: list[Any] = [make]
+    if inputs[0].dtype == torch.float32:
+        key.append(dot_precision(torch.float32))
     addresses = []
     for x in inputs:
         if isinstance(x, Tensor):
@@ -115,7 +119,7 @@ def _run(make: Make, inputs: tuple[Any, ...]) -> None:
             # Besides sizes, triton specialises kernels on the alignment of addresses, and for AMD
             # on whether 32 bits reach all of a tensor.
             key += x.dtype, x.shape, x.stride(), address % 16 == 0, x.get_device()
-            if torch.version.hip:
+            if _IS_HIP:
                 key.append(x.untyped_storage().nbytes() < 2**31)
         else:
             key.append(x)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from cdetr_kernels.dispatch import Implementation
 
@@ -28,7 +29,8 @@ def unsupported_device(tensor: Tensor) -> str | None:
         )
     if tensor.is_cuda and (reason := unsupported_capability(tensor.get_device())) is not None:
         return reason
-    if torch.onnx.is_in_onnx_export():
+    # An export traces; asking outside of one takes a microsecond, and imports the exporters.
+    if (torch.compiler.is_compiling() or is_tracing()) and torch.onnx.is_in_onnx_export():
         return "ONNX has no operator for the kernel; it gets PyTorch's own ones"
     return None
 

@@ -5,6 +5,7 @@ and no map: calls that want one of these take the PyTorch path.
 """
 
 import platform
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,14 +37,7 @@ _UNSUPPORTED_CPU = _unsupported_cpu()
 
 
 def _fake(
-    q_content: Tensor,
-    q_spatial: Tensor | None,
-    k_content: Tensor,
-    k_rows: Tensor | None,
-    k_columns: Tensor | None,
-    value: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
+    q_content: Tensor, _qs: Any, _kc: Any, _kr: Any, _kx: Any, value: Tensor, *_: Any
 ) -> Tensor:
     return q_content.new_empty(*q_content.shape[:3], value.shape[3])
 
@@ -81,23 +75,15 @@ def unsupported_reason(
     return None
 
 
-def conditional_attention(
-    q_content: Tensor,
-    q_spatial: Tensor | None,
-    k_content: Tensor,
-    k_rows: Tensor | None,
-    k_columns: Tensor | None,
-    value: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-) -> Tensor:
+def conditional_attention(*arguments: Any) -> Tensor:
     """Run the path "native" of the two attention operators; see them for shapes.
 
     The spatial key of a position is that of its row plus that of its column; without `k_columns`
     there is a "row" for each position.
+
+    Args:
+        arguments: Those of the schema.
     """
-    tensors = (q_content, q_spatial, k_content, k_rows, k_columns, value)
-    q_content, q_spatial, k_content, k_rows, k_columns, value = (  # type: ignore[assignment]
-        x if x is None or x.stride(3) == 1 else x.contiguous() for x in tensors
-    )
-    return _ATTENTION(q_content, q_spatial, k_content, k_rows, k_columns, value, key_mask, scale)
+    *tensors, key_mask, scale = arguments
+    dense = (x if x is None or x.stride(3) == 1 else x.contiguous() for x in tensors)
+    return _ATTENTION(*dense, key_mask, scale)

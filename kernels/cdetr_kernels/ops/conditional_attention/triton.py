@@ -6,7 +6,6 @@ in `gpu.attention`.
 
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 
@@ -191,7 +190,7 @@ ATTENTION = AttentionOperator(
     _parts,
     _score_gradients,
 )
-ATTENTION.register()
+_attend, _attention_map = ATTENTION.register()
 
 
 def conditional_attention(
@@ -212,12 +211,8 @@ def conditional_attention(
     """
     drawn = seed_tensor(seed, dropout_p, q_content.device)
     queries_and_keys = (q_content, q_spatial, k_content, k_spatial)
-    output, logsumexp = torch.ops.cdetr_fast.conditional_attention.default(
-        *queries_and_keys, value, key_mask, drawn, scale, dropout_p
-    )
+    output, logsumexp = _attend(*queries_and_keys, value, key_mask, drawn, scale, dropout_p)
     attention = None
     if return_attention:
-        attention = torch.ops.cdetr_fast.conditional_attention_map.default(
-            *queries_and_keys, key_mask, drawn, logsumexp, scale, dropout_p
-        )
+        attention = _attention_map(*queries_and_keys, key_mask, drawn, logsumexp, scale, dropout_p)
     return output, attention

@@ -279,7 +279,7 @@ ATTENTION = AttentionOperator(
     _score_gradients,
     fp32_gradients=(3, 4),  # codes are so few that fp32 costs nothing
 )
-ATTENTION.register()
+_attend, _attention_map = ATTENTION.register()
 
 
 def conditional_attention_separable(
@@ -301,12 +301,8 @@ def conditional_attention_separable(
     """
     drawn = seed_tensor(seed, dropout_p, q_content.device)
     queries_and_keys = (q_content, q_spatial, k_content, k_rows, k_columns)
-    output, logsumexp = torch.ops.cdetr_fast.conditional_attention_separable.default(
-        *queries_and_keys, value, key_mask, drawn, scale, dropout_p
-    )
+    output, logsumexp = _attend(*queries_and_keys, value, key_mask, drawn, scale, dropout_p)
     attention = None
     if return_attention:
-        attention = torch.ops.cdetr_fast.conditional_attention_separable_map.default(
-            *queries_and_keys, key_mask, drawn, logsumexp, scale, dropout_p
-        )
+        attention = _attention_map(*queries_and_keys, key_mask, drawn, logsumexp, scale, dropout_p)
     return output, attention

@@ -193,7 +193,7 @@ def _refuse_derivative(ctx, *_):
     raise NotImplementedError("matching_cost has no derivative: use backend='torch' for one")
 
 
-register(
+_matching_cost = register(
     "matching_cost(Tensor logits, Tensor boxes_cxcywh, Tensor target_labels, "
     "Tensor target_boxes_cxcywh, Tensor target_counts, float class_weight, float bbox_weight, "
     "float giou_weight, bool softmax, float alpha, float gamma) -> Tensor",
@@ -220,7 +220,7 @@ def matching_cost(
 
     A label out of range costs NaN.
     """
-    return torch.ops.cdetr_fast.matching_cost.default(
+    return _matching_cost(
         logits, boxes_cxcywh, target_labels, target_boxes_cxcywh, target_counts,
         class_weight, bbox_weight, giou_weight, classification == "softmax", alpha, gamma,
     )  # fmt: skip

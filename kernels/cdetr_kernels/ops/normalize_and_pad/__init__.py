@@ -107,6 +107,7 @@ def normalize_and_pad(
     if len(images) == 0:
         raise ValueError("images: expected at least one image, got none")
     first = images[0]
+    tallest = widest = 0
     for i, image in enumerate(images):
         if not isinstance(image, Tensor) or image.dtype == torch.bool or image.is_complex():
             got = image.dtype if isinstance(image, Tensor) else type(image).__name__
@@ -115,15 +116,14 @@ def normalize_and_pad(
             raise ValueError(f"images[{i}]: expected [C, h, w], got {list(image.shape)}")
         if image.device != first.device:
             raise ValueError(f"images[{i}]: expected {first.device}, got {image.device}")
-    if size_hw is None:
-        size_hw = max(i.shape[1] for i in images), max(i.shape[2] for i in images)
-    height, width = size_hw
-    for i, image in enumerate(images):
-        if image.shape[1] > height or image.shape[2] > width:
-            raise ValueError(
-                f"size_hw: expected at least {list(image.shape[1:])} for images[{i}], "
-                f"got {[height, width]}"
-            )
+        tallest, widest = max(tallest, image.shape[1]), max(widest, image.shape[2])
+    height, width = (tallest, widest) if size_hw is None else size_hw
+    if tallest > height or widest > width:
+        sizes = [list(image.shape[1:]) for image in images]
+        i = next(i for i, (h, w) in enumerate(sizes) if h > height or w > width)
+        raise ValueError(
+            f"size_hw: expected at least {sizes[i]} for images[{i}], got {[height, width]}"
+        )
     if (mean is None) != (std is None):
         missing = "mean" if mean is None else "std"
         raise ValueError(f"{missing}: expected values, as its counterpart is given, got None")

@@ -115,7 +115,7 @@ def _outputs(images, shift, divisor, height, width) -> tuple[Tensor, Tensor]:
     return values, first.new_empty(shape[0], height, width, dtype=torch.int64)
 
 
-register(
+_normalize_and_pad = register(
     "normalize_and_pad_fused(Tensor[] images, float[] shift, float[] divisor, int height, "
     "int width) -> (Tensor values, Tensor mask)",
     _forward,
@@ -134,6 +134,4 @@ def normalize_and_pad(
     """Run the path "triton" of `cdetr_kernels.normalize_and_pad`; see the reference for shapes."""
     if shift is None:
         shift, divisor = (), (factor,) * images[0].shape[0]
-    return torch.ops.cdetr_fast.normalize_and_pad_fused.default(
-        list(images), list(shift), list(divisor), height, width
-    )
+    return _normalize_and_pad(list(images), list(shift), list(divisor), height, width)

@@ -95,7 +95,7 @@ def _output(x, residual, weight, bias, eps) -> Tensor:
 
 
 # No autograd: it is asked for only where no input has a gradient.
-register(
+_residual_layer_norm = register(
     "residual_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) "
     "-> Tensor",
     _forward,
@@ -107,4 +107,4 @@ def residual_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
     """Run the path "triton" of `cdetr_kernels.residual_layer_norm`; see there for shapes."""
-    return torch.ops.cdetr_fast.residual_layer_norm.default(x, residual, weight, bias, eps)
+    return _residual_layer_norm(x, residual, weight, bias, eps)

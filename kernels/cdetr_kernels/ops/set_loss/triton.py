@@ -387,14 +387,12 @@ def _save_for_backward(ctx, inputs, output) -> None:
 def _gradients(ctx, grad_losses, *_):
     if grad_losses is None:
         return (None,) * 10
-    gradients = torch.ops.cdetr_fast.set_loss_backward.default(
-        grad_losses, *ctx.saved_tensors, *ctx.dtypes
-    )
+    gradients = _set_loss_backward(grad_losses, *ctx.saved_tensors, *ctx.dtypes)
     return (*gradients, *(None,) * 8)
 
 
 # Losses [4, L] (focal, L1, GIoU, cardinality), and what backward scales.
-register(
+_set_loss = register(
     "set_loss(Tensor logits, Tensor boxes_cxcywh, Tensor target_labels, "
     "Tensor target_boxes_cxcywh, Tensor target_counts, Tensor matches, Tensor num_boxes, "
     "float alpha, float gamma, bool with_gradient) -> (Tensor, Tensor, Tensor)",
@@ -403,7 +401,7 @@ register(
     _gradients,
     _save_for_backward,
 )
-register(
+_set_loss_backward = register(
     "set_loss_backward(Tensor grad_losses, Tensor saved_logits, Tensor saved_boxes, "
     "Tensor num_boxes, ScalarType logits_dtype, ScalarType boxes_dtype) -> (Tensor, Tensor)",
     _backward,
@@ -432,7 +430,7 @@ def set_loss(
     else:
         num_boxes = torch.full((), num_boxes, dtype=torch.float32, device=logits.device)
     differentiable = logits.requires_grad or boxes_cxcywh.requires_grad
-    losses, _, _ = torch.ops.cdetr_fast.set_loss.default(
+    losses, _, _ = _set_loss(
         logits, boxes_cxcywh, target_labels, target_boxes_cxcywh, target_counts, matches,
         num_boxes, alpha, gamma, differentiable and torch.is_grad_enabled(),
     )  # fmt: skip

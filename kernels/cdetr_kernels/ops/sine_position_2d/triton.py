@@ -142,7 +142,7 @@ def _output(mask, channels, temperature, normalize, scale, dtype) -> Tensor:
 
 
 # No autograd: a mask has no gradient.
-register(
+_sine_position_2d = register(
     "sine_position_2d(Tensor mask, int channels, float temperature, bool normalize, float scale, "
     "ScalarType dtype) -> Tensor",
     _forward,
@@ -163,6 +163,4 @@ def sine_position_2d(
     Raises:
         ValueError: `temperature` or `channels` is out of the kernels' range.
     """
-    return torch.ops.cdetr_fast.sine_position_2d.default(
-        mask, channels, temperature, normalize, scale, dtype
-    )
+    return _sine_position_2d(mask, channels, temperature, normalize, scale, dtype)

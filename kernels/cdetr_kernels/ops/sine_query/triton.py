@@ -253,14 +253,12 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad_output):
-    gradients = torch.ops.cdetr_fast.sine_query_backward.default(
-        grad_output, *ctx.saved_tensors, ctx.temperature, ctx.scale
-    )
+    gradients = _sine_query_backward(grad_output, *ctx.saved_tensors, ctx.temperature, ctx.scale)
     dpoints, dlambda = (*gradients, None)[:2]
     return dpoints, dlambda, None, None, None, None
 
 
-register(
+_sine_query = register(
     "sine_query(Tensor reference_points, Tensor? query_scale, int channels, float temperature, "
     "float scale, ScalarType dtype) -> Tensor",
     _forward,
@@ -269,7 +267,7 @@ register(
     _save_for_backward,
 )
 # Gradients of the tensors that are present, in their order.
-register(
+_sine_query_backward = register(
     "sine_query_backward(Tensor grad_output, Tensor reference_points, Tensor? query_scale, "
     "float temperature, float scale) -> Tensor[]",
     _backward,
@@ -296,9 +294,7 @@ def sine_query(
     rows = _row_sizes(reference_points, query_scale)
     points = _in_three_dimensions(reference_points, rows)
     lambda_ = None if query_scale is None else _in_three_dimensions(query_scale, rows)
-    code = torch.ops.cdetr_fast.sine_query.default(
-        points, lambda_, channels, temperature, scale, dtype
-    )
+    code = _sine_query(points, lambda_, channels, temperature, scale, dtype)
     return code if len(rows) == 2 else code.reshape(*rows, channels)
 
 
