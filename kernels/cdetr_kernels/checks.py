@@ -83,28 +83,16 @@ def check_attention_options(
 
 
 def check_predictions(logits: Tensor, boxes_cxcywh: Tensor) -> None:
-    """Raise ValueError unless predictions are `[L, B, Q, K]` and `[L, B, Q, 4]` of one device."""
+    """Raise ValueError unless predictions are `[L, B, Q, K]` and `[L, B, Q, 4]`."""
     check_rank("logits", logits, 4)
     check_shape("boxes_cxcywh", boxes_cxcywh, (*logits.shape[:3], 4))
-    check_device("logits", logits, boxes_cxcywh=boxes_cxcywh)
 
 
-def check_targets(logits: Tensor, labels: Tensor, boxes_cxcywh: Tensor, counts: Tensor) -> None:
-    """Raise TypeError or ValueError unless targets of `logits` `[L, B, Q, K]` fit.
-
-    They are `[B, T]`, `[B, T, 4]` and `[B]`.
-    """
-    batch = logits.shape[1]
+def check_targets(batch: int, labels: Tensor, boxes_cxcywh: Tensor, counts: Tensor) -> None:
+    """Raise TypeError or ValueError unless targets are `[B, T]`, `[B, T, 4]` and `[B]`."""
     check_rank("target_labels", labels, 2)
     if labels.dtype != torch.int64:
         raise TypeError(f"target_labels: expected int64 [B, T], got {describe(labels)}")
     check_shape("target_labels", labels, (batch, labels.shape[1]))
     check_shape("target_boxes_cxcywh", boxes_cxcywh, (batch, labels.shape[1], 4))
     check_shape("target_counts", counts, (batch,))
-    check_device(
-        "logits",
-        logits,
-        target_labels=labels,
-        target_boxes_cxcywh=boxes_cxcywh,
-        target_counts=counts,
-    )

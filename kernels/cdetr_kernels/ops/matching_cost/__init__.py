@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cdetr_kernels.checks import check_predictions, check_targets
+from cdetr_kernels.checks import check_device, check_predictions, check_targets
 from cdetr_kernels.dispatch import Implementation, Operator, bucket
 from cdetr_kernels.gpu.support import by_evidence, unsupported_criterion
 from cdetr_kernels.ops.matching_cost import reference
@@ -83,7 +83,15 @@ def matching_cost(
     Source: the authors' models/matcher.py.
     """
     check_predictions(logits, boxes_cxcywh)
-    check_targets(logits, target_labels, target_boxes_cxcywh, target_counts)
+    check_targets(logits.shape[1], target_labels, target_boxes_cxcywh, target_counts)
+    check_device(
+        "logits",
+        logits,
+        boxes_cxcywh=boxes_cxcywh,
+        target_labels=target_labels,
+        target_boxes_cxcywh=target_boxes_cxcywh,
+        target_counts=target_counts,
+    )
     if classification not in ("focal", "softmax"):
         raise ValueError(f'classification: expected "focal" or "softmax", got {classification!r}')
     return OPERATOR(

@@ -84,12 +84,20 @@ def set_loss(
     Source: the authors' SetCriterion in models/conditional_detr.py.
     """
     check_predictions(logits, boxes_cxcywh)
-    check_targets(logits, target_labels, target_boxes_cxcywh, target_counts)
+    check_targets(logits.shape[1], target_labels, target_boxes_cxcywh, target_counts)
     shape = (*logits.shape[:2], target_labels.shape[1])
     if matches.dtype != torch.int64:
         raise TypeError(f"matches: expected int64 {list(shape)}, got {describe(matches)}")
     check_shape("matches", matches, shape)
-    check_device("logits", logits, matches=matches)
+    check_device(
+        "logits",
+        logits,
+        boxes_cxcywh=boxes_cxcywh,
+        target_labels=target_labels,
+        target_boxes_cxcywh=target_boxes_cxcywh,
+        target_counts=target_counts,
+        matches=matches,
+    )
     return OPERATOR(
         backend,
         logits,
