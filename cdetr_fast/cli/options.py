@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -97,7 +98,13 @@ class Command(TyperCommand):
             if (getattr(option, "metavar", None) or "").endswith(LIST)
             for flag in option.opts
         }
-        return super().parse_args(ctx, _join_lists(args, lists))
+        rest = super().parse_args(ctx, _join_lists(args, lists))
+        for option in options:
+            value = ctx.params.get(option.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                # click compares nan with an option's limits, and finds it neither below nor above
+                ctx.fail(f"Invalid value for '{option.opts[0]}': {value} is not a finite number.")
+        return rest
 
 
 def _join_lists(args: Sequence[str], flags: set[str]) -> list[str]:

@@ -63,9 +63,10 @@ def serve(
 
     try:
         opened = open_socket(host, port)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of what cannot be the name of a host
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
-            f"--host {host} --port {port}: cannot be used ({error.strerror}); choose another "
+            f"--host {host} --port {port}: cannot be used ({reason}); choose another "
             "port, or 0 for a free one"
         ) from error
     with opened:

@@ -140,7 +140,8 @@ class Problem(NamedTuple):
 def checked(kind: Any, value: Any, name: str) -> Any:
     """Return a value in the form that its type gives it.
 
-    Numbers, strings and booleans are not converted into each other, and numbers are finite.
+    Numbers, strings and booleans are not converted into each other, and numbers are finite. Scalars
+    of numpy and torch count as Python's.
 
     Args:
         kind: Type, with bounds and the like as `Annotated` metadata.
@@ -152,6 +153,8 @@ def checked(kind: Any, value: Any, name: str) -> Any:
         ValueError: The value is out of range.
     """
     adapter, invalid = _adapter(kind)
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
     try:
         return adapter.validate_python(value)
     except invalid as error:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cdetr_fast.common.validation import PositiveInt, checked
 from cdetr_fast.images.batch_feature import BatchFeature
 from cdetr_kernels import detection_topk
 
@@ -28,10 +29,7 @@ def detections(
     """Implement `ConditionalDetrImageProcessor.post_process_object_detection`."""
     if return_tensors not in (None, "pt"):
         raise ValueError(f"return_tensors: expected None or 'pt', got {return_tensors!r}")
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise TypeError(f"top_k: expected an integer, got {type(top_k).__name__}")
-    if top_k < 1:
-        raise ValueError(f"top_k: expected at least 1, got {top_k}")
+    top_k = checked(PositiveInt, top_k, "top_k")
     logits, boxes_cxcywh = field_of(outputs, "logits"), field_of(outputs, "pred_boxes")
     batch, queries, classes = logits.shape
     k = min(top_k, queries * classes)

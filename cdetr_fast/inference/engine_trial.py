@@ -89,7 +89,7 @@ def try_engines(
     mask = shape.mask()
     if mask is not None:
         images = images * mask[:, None]
-    expected = model(images, mask)
+    expected = model(images, mask, return_dict=True)
     name = architecture(model)
     today = datetime.date.today().isoformat()
     calls: dict[str, Callable[[], Any]] = {}
@@ -106,7 +106,7 @@ def try_engines(
             try:
                 fast = optimize(model, engine=engine, **options)
                 dtype = next(p.dtype for p in fast.parameters())
-                call = functools.partial(fast, images.to(dtype), mask)
+                call = functools.partial(fast, images.to(dtype), mask, return_dict=True)
                 errors = [_error(call()[key], expected[key]) for key in _OUTPUTS]
             except (RuntimeError, TypeError, ValueError) as error:
                 row["verdict"] = first_line(error)

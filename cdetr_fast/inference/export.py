@@ -20,7 +20,7 @@ from cdetr_fast.common import progress
 from cdetr_fast.common.files import write_atomically
 from cdetr_fast.common.validation import PositiveInt, checked
 from cdetr_fast.inference.openvino import compiled, convert, quantized
-from cdetr_fast.inference.optimize import optimize
+from cdetr_fast.inference.optimize import calibration_batches, optimize
 from cdetr_fast.inference.prepare import OPEN_SHAPES, PreparedModel
 
 FORMATS = ("torch", "aoti", "onnx", "openvino")
@@ -116,8 +116,9 @@ def export(
         raise FileNotFoundError(f"path: expected an existing folder, got {path.parent}")
     size = _checked_size(size, dynamic)
     batch = checked(PositiveInt, batch, "batch")
-    calibration = _calibration(int8_calibration, format, dynamic)
-    needs = _REQUIRED[format] + (("nncf",) if calibration else ())
+    if int8_calibration is not None:
+        _check_int8(format, dynamic)
+    needs = _REQUIRED[format] + (() if int8_calibration is None else ("nncf",))
     for module in needs:
         if importlib.util.find_spec(module) is None:
             extra = {"openvino": "openvino", "nncf": "int8"}.get(module, "export")
@@ -131,6 +132,7 @@ def export(
         )
     with progress.task("optimizing the model"):
         optimized: Any = optimize(model, cuda_graphs=False)
+    calibration = calibration_batches(int8_calibration, model)
     forward = ExportedForward(optimized.runner.prepared, None if dynamic else size, masked).eval()
     example = _images(model, batch + (batch == 1 and dynamic), size, masked)
     trials = [example]
@@ -168,7 +170,7 @@ def _largest_error(
     Raises:
         RuntimeError: It is more than rounding.
     """
-    output = model(*inputs)
+    output = model(*inputs, return_dict=True)
     names = [name for name in _OUTPUTS if name in output]
     errors = []
     for name, got in zip(names, run(inputs), strict=True):
@@ -196,16 +198,11 @@ def _checked_size(size: Any, dynamic: bool) -> tuple[int, int]:
     return height, width
 
 
-def _calibration(images: Any, format: str, dynamic: bool) -> tuple[Tensor, ...]:
-    if images is None:
-        return ()
+def _check_int8(format: str, dynamic: bool) -> None:
     if format != "openvino":
         raise ValueError(f'int8_calibration: expected format="openvino" with it, got {format!r}')
     if not dynamic:
         raise ValueError("int8_calibration: expected dynamic=True with it")
-    if not isinstance(images, (list, tuple)) or not images:
-        raise TypeError(f"int8_calibration: expected batches of images, got {images!r}"[:200])
-    return tuple(batch.detach().to("cpu", torch.float32) for batch in images)
 
 
 def _tolerance(dtype: torch.dtype) -> float:

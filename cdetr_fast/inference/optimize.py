@@ -61,11 +61,16 @@ def optimize(
     The result shares all weights with `model` that are not folded, joined or converted, and watches
     it: after it is trained, or weights are loaded into it, the result prepares itself again in the
     next call. Weights that are loaded into the result are its own from then on. It does not train.
+    What the modules of `model` are set to (a stride, the epsilon of a norm) is as it was in this
+    call; in the result it may be changed. Where a module of `model` is replaced by one of another
+    class, the next call of the result raises RuntimeError: optimize the model again.
     Calls with labels, `output_attentions` and the like run the model's own forward.
 
     A module with something attached (a hook, an adapter such as LoRA, a parametrisation) is refused
     by name. Other modules that were replaced (a backbone, a head, a layer) run as they are, and
     the result's `explain()` says so.
+
+    NaN in images need not come out as NaN: on a CPU a fused ReLU makes 0 of it.
 
     Not seen are writes through `.data` to tensors on a GPU, to a few single values on a CPU, and
     changes while a graph that torch.compile made around the result is all that runs: call the
@@ -103,8 +108,8 @@ def optimize(
 
     Raises:
         TypeError: `model` is of another class, or an argument of another type.
-        ValueError: The model is in training mode, has hooks or adapters, or an argument is out of
-            range.
+        ValueError: The model is in training mode, has hooks, adapters or NaN in its weights, or an
+            argument is out of range.
         RuntimeError: `cuda_graphs=True` where there is no GPU, or a dtype that the device does not
             run, or int8 where the CPU has no instructions for it; or an engine that is not
             installed, or whose outputs are not the model's.
@@ -114,7 +119,7 @@ def optimize(
     wanted: torch.dtype | None = checked(Dtype | None, dtype, "dtype")
     target = _device(device) if device is not None else next(model.parameters()).device
     _check_dtype(wanted or next(p.dtype for p in model.parameters()), target)
-    images = _calibration(int8_calibration, model)
+    images = calibration_batches(int8_calibration, model)
     kept = wanted or next(p.dtype for p in model.parameters())
     if engine not in ENGINES:
         expected = ", ".join(f'"{name}"' for name in ENGINES)
@@ -251,7 +256,11 @@ def _choice(
     """Choose an engine by the record of this machine."""
     names: tuple[Precision, Precision] = ("int8", "int8-bf16") if images else ("fp32", "bf16")
     precision = names[dtype == torch.bfloat16]
-    return choose(architecture(family.convert(model)), precision)
+    try:
+        converted = family.convert(model)
+    except ValueError as error:
+        raise ValueError(f"cannot optimize: {error}") from error
+    return choose(architecture(converted), precision)
 
 
 def _compile_mode(value: bool | str) -> str | None:
@@ -280,7 +289,13 @@ def _use_graphs(value: bool | str, device: torch.device, compile: bool | str) ->
     return value
 
 
-def _calibration(images: Any, model: nn.Module) -> tuple[torch.Tensor, ...]:
+def calibration_batches(images: Any, model: nn.Module) -> tuple[torch.Tensor, ...]:
+    """Return what `int8_calibration` gives, in fp32 on the CPU; nothing for None.
+
+    Raises:
+        TypeError: It is not a list of floating-point tensors.
+        ValueError: A tensor is not a batch of images for the model, or has NaN.
+    """
     if images is None:
         return ()
     name = "int8_calibration"
@@ -296,6 +311,8 @@ def _calibration(images: Any, model: nn.Module) -> tuple[torch.Tensor, ...]:
             raise TypeError(f"{name}: expected floating-point tensors, got {got}")
         if batch.dim() != 4 or batch.shape[1] != channels or not batch.numel():
             raise ValueError(f"{name}: expected [B, {channels}, H, W], got {list(batch.shape)}")
+        if not batch.isfinite().all():
+            raise ValueError(f"{name}: expected finite pixels, got NaN or infinity")
     return tuple(batch.detach().to("cpu", torch.float32) for batch in images)
 
 

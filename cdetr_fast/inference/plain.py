@@ -43,6 +43,22 @@ def unsupported_reason(model: nn.Module, is_harmless: Callable[[Any], bool]) -> 
     return None
 
 
+@torch.no_grad()
+def nan_reason(model: nn.Module) -> str | None:
+    """Name a tensor of a model that has NaN, such as after a training that diverged; or None.
+
+    On CPUs a convolution or product that is fused with its ReLU makes 0 of NaN, so that what the
+    model predicts would look sound. Costs a pass over the weights, and waits for the device once.
+    """
+    tensors = {name: x for name, x in model.state_dict().items() if x.is_floating_point()}
+    device = next(iter(tensors.values())).device
+    sums = [x.sum(dtype=torch.float32).to(device) for x in tensors.values()]
+    for name, is_nan in zip(tensors, torch.stack(sums).isnan().tolist(), strict=True):
+        if is_nan:
+            return f"{name} has NaN; load weights of a training that did not diverge"
+    return None
+
+
 def forward_hooks(module: nn.Module) -> list[Any]:
     """Return the hooks of a module that its call runs before and after its forward."""
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
@@ -68,7 +84,7 @@ def _kind(part: nn.Module) -> str:
 
 
 def first_difference(
-    part: nn.Module, expected: Callable[[Any], nn.Module], config: Any
+    part: nn.Module, expected: Callable[[Any], nn.Module], config: Any, settings: bool = False
 ) -> str | None:
     """Say where a part has other modules than its configuration builds; None if it has not.
 
@@ -76,6 +92,7 @@ def first_difference(
         part: Part of a model.
         expected: Builds the part.
         config: The model's configuration.
+        settings: Also compare what the modules are set to, such as strides and scales.
     """
     with torch.device("meta"):
         blueprint = dict(expected(config).named_modules())
@@ -88,9 +105,29 @@ def first_difference(
             return f"{name} is a {type(module).__name__}, not a {kind}"
         if _shapes(module) != _shapes(blueprint[name]):
             return f"{name} is not of the shape that the configuration says"
+        if settings and (change := _changed_setting(module, blueprint[name])) is not None:
+            return f"{name}.{change}" if name else change
     missing = blueprint.keys() - modules.keys()
     return f"{min(missing)} is missing" if missing else None
 
 
 def _shapes(module: nn.Module) -> list[torch.Size]:
     return [parameter.shape for parameter in module.parameters(recurse=False)]
+
+
+_SETTING = (bool, int, float, str, tuple, type(None))
+_NOT_AT_INFERENCE = ("drop", "checkpointing", "training", "inplace")
+"""Parts of the names of settings that decide nothing in an evaluation."""
+
+
+def _changed_setting(module: nn.Module, built: nn.Module) -> str | None:
+    """Say which setting of a module is another than in the module that was built."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return None
+    for name, expected in vars(built).items():
+        if name.startswith("_") or any(part in name for part in _NOT_AT_INFERENCE):
+            continue
+        found = vars(module).get(name)
+        if isinstance(expected, _SETTING) and isinstance(found, _SETTING) and found != expected:
+            return f"{name} is {found!r}, not {expected!r} as the configuration says"
+    return None

@@ -15,7 +15,7 @@ from cdetr_fast.common.masks import is_unpadded
 from cdetr_fast.inference.following import Original, Watch
 from cdetr_fast.inference.graphs import GraphCache
 from cdetr_fast.inference.openvino import OpenVinoCall
-from cdetr_fast.inference.plain import forward_hooks, unsupported_reason
+from cdetr_fast.inference.plain import forward_hooks, nan_reason, unsupported_reason
 from cdetr_fast.inference.prepare import PreparedModel, shallow_copy
 
 Outputs = dict[str, Tensor]
@@ -44,7 +44,8 @@ class Family:
 
     Attributes:
         optimized_class: Class of the optimised model.
-        convert: Returns this package's model that shares the weights of a model.
+        convert: Returns this package's model that shares the weights of a model; raises ValueError
+            with the reason where there is none.
         is_harmless: Whether a forward hook of a submodule may go uncalled.
     """
 
@@ -142,9 +143,15 @@ class Runner:
             self.original.copy_values(model)
         watch, settings = Watch(model), _settings(model)
         self._parts = list(model.modules())[1:]  # the model's own hooks always run
-        self._unsupported = unsupported_reason(model, self.family.is_harmless)
+        source = None
+        self._unsupported = unsupported_reason(model, self.family.is_harmless) or nan_reason(model)
         if self._unsupported is None:
-            source, calibration = self.family.convert(model), self.options.int8_calibration
+            try:
+                source = self.family.convert(model)
+            except ValueError as error:
+                self._unsupported = str(error)
+        if source is not None:
+            calibration = self.options.int8_calibration
             uses_openvino = self.options.engine == "openvino"
             fresh = PreparedModel(source, () if uses_openvino else calibration)
             if self._graphs is not None:

@@ -44,12 +44,12 @@ def convert(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: This package does not have the model's backbone, or a module of the model is not
-            what its configuration builds.
+            what its configuration builds; the message is the reason.
     """
     theirs = copy.deepcopy(cast(Any, model).config)
-    if (difference := first_difference(model, type(model), theirs)) is not None:
+    if (difference := first_difference(model, type(model), theirs, settings=True)) is not None:
         raise ValueError(
-            f"cannot optimize: {difference}; replace it by the module that the configuration names"
+            f"{difference}; make it what the configuration says, or use the model as it is"
         )
     settings = cast(Any, model).config.to_dict()
     config: Any = ConditionalDetrConfig.from_dict(settings | {"compat": "transformers"})
@@ -64,7 +64,7 @@ def convert(model: nn.Module) -> nn.Module:
     try:
         converted.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"model: expected the weights of its configuration, {error}") from error
+        raise ValueError(f"not all weights are those of its configuration, {error}") from error
     return converted.eval()
 
 

@@ -228,7 +228,7 @@ class DetectingModel(PredictingModel):
 
     def _detect(self, batch: Batch, threshold: float, top_k: int) -> list[DetectionResult]:
         with torch.inference_mode():
-            outputs = self(pixel_values=batch.pixel_values, pixel_mask=batch.pixel_mask)
+            outputs = self(batch.pixel_values, batch.pixel_mask, return_dict=True)
         return detection_results(
             outputs, batch.sizes_hw, self.config.id2label, threshold=threshold, top_k=top_k
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +97,7 @@ class DetectionReport:
         self.pages[-1].append(
             {
                 "name": name,
-                "link": None if file is None else quote(file),
+                "link": None if file is None else quote(os.fsencode(file)),
                 "picture": picture,
                 "boxes": boxes,
                 "count": len(result),

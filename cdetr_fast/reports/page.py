@@ -19,11 +19,14 @@ _PACKAGES = ("torch", "torchvision", "timm", "triton")
 def render(template: str, **content: Any) -> str:
     """Return the page of a template; every value is escaped unless it is `Markup`.
 
+    Letters that UTF-8 does not have become question marks: those of file names in another encoding.
+
     Args:
         template: File name in `templates`.
         **content: Values of the template's names; a missing one is an error.
     """
-    return _templates().get_template(template).render(content)
+    text = _templates().get_template(template).render(content)
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @functools.cache

@@ -1,14 +1,18 @@
 """The server: a socket and uvicorn, which stops when it has answered what it accepted."""
 
+import asyncio
 import contextlib
+import functools
 import math
 import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _BACKLOG = 2048
 
@@ -42,7 +46,8 @@ def run(app: FastAPI, opened: socket.socket, timeout: float, announce: Callable[
     Args:
         app: The application.
         opened: Socket of `open_socket`.
-        timeout: Seconds that a request may take; the longest wait at the end.
+        timeout: Seconds that a request may take; the longest wait at the end. A connection on which
+            no request begins for as long, or for up to twice as long, is closed.
         announce: Called when connections are accepted.
 
     Raises:
@@ -50,6 +55,9 @@ def run(app: FastAPI, opened: socket.socket, timeout: float, announce: Callable[
     """
     config = uvicorn.Config(
         app,
+        # Not httptools where that is installed: it takes headers of any length.
+        http=cast(Any, functools.partial(_Connection, seconds=timeout)),
+        ws="none",
         # Its own configuration closes the handlers of all loggers in the process.
         log_config=None,
         log_level="warning",
@@ -63,6 +71,33 @@ def run(app: FastAPI, opened: socket.socket, timeout: float, announce: Callable[
         server.run(sockets=[opened])
     if not server.started:
         raise RuntimeError("the service has not started; its error is above")
+
+
+class _Connection(H11Protocol):
+    """A connection that is closed when its client is silent: uvicorn would keep it open for ever.
+
+    Args:
+        seconds: For the head of a request.
+    """
+
+    def __init__(self, *args: Any, seconds: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._seconds = seconds
+        self._seen: object = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(self._seconds, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.transport.is_closing():
+            return
+        cycle = self.cycle
+        if (cycle is None or cycle.response_complete) and cycle is self._seen:
+            self.transport.close()
+            return
+        self._seen = cycle
+        self.loop.call_later(self._seconds, self._close_if_silent)
 
 
 class _Server(uvicorn.Server):

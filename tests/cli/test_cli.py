@@ -100,6 +100,9 @@ def test_module_is_the_same_command(root):
     [
         ["detect"],
         ["detect", "a.png", "--threshold", "1.5"],
+        ["detect", "a.png", "--threshold", "nan"],
+        ["serve", "--max-wait", "nan"],
+        ["serve", "--timeout", "inf"],
         ["detect", "a.png", "--batch-size", "0"],
         ["detect", "a.png", "--top-k", "many"],
         ["demo", "--seed", "-1"],

@@ -3,7 +3,9 @@
 import json
 from typing import Annotated, ClassVar, Literal, NotRequired
 
+import numpy as np
 import pytest
+import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from typing_extensions import TypedDict
 
@@ -44,6 +46,11 @@ def test_a_value_that_fits_is_returned_as_it_is(kind, value):
 def test_a_value_is_brought_into_the_form_of_its_type():
     assert type(checked(float, 2, "x")) is float
     assert checked(Annotated[list[int], Before(list)], (1, 2), "x") == [1, 2]
+    for kind, value in ((PositiveInt, np.int64(3)), (Probability, np.float32(0.5))):
+        assert type(checked(kind, value, "x")) is type(value.item())
+    assert checked(PositiveInt, torch.tensor(3), "x") == 3
+    with pytest.raises(TypeError, match="x: expected an integer >= 1, got True"):
+        checked(PositiveInt, np.bool_(True), "x")
 
 
 @pytest.mark.parametrize(

@@ -79,17 +79,32 @@ def test_half_precision_scores_are_fp32():
     assert result["scores"].dtype == result["boxes"].dtype == torch.float32
 
 
+def test_scalars_of_numpy_and_torch():
+    outputs = detection_outputs()
+    function = OURS.post_process_object_detection
+    expected = function(outputs, 0.25, top_k=5)
+    for threshold, top_k in (
+        (np.float32(0.25), np.int64(5)),
+        (torch.tensor(0.25), torch.tensor(5)),
+    ):
+        got = function(outputs, threshold, top_k=top_k)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 def test_detection_errors():
     outputs = detection_outputs()
     function = OURS.post_process_object_detection
     with pytest.raises(ValueError, match=r"target_sizes: expected \[2, 2\] .* got \[1, 2\]"):
         function(outputs, target_sizes=SIZES[:1])
     for bad in (0, -1):
-        with pytest.raises(ValueError, match=f"top_k: expected at least 1, got {bad}"):
+        with pytest.raises(ValueError, match=f"top_k: expected an integer >= 1, got {bad}"):
             function(outputs, top_k=bad)
     for bad in (1.0, True, None):
         with pytest.raises(TypeError, match="top_k: expected an integer"):
             function(outputs, top_k=bad)
+    for flat in ((60, 80), [(60, 80), None], [(60, 80), (1, 2, 3)], "ab"):
+        with pytest.raises(TypeError, match=r"target_sizes: expected \[2, 2\] \(height, width\)"):
+            function(outputs, target_sizes=flat)
     for bad in ([(60, 80), (0, 3)], torch.tensor([(60, 80), (5, -3)])):
         with pytest.raises(ValueError, match=r"target_sizes\[1\]: expected a positive"):
             function(outputs, target_sizes=bad)

@@ -1,6 +1,7 @@
 """Exported files give what the model gives, and are not kept if they do not."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +64,13 @@ def test_onnx(detector, tmp_path, dynamic):
         feeds["pixel_mask"] = torch.ones(size).numpy()
     logits = torch.from_numpy(session.run(["logits"], feeds)[0])
     torch.testing.assert_close(logits, detector(images(*size)).logits, rtol=0, atol=1e-4)
+
+
+def test_a_model_that_returns_tuples_is_compared_too(detector, monkeypatch):
+    expected = detector(images())
+    monkeypatch.setattr(detector.config, "return_dict", False)
+    found = expected.logits, expected.pred_boxes
+    assert module._largest_error(detector, lambda _: found, (images(),), Path("a.pt2"), 1e-3) < 1e-6
 
 
 def test_a_wrong_file_is_not_kept(detector, tmp_path, monkeypatch):

@@ -197,6 +197,55 @@ def test_follows_changes_of_other_kinds(model, images):
     assert_same(fast(*images), model(*images))
 
 
+def set_epsilon(model):
+    model.model.encoder.layers[0].final_layer_norm.eps = 0.5
+
+
+def set_epsilon_of_a_folded_norm(model):
+    model.model.backbone.model.bn1.eps = 0.5
+
+
+def set_stride(model):
+    model.model.backbone.model.maxpool.stride = 1
+
+
+def set_activation(model):
+    model.bbox_predictor.activation_fn = nn.LeakyReLU(0.5).eval()
+
+
+def add_bias(model):
+    head = model.class_labels_classifier
+    head.bias = nn.Parameter(torch.arange(float(len(head.weight))))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [set_epsilon, set_epsilon_of_a_folded_norm, set_stride, set_activation, add_bias],
+)
+def test_follows_settings_of_the_result(model, images, change):
+    model.class_labels_classifier.bias = None
+    fast = optimize(model)
+    before = model(*images)
+    assert_same(fast(*images), before)
+    for x in (fast, model):
+        change(x)
+    expected = model(*images)
+    assert largest_error(expected, before) > 1e-3
+    assert_same(fast(*images), expected)
+
+
+def test_another_class_of_module_in_the_original_is_refused(model, images):
+    fast = optimize(model)
+    fast(*images)
+    set_activation(model)
+    message = r"bbox_predictor.activation_fn: .* had a ReLU here and has a LeakyReLU now; call opt"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=message):
+            fast(*images)
+    set_activation(fast)  # it no longer follows there
+    assert_same(fast(*images), model(*images))
+
+
 def test_compiled_graphs_see_loaded_weights(model, images):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

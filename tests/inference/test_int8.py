@@ -163,6 +163,11 @@ def test_follows_new_weights():
         ({"int8_calibration": []}, TypeError, "expected a list of batches"),
         ({"int8_calibration": [[1]]}, TypeError, "expected floating-point tensors, got list"),
         ({"int8_calibration": [torch.zeros(3, 64, 64)]}, ValueError, r"got \[3, 64, 64\]"),
+        (
+            {"int8_calibration": [torch.full((1, 3, 64, 64), torch.nan)]},
+            ValueError,
+            "expected finite pixels",
+        ),
         ({"dtype": torch.float16}, ValueError, "expected a model in float32 or bfloat16"),
         ({"compile": True}, ValueError, "expected compile=False, got True"),
     ],

@@ -427,6 +427,10 @@ def test_arguments_of_a_file_are_checked(model, run, checkpoint, tmp_path):
         options = {"format": "openvino", "int8_calibration": calibration} | options
         with pytest.raises(ValueError, match=message):
             export(model, tmp_path / name, **options)
+    with pytest.raises(
+        ValueError, match=r"int8_calibration: expected \[B, 3, H, W\], got \[3, 9, 9\]"
+    ):
+        export(model, path, "openvino", int8_calibration=[torch.zeros(3, 9, 9)])
     with pytest.raises(ValueError, match=r"model: expected float32, got torch\.bfloat16"):
         export(random_model().bfloat16(), path, "openvino")
     done = run("export", path, "--format", "openvino", "--int8", path, "--model", checkpoint)

@@ -148,3 +148,23 @@ def test_what_is_attached_later_takes_effect(attach, name):
     got = fast(*images)
     assert (got.logits - expected.logits).abs().max() <= 1e-5
     assert not torch.equal(before.logits, expected.logits)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.backbone.model.layer2.0.conv1.weight", "model.backbone.model.bn1.running_var",
+     "model.encoder.layers.0.mlp.fc1.weight"],
+)  # fmt: skip
+def test_weights_of_a_training_that_diverged(name):
+    """Fused ReLUs make 0 of NaN, and the detections would look sound."""
+    model, images = random_model(), padded_images()
+    fast = optimize(model)
+    fast(*images)
+    tensor = dict([*model.named_parameters(), *model.named_buffers()])[name]
+    with torch.no_grad():
+        tensor[0] = torch.nan
+    assert model(*images).logits.isnan().all()
+    assert fast(*images).logits.isnan().all()
+    assert fast.runner.fallback_reason.startswith(f"{name} has NaN; ")
+    with pytest.raises(ValueError, match=f"cannot optimize: {name} has NaN; "):
+        optimize(model)

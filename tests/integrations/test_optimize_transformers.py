@@ -87,6 +87,54 @@ def test_follows_weights():
     assert_same(copy.deepcopy(fast)(*images), other(*images))
 
 
+SETTINGS = {
+    "model.encoder.layers.0.self_attn": ("scaling", 0.7),
+    "model.position_embedding": ("temperature", 20),
+    "model.backbone.model.layer1.0.conv2": ("padding_mode", "circular"),
+    "model.backbone.model.maxpool": ("padding", 0),
+    "model.decoder.layernorm": ("eps", 0.1),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_are_not_of_the_configuration(name):
+    """They would be lost, as the engine's model is built by the configuration."""
+    model, images = their_model(), padded_images()
+    fast = optimize(model)
+    before = fast(*images)
+    setting, value = SETTINGS[name]
+    for x in (model, fast):
+        setattr(x.get_submodule(name), setting, value)
+    expected = model(*images)
+    assert (expected.logits - before.logits).abs().max() > 1e-3
+    assert_same(fast(*images), expected)
+    assert fast.runner.fallback_reason.startswith(f"{name}.{setting} is {value!r}, not ")
+    with pytest.raises(ValueError, match=rf"cannot optimize: {name}.{setting} is .*; make it what"):
+        optimize(model)
+
+
+def test_settings_of_training_are_free():
+    model, images = their_model(), padded_images()
+    for module in model.modules():
+        for setting in ("p", "dropout", "attention_dropout", "activation_dropout"):
+            if setting in vars(module):
+                setattr(module, setting, 0.37)
+    model.gradient_checkpointing_enable()
+    assert_same(optimize(model)(*images), model(*images))
+
+
+def test_a_head_that_is_replaced_later_takes_effect():
+    model, images = their_model(), padded_images()
+    fast = optimize(model)
+    fast(*images)
+    torch.manual_seed(0)
+    head = torch.nn.Sequential(torch.nn.Linear(model.config.d_model, 4), torch.nn.Tanh()).eval()
+    fast.class_labels_classifier = head
+    expected = type(model).forward(fast, *images)
+    assert_same(fast(*images), expected)
+    assert fast.runner.fallback_reason.startswith("class_labels_classifier is a Sequential")
+
+
 def test_detections_of_a_pipeline(photo):
     model = their_model()
     model.class_labels_classifier.weight.mul_(3)  # scores apart from each other

@@ -215,6 +215,12 @@ def test_modes_are_restored_and_nothing_is_tracked(detector):
     assert {name: module.training for name, module in model.named_modules()} == before
 
 
+def test_a_configuration_that_asks_for_tuples(detector, monkeypatch):
+    expected = detector.predict(PICTURES[0], threshold=0.0)
+    monkeypatch.setattr(detector.config, "return_dict", False)
+    assert_equal(detector.predict(PICTURES[0], threshold=0.0), expected)
+
+
 def test_half_precision_models(detector):
     model = ConditionalDetrForObjectDetection(tiny_config())
     model.load_state_dict(detector.state_dict())

@@ -161,3 +161,14 @@ def test_sizes_in_the_page():
     small, large = embed(image((64, 48)), 320), embed(image((2000, 10)), 320)
     assert (small.width, small.height, small.scale) == (320, 240, 5)
     assert (large.width, large.height) == (320, 1.6)
+
+
+def test_names_that_utf_8_does_not_have(tmp_path):
+    """A file's name may be in Latin-1, and a class name from JSON half of a pair."""
+    name = b"caf\xe9 1.jpg".decode("utf-8", "surrogateescape")
+    report = DetectionReport(0.0)
+    report.add(name, image(), result(2, ["\ud83d", "cat"]), name)
+    (path,) = report.write(tmp_path, name, HERE, {"note": name})
+    page = read_page(path)
+    assert [a["href"] for a in page.of("a")] == ["caf%E9%201.jpg"]
+    assert page.texts["option"] == ["all", "?", "cat"]

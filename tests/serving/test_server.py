@@ -1,5 +1,6 @@
 """`cdetr-fast serve`: the command, and a real process with its socket and signals."""
 
+import contextlib
 import json
 import logging
 import os
@@ -41,9 +42,10 @@ def test_port_that_is_taken(capsys):
     assert "choose another port" in error
 
 
-def test_address_that_is_not_of_this_machine(capsys):
-    assert run("--host", "192.0.2.1", "--port", 0) == 1
-    assert "--host 192.0.2.1" in capsys.readouterr().err
+@pytest.mark.parametrize("host", ["192.0.2.1", "", ".example", "a" * 70])
+def test_address_that_is_not_of_this_machine(capsys, host):
+    assert run("--host", host, "--port", 0) == 1
+    assert f"--host {host} --port 0: cannot be used (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["fastapi", "uvicorn"])
@@ -70,6 +72,43 @@ def test_application_that_does_not_start(caplog):
         server.run(FastAPI(lifespan=lifespan), opened, 1.0, lambda: None)
     assert "no luck" in caplog.text
     assert not handler.closed, "the server closes handlers of other libraries"
+
+
+def test_clients_that_are_silent_or_send_heads_without_end():
+    from fastapi import FastAPI
+
+    app, answers = FastAPI(), {}
+    app.get("/")(lambda: "here")
+    with server.open_socket("127.0.0.1", 0) as opened:
+        address = opened.getsockname()
+
+        def talk(content):
+            with socket.create_connection(address, timeout=20) as client:
+                client.sendall(content)
+                received = b""
+                with contextlib.suppress(ConnectionError):  # what was not read resets it
+                    while part := client.recv(4096):
+                        received += part
+                return received.decode()
+
+        def clients():
+            try:
+                head = b"GET / HTTP/1.1\r\nHost: x\r\n"
+                answers["silent"] = talk(b"")
+                answers["half a head"] = talk(head)
+                answers["half of the next"] = talk(head + b"\r\nGET / HTT")
+                answers["endless head"] = talk(head + b"X: " + b"x" * 200_000)
+                answers["good"] = talk(head + b"Connection: close\r\n\r\n")
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=clients)
+        server.run(app, opened, 0.3, thread.start)
+        thread.join()
+    assert answers["silent"] == answers["half a head"] == ""
+    assert answers["half of the next"].endswith('here"')
+    assert answers["endless head"].partition("\r\n")[0] in ("HTTP/1.1 400 Bad Request", "")
+    assert answers["good"].startswith("HTTP/1.1 200 OK")
 
 
 def test_socket_is_on_the_address_and_v6():

@@ -118,7 +118,7 @@ def predict(
         batch.fill_if_empty()
         inputs = batch.model_inputs(parameter.device, mean, std, parameter.dtype)
         del inputs["labels"]
-        outputs = model(**inputs)
+        outputs = model(**inputs, return_dict=True)
         found = cast(
             "BatchFeature",
             to_detections(outputs, 0.0, batch.orig_sizes_hw, _PER_IMAGE, return_tensors="pt"),

@@ -122,7 +122,12 @@ def _sizes(target_sizes: Tensor | Sequence[Sequence[float]], batch: int) -> Tens
     if isinstance(target_sizes, Tensor):
         sizes_hw = target_sizes
     else:
-        sizes_hw = torch.tensor([[float(side) for side in size] for size in target_sizes])
+        try:
+            sizes_hw = torch.tensor([[float(side) for side in size] for size in target_sizes])
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"target_sizes: expected {[batch, 2]} (height, width), got {target_sizes!r}"[:300]
+            ) from error
         if batch == 0:
             sizes_hw = sizes_hw.reshape(-1, 2)
     if sizes_hw.shape != (batch, 2):
