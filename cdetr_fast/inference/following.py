@@ -75,10 +75,18 @@ class Watch:
         members = map(dict.get, self._owners, self._names)
         return not all(map(operator.is_, members, self._members)) or self._read() != self._marks
 
+    def modules_have_changed(self) -> bool:
+        """Return whether a module or setting is another, and not only tensors."""
+        found = map(dict.get, self._owners, self._names)
+        return list(map(len, self._growing)) != self._marks[0] or any(
+            now is not before and not (isinstance(now, Tensor) and isinstance(before, Tensor))
+            for now, before in zip(found, self._members, strict=True)
+        )
+
 
 def _is_setting(name: str) -> bool:
     # Whether a module is in training mode is asked in each call.
-    return not name.startswith("_") and name != "training"
+    return not name.startswith("_") and name not in ("training", _FOLLOWS)
 
 
 # What writes past autograd, an optimiser or an average, writes all values of a tensor.

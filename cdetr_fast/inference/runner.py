@@ -143,6 +143,12 @@ class Runner:
             self.original.copy_values(model)
         watch, settings = Watch(model), _settings(model)
         self._parts = list(model.modules())[1:]  # the model's own hooks always run
+        # Whether the copy that there is differs from the model in values alone.
+        is_same = (
+            self._unsupported is None
+            and self._watch is not None
+            and not self._watch.modules_have_changed()
+        )
         source = None
         self._unsupported = unsupported_reason(model, self.family.is_harmless) or nan_reason(model)
         if self._unsupported is None:
@@ -156,7 +162,7 @@ class Runner:
             fresh = PreparedModel(source, () if uses_openvino else calibration)
             if self._graphs is not None:
                 self._graphs.clear()  # they read the addresses of the old weights
-            if self.prepared is None or not self.prepared.take_values(fresh):
+            if not (is_same and self._model.take_values(fresh)):
                 self.prepared = fresh
                 self._call = self._graphs = None
             stream = cuda_graphs.current_stream(self._model.device)
