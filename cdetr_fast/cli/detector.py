@@ -53,6 +53,8 @@ class Detector:
             self.device = usable_device("--device", device)
         except RuntimeError as error:
             raise UserError(str(error)) from error
+        if self.device.type == "meta":
+            raise UserError("--device: 'meta' computes nothing; name cpu or cuda")
         qualify_kernels(self.device)
         # The hub's library shows its downloads itself.
         waiting = progress.task("loading the model") if Path(source).exists() else nullcontext()

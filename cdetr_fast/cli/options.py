@@ -102,7 +102,7 @@ class Command(TyperCommand):
         for option in options:
             value = ctx.params.get(option.name)
             if isinstance(value, float) and not math.isfinite(value):
-                # click compares nan with an option's limits, and finds it neither below nor above
+                # an option's limits need not exclude it: nan is neither below nor above them
                 ctx.fail(f"Invalid value for '{option.opts[0]}': {value} is not a finite number.")
         return rest
 

@@ -407,6 +407,7 @@ def test_damaged_metadata_and_hidden_files(run, checkpoint, tmp_path):
         ("no image", "none of 1 images could be read"),
         ("empty folder", "no images in this folder"),
         ("device", "--device: 'frobnicator' cannot be used"),
+        ("device without memory", "--device: 'meta' computes nothing"),
         ("output", "--output .*: (File exists|Not a directory)"),
     ],
 )
@@ -419,6 +420,7 @@ def test_errors_are_one_line(run, checkpoint, pictures, tmp_path, case, message)
         "no image": [pictures / "notes.txt", "--model", checkpoint],
         "empty folder": [empty, "--model", checkpoint],
         "device": [pictures, "--model", checkpoint, "--device", "frobnicator"],
+        "device without memory": [pictures, "--model", checkpoint, "--device", "meta"],
         "output": [pictures, "--model", checkpoint, "--output", pictures / "notes.txt"],
     }[case]
     done = run("detect", *arguments)
