@@ -118,7 +118,8 @@ def export(
     batch = checked(PositiveInt, batch, "batch")
     if int8_calibration is not None:
         _check_int8(format, dynamic)
-    needs = _REQUIRED[format] + (() if int8_calibration is None else ("nncf",))
+    calibration = calibration_batches(int8_calibration, model)
+    needs = _REQUIRED[format] + (("nncf",) if calibration else ())
     for module in needs:
         if importlib.util.find_spec(module) is None:
             extra = {"openvino": "openvino", "nncf": "int8"}.get(module, "export")
@@ -132,7 +133,6 @@ def export(
         )
     with progress.task("optimizing the model"):
         optimized: Any = optimize(model, cuda_graphs=False)
-    calibration = calibration_batches(int8_calibration, model)
     forward = ExportedForward(optimized.runner.prepared, None if dynamic else size, masked).eval()
     example = _images(model, batch + (batch == 1 and dynamic), size, masked)
     trials = [example]
