@@ -25,7 +25,7 @@ _SHARED: Any = WeakTensorKeyDictionary()
 
 
 class _Layer(nn.Module):
-    """What `kernelize` reads of a layer; it refuses any other member."""
+    """A layer with the members that `kernelize` reads; it refuses any other."""
 
     can_torch_compile = True
     has_backward = True
