@@ -3,7 +3,7 @@ r"""Cost of lower precision: scores, boxes and AP of `optimize(model, dtype=...)
     python -m benchmarks precision --threads 2
     python -m benchmarks precision --model runs/bccd/best --annotations instances_test.json \
         --images photographs --calibration training_photographs --precisions bf16 \
-        "int8 backbone" "openvino fp32" "openvino bf16" "openvino int8"
+        int8 "openvino fp32" "openvino bf16" "openvino int8"
 
 Without `--annotations` the images are scenes that no training has seen, as in `cdetr-fast demo`.
 All models see an image before the next one is read, so their times are interleaved. Errors are
@@ -39,7 +39,7 @@ from cdetr_fast.training.evaluation.detection import Detections, evaluate_detect
 
 REFERENCE = "fp32"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-INT8 = "int8 backbone"
+INT8 = "int8"
 BF16: dict[str, Any] = {"dtype": torch.bfloat16}
 OPENVINO: dict[str, Any] = {"engine": "openvino"}
 OPTIONS: dict[str, dict[str, Any]] = {

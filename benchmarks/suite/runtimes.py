@@ -141,10 +141,8 @@ class Models:
         makers |= {
             "optimize(cdetr_fast) fp32": self._optimized,
             "optimize(cdetr_fast) bf16": lambda: self._optimized(dtype=torch.bfloat16),
-            "optimize(cdetr_fast) int8 backbone": lambda: self._optimized(
-                int8_calibration=self.calibration
-            ),
-            "optimize(cdetr_fast) int8 backbone, the rest bf16": lambda: self._optimized(
+            "optimize(cdetr_fast) int8": lambda: self._optimized(int8_calibration=self.calibration),
+            "optimize(cdetr_fast) int8, the rest bf16": lambda: self._optimized(
                 dtype=torch.bfloat16, int8_calibration=self.calibration
             ),
             'engine="openvino" fp32': lambda: self._optimized(engine="openvino"),

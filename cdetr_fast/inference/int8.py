@@ -41,6 +41,19 @@ class Codes(NamedTuple):
     zero: int
     shape: tuple[int, ...]
 
+    @classmethod
+    def covering(cls, extremes: Sequence[Tensor], shape: tuple[int, ...]) -> "Codes":
+        """Return codes for the mean range of images.
+
+        Args:
+            extremes: Smallest and largest number of each image, `[B, 2]` for each batch.
+            shape: See `Codes`.
+        """
+        low, high = torch.cat(list(extremes)).mean(0).tolist()
+        low, high = min(low, 0.0), max(high, 0.0, low + 1e-6)
+        scale = (high - low) / _CODES
+        return cls(scale, round(-low / scale), shape)
+
     @property
     def line(self) -> tuple[float, int]:
         """Scale and zero."""
@@ -57,12 +70,21 @@ class Codes(NamedTuple):
 
 def int8_unsupported_reason() -> str | None:
     """Return why int8 convolutions do not run on this CPU, or would be slow or wrong; or None."""
-    if not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
-        return "this torch has no int8 convolutions of oneDNN"
+    names = ("qconv2d_pointwise", "qlinear_pointwise")
+    if not all(hasattr(torch.ops.onednn, name) for name in names):
+        return "this torch has no int8 operators of oneDNN"
     if not torch.cpu._is_vnni_supported():
         # without it pairs of products are summed in 16 bits, which overflow
         return "this CPU has no VNNI instructions"
     return None
+
+
+def weight_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return signed codes of a weight `[N, ...]`, and the scale of each output channel `[N]`."""
+    largest = weight.flatten(1).abs().amax(1)
+    scale = largest.clamp_min(torch.finfo(torch.float32).tiny) / 127
+    steps = scale.view(-1, *[1] * (weight.dim() - 1))
+    return (weight / steps).round().to(torch.int8), scale
 
 
 class Int8Conv2d(nn.Module):
@@ -89,8 +111,7 @@ class Int8Conv2d(nn.Module):
     ) -> None:
         super().__init__()
         weight = conv.weight
-        scale = weight.abs().amax((1, 2, 3)).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        codes = (weight / scale[:, None, None, None]).round().to(torch.int8)
+        codes, scale = weight_codes(weight)
         self.where = (conv.stride, conv.padding, conv.dilation, conv.groups)
         shape = None if conv.same else list(source.shape)  # None: padded beforehand
         self.packed = torch.ops.onednn.qconv_prepack(codes, scale, *source.line, *self.where, shape)
@@ -204,13 +225,7 @@ def _calibrate(body: fx.GraphModule, images: Sequence[Tensor]) -> dict[str, Code
 
     for batch in images:
         Recorder(body).run(batch.contiguous(memory_format=torch.channels_last))
-    found = {}
-    for name, extremes in ranges.items():
-        low, high = torch.cat(extremes).mean(0).tolist()
-        low, high = min(low, 0.0), max(high, 0.0, low + 1e-6)
-        scale = (high - low) / _CODES
-        found[name] = Codes(scale, round(-low / scale), shapes[name])
-    return found
+    return {name: Codes.covering(found, shapes[name]) for name, found in ranges.items()}
 
 
 def _rewrite(body: fx.GraphModule, codes: dict[str, Codes]) -> int:

@@ -97,10 +97,11 @@ def optimize(
         max_graphs: Graphs that are kept; the one not used for longest is dropped first.
         static_outputs: Return the graph's own tensors, which its next call overwrites.
         int8_calibration: Batches of `pixel_values` `[B, C, H, W]`, some tens of images of the
-            sizes, and in batches, as the calls will be. With them the backbone's convolutions run
-            in int8, on CPUs with VNNI, and the rest in `dtype`, fp32 or bf16; ranges are found on
-            these images, and again when the weights change. What that costs, `python -m benchmarks
-            precision` measures. The other engine goes by them in its own way, see `engine`.
+            sizes, and in batches, as the calls will be. With them the backbone's convolutions and
+            the feed-forward blocks run in int8, on CPUs with VNNI, and the rest in `dtype`, fp32 or
+            bf16; ranges are found on these images, and again when the weights change. What that
+            costs, `python -m benchmarks precision` measures. The other engine goes by them in its
+            own way, see `engine`.
         inplace: Change `model` itself, and return it.
         qualify: "auto" finds out which kernels are right and faster on a GPU without a record, once
             and in at most 90 seconds, see `cdetr_kernels.qualify`; False leaves it out, as

@@ -17,6 +17,7 @@ from cdetr_fast.inference.constants import (
 )
 from cdetr_fast.inference.convolution import FOLDABLE, FusedConv2d
 from cdetr_fast.inference.int8 import Int8Conv2d, quantize
+from cdetr_fast.inference.int8_linear import quantize_feed_forward
 from cdetr_fast.inference.joint import (
     join_decoder,
     join_decoder_self_attention,
@@ -47,7 +48,8 @@ class PreparedModel(nn.Module):
     Args:
         model: One of this package's models, in eval mode. It is not changed; weights that are
             neither folded nor joined are shared with it.
-        int8_calibration: Batches of images `[B, C, H, W]`; with them the backbone is put into int8.
+        int8_calibration: Batches of images `[B, C, H, W]`; with them the backbone and the
+            feed-forward blocks are put into int8.
 
     Attributes:
         model: A copy of the same class, or of a class derived from it, with parts replaced.
@@ -61,6 +63,8 @@ class PreparedModel(nn.Module):
             self.model = shallow_copy(model)
             self._replace_parts(int8_calibration)
             self.model.eval()
+            if int8_calibration:
+                self._quantize_feed_forward(int8_calibration)
         shared = {tensor.data_ptr() for _, tensor in named_tensors(model)}
         self._own = {name for name, x in named_tensors(self.model) if x.data_ptr() not in shared}
 
@@ -118,6 +122,14 @@ class PreparedModel(nn.Module):
         has_prefix = self._prepare_decoder(base)
         if self.detector is not None:
             self._prepare_heads(self.detector, has_prefix)
+
+    def _quantize_feed_forward(self, images: Sequence[Tensor]) -> None:
+        def run(batch: Tensor) -> None:
+            self.model(batch.to(self.dtype))
+
+        count = quantize_feed_forward(self.model, run, images)
+        self.base.positions.clear()  # those of the images
+        self.int8 = f"{self.int8}; {count} feed-forward blocks"
 
     def _prepare_encoder(self, encoder: ConditionalDetrEncoder) -> None:
         difference = first_difference(encoder, ConditionalDetrEncoder, self.model.config)

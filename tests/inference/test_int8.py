@@ -12,6 +12,8 @@ from cdetr_fast.demo import DEMO
 from cdetr_fast.demo.scenes import TRAIN_SEED, draw_scene
 from cdetr_fast.inference import int8
 from cdetr_fast.inference.convolution import RELU, Activation, FusedConv2d, has_onednn
+from cdetr_fast.inference.int8_linear import Int8Linear
+from cdetr_fast.inference.linear import FusedLinear
 
 needs_int8 = pytest.mark.skipif(
     int8.int8_unsupported_reason() is not None, reason=f"no int8: {int8.int8_unsupported_reason()}"
@@ -78,6 +80,69 @@ def test_a_convolution_is_that_of_its_rounded_weights(activation, residual, leav
         assert (got - expected).abs().max() <= 1e-4
     if before is not None:
         assert not in_codes or torch.equal(add, before)  # not overwritten unless `in_place`
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", ["codes", "numbers"])
+@pytest.mark.parametrize(
+    ("relu", "leaves_codes", "state"),
+    [(True, True, None), (True, False, None), (False, False, None),
+     *((False, False, state) for state in ("batch", "shared", "strided"))],
+)  # fmt: skip
+def test_a_linear_layer_is_that_of_its_rounded_weights(dtype, given, relu, leaves_codes, state):
+    torch.manual_seed(0)
+    source = int8.Codes(0.02, 100, (2, 5, 24))
+    result = int8.Codes(0.01, 0, (2, 5, 16)) if leaves_codes else None
+    linear = FusedLinear(torch.randn(16, 24).to(dtype), torch.randn(16).to(dtype), relu)
+    quantized = Int8Linear(linear, source, result)
+    codes = torch.randint(0, 256, (2, 5, 24), dtype=torch.uint8)
+    x = codes
+    if given == "numbers":
+        x = source.numbers(codes).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        codes = source.of(x.float())
+    weight = linear.weight.double()
+    step = weight.abs().amax(1, keepdim=True) / 127
+    weight = (weight / step).round() * step
+    expected = F.linear(as_double(source, codes), weight, linear.bias.double())
+    added = {
+        None: None,
+        "batch": torch.randn(2, 5, 16).to(dtype),
+        "shared": torch.randn(1, 5, 16).to(dtype),
+        "strided": torch.randn(2, 16, 5).to(dtype).transpose(1, 2),
+    }[state]
+    if added is not None:
+        expected += added
+    if relu:
+        expected = expected.relu()
+    before = None if added is None else added.clone()
+    got = quantized(x, added)
+    if leaves_codes:
+        assert got.dtype == torch.uint8
+        highest = 255 * result.scale
+        error = (as_double(result, got) - expected.clamp(0, highest)).abs().max()
+        assert error <= 0.501 * result.scale
+    else:
+        assert got.dtype == dtype
+        assert (got - expected).abs().max() <= 2 * torch.finfo(dtype).eps * expected.abs().max()
+    assert before is None or torch.equal(added, before)
+
+
+@needs_int8
+@pytest.mark.parametrize(("activation", "count"), [("relu", 5), ("gelu", 0)])
+def test_feed_forward_blocks(activation, count):
+    model = make_ours(
+        "detection", "paper", backbone="test_resnet", activation_function=activation
+    ).eval()
+    fast = optimize(model, int8_calibration=calibration())
+    layers = [m for m in fast.runner.prepared.modules() if isinstance(m, Int8Linear)]
+    assert len(layers) == 2 * count
+    assert f"{count} feed-forward blocks" in fast.explain()
+    assert "none yet" in fast.explain()  # map sizes: those of the calibration are not kept
+    for shape in ((1, 3, 96, 128), (2, 3, 70, 101)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+        got, expected = fast(x).last_hidden_state, model(x).last_hidden_state
+        assert (got - expected).norm() <= 0.15 * expected.norm()
 
 
 @needs_int8
