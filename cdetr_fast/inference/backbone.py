@@ -25,6 +25,7 @@ from cdetr_fast.inference.convolution import (
     FusedConv2d,
     activation_of,
 )
+from cdetr_fast.inference.padding import SAME_POOLS, SamePool2d
 from cdetr_fast.inference.pooling import KeptMaxPool2d, can_keep
 from cdetr_fast.inference.workspace import Workspace
 from cdetr_fast.models.backbone import FrozenBatchNorm2d, FrozenBatchNormAct2d
@@ -183,6 +184,8 @@ def _fuse(traced: fx.GraphModule) -> None:
         if layer is not None and can_keep(layer):
             assert isinstance(layer, nn.MaxPool2d)
             put(node, KeptMaxPool2d(layer))
+        if layer is not None and type(layer) in SAME_POOLS:
+            put(node, SamePool2d(layer))
         if not isinstance(layer, nn.Conv2d) or type(layer) not in FOLDABLE:
             continue
         follower = _only_user(node)

@@ -1,9 +1,14 @@
 """TensorFlow's "same" padding, in arithmetic that stays short for open sizes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
+from torch import Tensor, nn
+
+SAME_POOLS = (AvgPool2dSame, MaxPool2dSame)
+"""Pooling that pads by the size of its input, which `SamePool2d` replaces."""
 
 
 def pad_same(
@@ -28,3 +33,28 @@ def pad_same(
             pad = max(pad, 0)
         pads += [pad // 2, pad - pad // 2]
     return F.pad(x, pads, value=value)
+
+
+class SamePool2d(nn.Module):
+    """One of timm's "same" pools, padded by `pad_same`.
+
+    Args:
+        pool: One of `SAME_POOLS`; dilated ResNets average by them beside their blocks.
+    """
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(pool, SAME_POOLS):
+            raise TypeError(f"pool: expected {SAME_POOLS}, got {type(pool).__name__}")
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool `[B, C, H, W]`."""
+        pool: Any = self.pool
+        windows = pool.kernel_size, pool.stride
+        is_maximum = isinstance(self.pool, MaxPool2dSame)
+        if is_maximum:
+            x = pad_same(x, *windows, pool.dilation, value=-float("inf"))
+            return F.max_pool2d(x, *windows, 0, pool.dilation, pool.ceil_mode)
+        x = pad_same(x, *windows)
+        return F.avg_pool2d(x, *windows, 0, pool.ceil_mode, pool.count_include_pad)

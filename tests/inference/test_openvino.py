@@ -85,6 +85,18 @@ def test_outputs_are_those_of_the_model(model, fast, arguments):
     assert type(got) is type(expected)
 
 
+@pytest.mark.parametrize("backbone", ["resnet10t", "tf_efficientnet_lite0"])
+def test_padding_that_depends_on_the_size(backbone):
+    """Of strided convolutions, and of the pools beside the blocks of a dilated ResNet."""
+    stride = {"output_stride": 8} if backbone == "resnet10t" else {}
+    config = {"model_type": "timm_backbone", "backbone": backbone, "out_indices": [3], **stride}
+    model = make_ours(**{**SMALL_MODEL, "backbone": None, "backbone_config": config}).eval()
+    randomise(model)
+    fast = optimize(model, engine="openvino")
+    for size in ((64, 96), (75, 61)):
+        assert_same(fast(*images(2, *size)), model(*images(2, *size)))
+
+
 def test_masks_of_other_dtypes_and_images_of_other_layouts(model, fast):
     pixel_values, mask = images()
     expected = model(pixel_values, mask)

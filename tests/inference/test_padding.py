@@ -4,10 +4,11 @@ import pytest
 import torch
 from timm.layers import Conv2dSame
 from timm.layers import padding as theirs
+from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 
 from cdetr_fast.inference.convolution import FusedConv2d
-from cdetr_fast.inference.padding import pad_same
+from cdetr_fast.inference.padding import SamePool2d, pad_same
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
@@ -20,6 +21,22 @@ def test_as_timm(kernel, stride, dilation):
         assert torch.equal(pad_same(x, *windows), theirs.pad_same(x, *windows))
         ours, other = pad_same(x, *windows, value=7.0), theirs.pad_same(x, *windows, value=7.0)
         assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        AvgPool2dSame(2, 1),
+        AvgPool2dSame(2, 1, ceil_mode=True, count_include_pad=False),
+        AvgPool2dSame((3, 2), (2, 3)),
+        MaxPool2dSame(3, 2),
+        MaxPool2dSame((3, 2), 2, dilation=(1, 2), ceil_mode=True),
+    ],
+)
+def test_pools_as_timm(pool):
+    for height in range(3, 12):
+        x = torch.rand(1, 2, height, 16 - height) - 0.5
+        assert torch.equal(SamePool2d(pool)(x), pool(x))
 
 
 def test_sizes_of_an_exported_program_stay_short():
