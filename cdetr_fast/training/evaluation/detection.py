@@ -109,6 +109,9 @@ def predict(
     was_training = model.training
     model.eval()
     parameter = next(model.parameters())
+    # Asked for where the configuration says otherwise: a user's own model may not take the keyword.
+    config = getattr(getattr(model, "module", model), "config", None)
+    named = {} if getattr(config, "return_dict", True) else {"return_dict": True}
     columns: list[list[np.ndarray]] = [[np.zeros(0, np.int64)], [np.zeros(0, np.int64)]]
     columns += [[np.zeros(0, np.float32)], [np.zeros((0, 4), np.float32)]]
     failures: list[str] = []
@@ -118,7 +121,7 @@ def predict(
         batch.fill_if_empty()
         inputs = batch.model_inputs(parameter.device, mean, std, parameter.dtype)
         del inputs["labels"]
-        outputs = model(**inputs, return_dict=True)
+        outputs = model(**inputs, **named)
         found = cast(
             "BatchFeature",
             to_detections(outputs, 0.0, batch.orig_sizes_hw, _PER_IMAGE, return_tensors="pt"),
