@@ -186,15 +186,25 @@ def test_onnx_example_imports_no_torch(root, exported):
     [((128, 128), 1e-3), ((96, 128), 1e-3), ((128, 74), 1e-3), ((333, 500), 1.0)],
 )
 def test_numpy_gives_what_predict_gives(exported, numpy_code, size_hw, pixels):
-    """Images of the model's size have equal pixels; others are resized by another library."""
-    model = ConditionalDetrForObjectDetection.from_pretrained(DEMO, dtype=torch.float32)
+    """Images of the model's size have equal pixels; others are resized by another library.
+
+    Scores are within a hundredth of that, or within twice the error of `predict` against fp64.
+    """
+    model, exact = (
+        ConditionalDetrForObjectDetection.from_pretrained(DEMO, dtype=dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
     detector = numpy_code["Detector"](exported)
     for seed in (3, 4):
         image = draw_scene(seed, size_hw)[0]
         expected, found = model.predict(image, threshold=0.3), detector(image, threshold=0.3)
         assert found.labels.tolist() == expected.labels.tolist() != []
         assert abs(found.boxes_xyxy - expected.boxes_xyxy.numpy()).max() < pixels
-        assert abs(found.scores - expected.scores.numpy()).max() < pixels / 20
+        difference = abs(found.scores - expected.scores.numpy()).max()
+        if difference >= pixels / 100:  # fp32 itself is further off
+            true = exact.predict(image, threshold=0.3).scores.numpy()
+            error, own = abs(found.scores - true).max(), abs(expected.scores.numpy() - true).max()
+            assert error <= 2 * own
 
 
 sides = st.integers(1, 3000)

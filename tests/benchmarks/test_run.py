@@ -46,3 +46,6 @@ def test_each_prints_its_help(name, capsys):
     if not REGISTRY[name].tool:
         for option in ("--threads", "--repeats", "--device", "--output"):
             assert option in shown
+    if name == "loss":
+        assert "--targets" in shown  # an option of its own, and its description
+        assert "ours against transformers'" in shown
