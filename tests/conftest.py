@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from PIL import Image
 from support.accelerate_state import forget_accelerate_state
@@ -29,6 +30,12 @@ def pytest_configure() -> None:
 def pytest_unconfigure() -> None:
     """Remove the cache."""
     shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed torch before a test's fixtures, so that its weights don't go by what ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -147,11 +147,17 @@ def test_detections_of_a_pipeline(photo):
     ]
     for expected, got in zip(*results, strict=True):
         assert len(expected) > 3
-        assert [x["label"] for x in got] == [x["label"] for x in expected]
-        for x, y in zip(got, expected, strict=True):
-            assert x["score"] == pytest.approx(y["score"], abs=1e-5)
-            # pipelines cut boxes to whole pixels
-            assert all(abs(x["box"][side] - y["box"][side]) <= 1 for side in y["box"])
+        assert [x["score"] for x in got] == pytest.approx([x["score"] for x in expected], abs=1e-5)
+        for x in got:
+            # Rounding may swap scores that are closer than that. Pipelines cut to whole pixels.
+            same = next(
+                y
+                for y in expected
+                if x["label"] == y["label"]
+                and x["score"] == pytest.approx(y["score"], abs=1e-5)
+                and all(abs(x["box"][side] - y["box"][side]) <= 1 for side in y["box"])
+            )
+            expected.remove(same)
 
 
 def test_backbones_of_transformers_run_as_they_are():

@@ -5,17 +5,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from support.interpreter import INTERPRETED, run_in_the_interpreter
-from support.kernels import in_this_process
+from support.interpreter import run_in_the_interpreter
+from support.kernels import in_this_process, interpreted_only
 
 from cdetr_kernels import conditional_attention_separable
 from cdetr_kernels.gpu import launching
 from cdetr_kernels.ops.conditional_attention_separable import cases
 
 pytest.importorskip("triton")
-interpreted_only = pytest.mark.skipif(
-    not INTERPRETED, reason="run by test_in_the_interpreter, in a process of its own"
-)
 
 
 @in_this_process

@@ -13,10 +13,9 @@ from cdetr_kernels.testing.case import Case
 from support.interpreter import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-needs_kernels = pytest.mark.skipif(
-    not INTERPRETED and DEVICE == "cpu",
-    reason="run by test_in_the_interpreter, in a process of its own",
-)
+_ELSEWHERE = "run by test_in_the_interpreter, in a process of its own"
+needs_kernels = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason=_ELSEWHERE)
+interpreted_only = pytest.mark.skipif(not INTERPRETED, reason=_ELSEWHERE)
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="needs kernels that can be compiled")
 in_this_process = pytest.mark.skipif(INTERPRETED, reason="is the process that this test starts")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
