@@ -1,5 +1,6 @@
 """Growth: power laws fitted to the rows of `python -m benchmarks growth`, and their tables."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -85,9 +86,10 @@ def table(rows: list[Row]) -> str:
         if reason := next((row["not measured"] for row in own if "not measured" in row), None):
             ends += f"; then {reason}"
         cells = []
-        for key, digits in (("ms", ".3g"), ("peak MiB", ".0f")):
+        for key, least in (("ms", 3), ("peak MiB", 1)):
             law = fitted([r["value"] for r in known], [max(r[key], 1e-3) for r in known])
-            cells += [f"{first[key]:{digits}} to {last[key]:{digits}}", str(law or "-")]
+            ends_of = f"{_digits(first[key], least)} to {_digits(last[key], least)}"
+            cells += [ends_of, str(law or "-")]
         lines.append((work, provider, ends, *cells))
     header = ["work", "model", axis, "ms", "its exponent", "peak MiB", "its exponent"]
     return markdown(header, lines)
@@ -105,6 +107,12 @@ def workers_table(rows: list[Row]) -> str:
         return row["provider"], row["value"], f"{row['images/s']:.2f}", *memory
 
     return f"{_without_workers(rows[0]['shape'])}\n\n{markdown(header, map(line, rows))}"
+
+
+def _digits(figure: float, least: int) -> str:
+    """Write a figure with that many significant digits, and all before the point."""
+    places = max(0, least - 1 - math.floor(math.log10(max(figure, 1e-9))))
+    return f"{figure:,.{places}f}"
 
 
 def _without_workers(shape: str) -> str:
