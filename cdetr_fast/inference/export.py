@@ -133,7 +133,10 @@ def export(
         )
     with progress.task("optimizing the model"):
         optimized: Any = optimize(model, cuda_graphs=False)
-    forward = ExportedForward(optimized.runner.prepared, None if dynamic else size, masked).eval()
+    prepared: PreparedModel = optimized.runner.prepared
+    if format == "openvino":
+        prepared.join_attention()
+    forward = ExportedForward(prepared, None if dynamic else size, masked).eval()
     example = _images(model, batch + (batch == 1 and dynamic), size, masked)
     trials = [example]
     if dynamic:
@@ -143,7 +146,7 @@ def export(
     tolerance = _tolerance(example[0].dtype)
     if calibration:
         images = calibration[-1]
-        trials = [(images, torch.ones(len(images), *images.shape[-2:]))[: 1 + masked]]
+        trials = [(images, torch.ones(len(images), *images.shape[-2:], device="cpu"))[: 1 + masked]]
         write_file = functools.partial(_write_openvino, int8_calibration=calibration)
         tolerance = _INT8_TOLERANCE
     errors: list[float] = []
@@ -290,8 +293,8 @@ def _images(model: nn.Module, batch: int, size: tuple[int, int], masked: bool) -
     weight = next(p for p in model.parameters() if p.is_floating_point())
     channels = cast(Any, model).config.num_channels
     generator = torch.Generator().manual_seed(0)
-    pixel_values = torch.randn(batch, channels, *size, generator=generator)
-    mask = torch.ones(batch, *size)
+    pixel_values = torch.randn(batch, channels, *size, generator=generator, device="cpu")
+    mask = torch.ones(batch, *size, device="cpu")
     mask[1:, size[0] * 3 // 4 :] = 0
     kept = (pixel_values, mask)[: 1 + masked]
     return tuple(tensor.to(weight.device, weight.dtype) for tensor in kept)

@@ -10,9 +10,11 @@ is used.
 
 import copy
 import importlib.util
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -82,6 +84,7 @@ class OpenVinoCall:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
             # Exported in fp32: OpenVINO rounds weights itself, after norms are folded.
             prepared = PreparedModel(copy.deepcopy(model).float())
+            prepared.join_attention()
             trial = _trial(prepared.num_channels)
             network = convert(
                 torch.export.export(_Forward(prepared).eval(), trial, dynamic_shapes=OPEN_SHAPES)
@@ -89,7 +92,7 @@ class OpenVinoCall:
             if int8_calibration:
                 network = quantized(network, int8_calibration)
                 images = int8_calibration[-1]  # in the range that the codes are for
-                trial = images, torch.ones(len(images), *images.shape[-2:])
+                trial = images, torch.ones(len(images), *images.shape[-2:], device="cpu")
             self._compiled = compiled(network, dtype, self.threads)
             self._idle: list[Any] = []  # requests, each of one thread at a time
             expected = dict(model(trial[0].to(dtype), trial[1], return_dict=True))
@@ -100,7 +103,7 @@ class OpenVinoCall:
         """Run the model; arguments and results as in `PreparedModel.forward`."""
         if pixel_mask is None:
             batch, _, height, width = pixel_values.shape
-            pixel_mask = torch.ones(batch, height, width)
+            pixel_mask = torch.ones(batch, height, width, device="cpu")
         arrays = [_array(pixel_values), _array(pixel_mask != 0)]
         try:
             request = self._idle.pop()
@@ -154,9 +157,10 @@ def _trial(channels: int) -> tuple[Tensor, Tensor]:
     """Return images and their mask, which pads the second."""
     batch, height, width = _TRIAL
     generator = torch.Generator().manual_seed(0)
-    mask = torch.ones(batch, height, width)
+    mask = torch.ones(batch, height, width, device="cpu")
     mask[1:, height * 3 // 4 :] = 0
-    return torch.randn(batch, channels, height, width, generator=generator), mask
+    size = (batch, channels, height, width)
+    return torch.randn(size, generator=generator, device="cpu"), mask
 
 
 def convert(program: torch.export.ExportedProgram) -> Any:
@@ -181,7 +185,7 @@ def quantized(network: Any, images: Sequence[Tensor]) -> Any:
 
     masked = len(network.inputs) > 1
     batches = [
-        (_array(batch), _array(torch.ones(len(batch), *batch.shape[-2:])))[: 1 + masked]
+        (_array(batch), np.ones((len(batch), *batch.shape[-2:]), np.float32))[: 1 + masked]
         for batch in images
     ]
     return nncf.quantize(network, nncf.Dataset(batches), subset_size=len(batches))
@@ -202,6 +206,8 @@ def compiled(network: Any, dtype: torch.dtype, threads: int) -> Any:
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
         "PERFORMANCE_HINT": "LATENCY",
+        # Pinned, the threads of several processes would share the first cores.
+        "ENABLE_CPU_PINNING": threads >= (os.cpu_count() or 1),
     }
     return openvino.Core().compile_model(network, "CPU", settings)
 
