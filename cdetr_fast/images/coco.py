@@ -112,7 +112,7 @@ def object_mask(segmentation: Any, size_hw: tuple[int, int]) -> Tensor:
     parts = segmentation_parts(segmentation, size_hw)
     if parts and isinstance(parts[0], list):
         return _filled(parts, size_hw)
-    mask = torch.zeros(size_hw, dtype=torch.bool)
+    mask = torch.zeros(size_hw, dtype=torch.bool, device="cpu")
     for runs in parts:
         inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
         mask |= torch.from_numpy(inside.reshape(size_hw[::-1]).T)

@@ -144,7 +144,9 @@ class DetectionResult:
         from cdetr_fast.images.load import as_picture
 
         image = as_picture(image)
-        scale = torch.tensor([image.width / self.image_hw[1], image.height / self.image_hw[0]])
+        scale = self.boxes_xyxy.new_tensor(
+            [image.width / self.image_hw[1], image.height / self.image_hw[0]]
+        )
         boxes_xyxy = self.boxes_xyxy * scale.repeat(2)
         return draw_detections(image, boxes_xyxy, self.labels, self.scores, self.id2label)
 
@@ -164,7 +166,7 @@ class SegmentationResult(DetectionResult):
     @property
     def masks(self) -> Tensor:
         """The pixels of each segment, bool `[n, H, W]`, without overlaps."""
-        ids = torch.tensor(self.segment_ids, dtype=torch.int32)
+        ids = self.segmentation.new_tensor(self.segment_ids, dtype=torch.int32)
         return self.segmentation == ids[:, None, None]
 
     def _select(self, keep: Tensor) -> Self:
@@ -282,14 +284,14 @@ def _segmentation_result(
     id2label: Mapping[int, str],
 ) -> SegmentationResult:
     height, width = size_hw
-    boxes_xyxy = boxes_xyxy * torch.tensor([width, height, width, height])
+    boxes_xyxy = boxes_xyxy * boxes_xyxy.new_tensor([width, height, width, height])
     parts = [boxes_xyxy[queries] for queries in found.queries]
     boxes = [torch.cat((part[:, :2].amin(0), part[:, 2:].amax(0))) for part in parts]
     infos = found.infos
     return SegmentationResult(
-        torch.tensor([info["score"] for info in infos]),
-        torch.tensor([info["label_id"] for info in infos], dtype=torch.int64),
-        torch.stack(boxes) if boxes else torch.zeros(0, 4),
+        torch.tensor([info["score"] for info in infos], device="cpu"),
+        torch.tensor([info["label_id"] for info in infos], dtype=torch.int64, device="cpu"),
+        torch.stack(boxes) if boxes else torch.zeros(0, 4, device="cpu"),
         size_hw,
         id2label,
         found.segmentation.clamp_(min=0).cpu(),

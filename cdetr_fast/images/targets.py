@@ -30,6 +30,14 @@ _REQUIRED = {
 }
 
 
+def _int64(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")  # not on torch's default device
+
+
+def _float32(values: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
 def prepare_target(
     annotation: Mapping[str, Any],
     size_hw: tuple[int, int],
@@ -58,10 +66,10 @@ def prepare_target(
     if not isinstance(annotation, Mapping) or any(key not in annotation for key in required):
         got = sorted(annotation) if isinstance(annotation, Mapping) else type(annotation).__name__
         raise ValueError(f"{name}: expected a dict with {list(required)} for {format}, got {got}")
-    size = torch.tensor(size_hw, dtype=torch.int64)
+    size = _int64(size_hw)
     image_id = checked(Whole, annotation["image_id"], f"{name}: image_id")
     target = {
-        "image_id": torch.tensor([image_id], dtype=torch.int64),
+        "image_id": _int64([image_id]),
         "size": size,
         "orig_size": size.clone(),
     }
@@ -102,17 +110,17 @@ def _detection_target(
         segmentations.append(item.get("segmentation"))
     places = [i for i, record in enumerate(records) if not record.get("iscrowd", False)]
 
-    boxes_xywh = torch.tensor([records[i]["bbox"] for i in places], dtype=torch.float32)
+    boxes_xywh = _float32([records[i]["bbox"] for i in places])
     boxes_xyxy = clipped_corners(boxes_xywh.reshape(-1, 4), size_hw)
     keep = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(dim=1)
     places = [i for i, kept in zip(places, keep.tolist(), strict=True) if kept]
     kept_records = [records[i] for i in places]
     labels = [record["category_id"] for record in kept_records]
     target = {
-        "class_labels": torch.tensor(labels, dtype=torch.int64),
+        "class_labels": _int64(labels),
         "boxes": boxes_xyxy[keep],
-        "area": torch.tensor([record["area"] for record in kept_records], dtype=torch.float32),
-        "iscrowd": torch.zeros(len(places), dtype=torch.int64),
+        "area": _float32([record["area"] for record in kept_records]),
+        "iscrowd": _int64([0] * len(places)),
     }
     points = [value for record in kept_records for value in record.get("keypoints", ())]
     if any("keypoints" in record for record in kept_records):
@@ -121,12 +129,10 @@ def _detection_target(
                 f"{name} (image id {image_id}): keypoints: expected x, y and visibility of each "
                 f"point, got {len(points)} numbers in all"
             )
-        target["keypoints"] = torch.tensor(points, dtype=torch.float32).reshape(-1, 3)
+        target["keypoints"] = _float32(points).reshape(-1, 3)
     if return_masks:
         masks = [_mask(segmentations[i], size_hw, names[i]) for i in places]
-        target["masks"] = (
-            torch.stack(masks) if masks else torch.zeros(0, *size_hw, dtype=torch.bool)
-        )
+        target["masks"] = torch.stack(masks) if masks else _int64([]).new_empty(0, *size_hw).bool()
     return target
 
 
@@ -170,7 +176,7 @@ def _panoptic_target(
             stacklevel=5,
         )
 
-    ids = torch.tensor([record["id"] for record in records], dtype=torch.int64)
+    ids = _int64([record["id"] for record in records])
     masks = segment_map == ids[:, None, None]  # [T, H, W]
     empty = ~masks.flatten(1).any(dim=1)
     if empty.any():
@@ -180,9 +186,9 @@ def _panoptic_target(
     return {
         "masks": masks,
         "boxes": _boxes_of_masks(masks),
-        "class_labels": torch.tensor(labels, dtype=torch.int64),
-        "iscrowd": torch.tensor(crowd, dtype=torch.int64),
-        "area": torch.tensor([record["area"] for record in records], dtype=torch.float32),
+        "class_labels": _int64(labels),
+        "iscrowd": _int64(crowd),
+        "area": _float32([record["area"] for record in records]),
     }
 
 
@@ -205,8 +211,8 @@ def resize_target(target: Target, old_hw: tuple[int, int], new_hw: tuple[int, in
     """Scale boxes, area and masks of a target from one image size to another."""
     ratio_h, ratio_w = (new / old for new, old in zip(new_hw, old_hw, strict=True))
     target = dict(target)
-    target["size"] = torch.tensor(new_hw, dtype=torch.int64)
-    target["boxes"] = target["boxes"] * torch.tensor([ratio_w, ratio_h, ratio_w, ratio_h])
+    target["size"] = _int64(new_hw)
+    target["boxes"] = target["boxes"] * _float32([ratio_w, ratio_h, ratio_w, ratio_h])
     target["area"] = target["area"] * (ratio_w * ratio_h)
     if "masks" in target:
         masks = target["masks"]

@@ -19,11 +19,11 @@ from torch import Tensor, fx, nn
 
 from cdetr_fast.common.errors import first_line
 from cdetr_fast.inference.convolution import (
-    FOLDABLE,
     RELU,
     Activation,
     FusedConv2d,
     activation_of,
+    can_fold,
 )
 from cdetr_fast.inference.padding import SAME_POOLS, SamePool2d
 from cdetr_fast.inference.pooling import KeptMaxPool2d, can_keep
@@ -104,7 +104,7 @@ class FusedBackbone(nn.Module):
             traced = fx.GraphModule(backbone, _Tracer().trace(backbone))
             if not all_maps:
                 _return_last(traced.graph)
-            _fuse(traced)
+            _fuse(traced, _probe(backbone, _PROBES[0]))
             self.body = traced
             self._compare(backbone)
         except Exception as error:  # tracing runs the backbone's own code, which may do anything
@@ -128,7 +128,7 @@ class FusedBackbone(nn.Module):
 
         The last check is at another size: tracing may have made a number of a size.
         """
-        image, other = (_probe(self.body, size) for size in _PROBES)
+        image, other = (_probe(backbone, size) for size in _PROBES)
         expected = backbone(image)
         convolutions = [m for m in self.body.modules() if isinstance(m, FusedConv2d)]
         _check_maps(self.body(image), expected)
@@ -140,9 +140,9 @@ class FusedBackbone(nn.Module):
 
 def _probe(module: nn.Module, size_hw: tuple[int, int]) -> Tensor:
     """Return a small image for a backbone."""
-    weight = next(m for m in module.modules() if isinstance(m, (nn.Conv2d, FusedConv2d))).weight
+    weight = next(m for m in module.modules() if isinstance(m, nn.Conv2d)).weight
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, weight.shape[1], *size_hw, generator=generator)
+    image = torch.randn(1, weight.shape[1], *size_hw, generator=generator, device="cpu")
     return image.to(weight.device, weight.dtype, memory_format=torch.channels_last)
 
 
@@ -163,8 +163,13 @@ def _check_maps(got: list[Tensor], expected: list[Tensor]) -> None:
             raise RuntimeError(f"the rewritten backbone is off by {(a - b).abs().max().item():.1e}")
 
 
-def _fuse(traced: fx.GraphModule) -> None:
-    """Rewrite a traced backbone in place; modules of the original are not changed."""
+def _fuse(traced: fx.GraphModule, image: Tensor) -> None:
+    """Rewrite a traced backbone in place; modules of the original are not changed.
+
+    Args:
+        traced: The backbone.
+        image: A small one.
+    """
     graph, modules = traced.graph, dict(traced.named_modules())
 
     def module_of(node: fx.Node) -> nn.Module | None:
@@ -186,7 +191,7 @@ def _fuse(traced: fx.GraphModule) -> None:
             put(node, KeptMaxPool2d(layer))
         if layer is not None and type(layer) in SAME_POOLS:
             put(node, SamePool2d(layer))
-        if not isinstance(layer, nn.Conv2d) or type(layer) not in FOLDABLE:
+        if not isinstance(layer, nn.Conv2d) or not can_fold(layer):
             continue
         follower = _only_user(node)
         norm = None if follower is None else module_of(follower)
@@ -209,7 +214,7 @@ def _fuse(traced: fx.GraphModule) -> None:
                 continue
         conv.activation = activation
         _replace(follower, node)
-    shapes = _shapes(traced)
+    shapes = _shapes(traced, image)
     for node in list(graph.nodes):
         _fuse_addition(node, module_of, shapes)
         _fuse_activation(node, module_of)
@@ -352,8 +357,8 @@ def _replace(node: fx.Node, by: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def _shapes(traced: fx.GraphModule) -> dict[str, tuple[int, ...] | None]:
-    """Return the shape of every intermediate tensor for a small image."""
+def _shapes(traced: fx.GraphModule, image: Tensor) -> dict[str, tuple[int, ...] | None]:
+    """Return the shape of every intermediate tensor for an image."""
     shapes: dict[str, tuple[int, ...] | None] = {}
 
     class Recorder(fx.Interpreter):
@@ -364,5 +369,5 @@ def _shapes(traced: fx.GraphModule) -> dict[str, tuple[int, ...] | None]:
 
     traced.graph.lint()
     traced.recompile()
-    Recorder(traced).run(_probe(traced, _PROBES[0]))
+    Recorder(traced).run(image)
     return shapes

@@ -24,6 +24,17 @@ FOLDABLE = (nn.Conv2d, Conv2dSame)
 """Exact types whose forward is a convolution with their own weight; subclasses may do more."""
 
 
+def can_fold(module: nn.Module) -> bool:
+    """Return whether `FusedConv2d` computes what a module does: it pads both sides with zeros."""
+    if type(module) not in FOLDABLE:
+        return False
+    assert isinstance(module, nn.Conv2d)
+    if module.padding_mode != "zeros":
+        return False
+    spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    return module.padding != "same" or not any(span % 2 for span in spans)
+
+
 class Activation(NamedTuple):
     """An activation by the name that oneDNN has for it.
 
@@ -84,7 +95,7 @@ class FusedConv2d(nn.Module):
     """`act(conv(x) * scale + shift [+ residual])` with scale and shift folded into the weight.
 
     Args:
-        conv: One of `FOLDABLE`; its weight is read, not changed.
+        conv: One that `can_fold` takes; its weight is read, not changed.
         norm: The frozen batch norm that follows it, or None.
 
     The weight is channels-last. oneDNN packs it in each call, which is a third of the time of a
@@ -250,7 +261,7 @@ def _try(conv: FusedConv2d, implementation: str) -> str | None:
     """
     channels = conv.weight.shape[1] * conv.groups
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, channels, 9, 9, generator=generator)
+    x = torch.randn(1, channels, 9, 9, generator=generator, device="cpu")
     x = x.to(conv.weight.device, conv.weight.dtype, memory_format=torch.channels_last)
     in_place, conv.in_place = conv.in_place, False
     try:

@@ -24,7 +24,7 @@ from torch import nn
 from cdetr_fast.common.errors import first_line
 from cdetr_fast.common.files import write_text
 from cdetr_fast.common.validation import first_problem
-from cdetr_kernels import evidence
+from cdetr_kernels import dispatch, evidence, native
 from cdetr_kernels.qualification.store import locked
 
 FORMAT = 1
@@ -46,15 +46,17 @@ class Machine:
     Attributes:
         processor: Name of the CPU.
         instructions: Those that decide which code runs.
+        kernels: State of the extension, and the backend that `CDETR_FAST_BACKEND` names.
         threads: Of an operation.
         torch: Version.
         openvino: Version; None if it is not installed.
         nncf: Version; None if it is not installed.
-        sources: Hash of this package's inference and models.
+        sources: Hash of this package's inference, models and kernels.
     """
 
     processor: str
     instructions: str
+    kernels: str
     threads: int
     torch: str
     openvino: str | None
@@ -137,6 +139,7 @@ def machine() -> Machine:
     return Machine(
         _processor(),
         _instructions(),
+        _kernels(),
         torch.get_num_threads(),
         str(torch.__version__),
         _version("openvino"),
@@ -288,7 +291,12 @@ def _processor() -> str:
 @functools.cache
 def _sources_hash() -> str:
     digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.glob("inference/*.py")) + sorted(_PACKAGE.glob("models/*.py")):
+    digest.update(evidence.sources_hash().encode())
+    for path in (
+        *sorted(_PACKAGE.glob("inference/*.py")),
+        *sorted(_PACKAGE.glob("models/*.py")),
+        *native.FOLDER.glob("_native_cpu.so"),
+    ):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -304,6 +312,11 @@ def _instructions() -> str:
     if limit := os.environ.get("ONEDNN_MAX_CPU_ISA"):
         parts.append(f"oneDNN at most {limit}")
     return ", ".join(parts)
+
+
+def _kernels() -> str:
+    state = "without" if native.UNAVAILABLE["cpu"] else "with"
+    return f"{state} the C++ extension, backend {dispatch.PREFERRED}"
 
 
 def _version(package: str) -> str | None:

@@ -60,7 +60,7 @@ class Shape(NamedTuple):
         """Return the padding mask `[B, H, W]`, int64; None if nothing is padded."""
         if not self.padded:
             return None
-        mask = torch.ones(self.batch, self.height, self.width, dtype=torch.int64)
+        mask = torch.ones(self.batch, self.height, self.width, dtype=torch.int64, device="cpu")
         mask[1:, self.height * 3 // 4 :] = 0
         return mask
 

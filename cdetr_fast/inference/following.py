@@ -9,6 +9,7 @@ tensors).
 import functools
 import operator
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -147,14 +148,10 @@ class Original:
             return
         watch = _watch_for(model, result)
         self._check_kinds(model, result)
-        theirs = dict(named_tensors(model))
-        following = {
-            name: tensor
-            for name, tensor in named_tensors(result)
-            if self._taken.get(name) is tensor and _follows(result, name)
-        }
-        for name, tensor in following.items():
-            source = theirs.get(name)
+        theirs, ours = dict(named_tensors(model)), dict(named_tensors(result))
+        following = self.following(result)
+        for name in following:
+            source, tensor = theirs.get(name), ours[name]
             if source is None or source.shape != tensor.shape:
                 found = "none" if source is None else str(list(source.shape))
                 raise RuntimeError(
@@ -163,6 +160,19 @@ class Original:
                 )
             _copy_value(tensor, source.detach())
         self._watch = watch if following else None
+
+    def following(self, result: nn.Module) -> list[str]:
+        """Return the names of the tensors of the copy that follow their original."""
+        return [
+            name
+            for name, tensor in named_tensors(result)
+            if self._taken.get(name) is tensor and _follows(result, name)
+        ]
+
+    def take(self, result: nn.Module, names: Sequence[str]) -> None:
+        """Have the tensors of these names follow, which were converted to other ones."""
+        tensors = dict(named_tensors(result))
+        self._taken |= {name: tensors[name] for name in names if name in tensors}
 
     def _check_kinds(self, model: nn.Module, result: nn.Module) -> None:
         ours = dict(result.named_modules())

@@ -116,7 +116,7 @@ class Int8Conv2d(nn.Module):
         shape = None if conv.same else list(source.shape)  # None: padded beforehand
         self.packed = torch.ops.onednn.qconv_prepack(codes, scale, *source.line, *self.where, shape)
         self.register_buffer("scale", scale)
-        self.register_buffer("zero", torch.zeros(len(scale), dtype=torch.int32))
+        self.register_buffer("zero", torch.zeros(len(scale), dtype=torch.int32, device="cpu"))
         self.register_buffer("bias", conv.bias)
         self.same = (conv.kernel_size, conv.stride, conv.dilation) if conv.same else None
         self.activation, self.in_place = conv.activation, conv.in_place

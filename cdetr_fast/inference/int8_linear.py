@@ -43,7 +43,7 @@ class Int8Linear(ResidualLinear):
         # Of any size: packed for 64 to 4000 rows it takes as long (unlike a convolution).
         self.packed = torch.ops.onednn.qlinear_prepack(codes, None)
         self.register_buffer("scale", scale)
-        self.register_buffer("zero", torch.zeros(len(scale), dtype=torch.int32))
+        self.register_buffer("zero", torch.zeros(len(scale), dtype=torch.int32, device="cpu"))
         bias = None if linear.bias is None else linear.bias.detach().float()
         self.register_buffer("bias", bias)
         self.relu = linear.relu

@@ -62,7 +62,8 @@ class FusedLinear(ResidualLinear):
     def _torch(self, x: Tensor, state: Tensor | None) -> Tensor:
         if self.bias is None and state is not None and x.shape[0] == state.shape[0] == 1:
             return torch.addmm(state[0], x[0], self.weight.t())[None]
-        if self.relu and x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+        is_fused = x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
+        if self.relu and self.bias is not None and is_fused:
             rows = x.flatten(0, -2)
             y = torch._addmm_activation(self.bias, rows, self.weight.t())
             return y.view(*x.shape[:-1], -1)
@@ -76,7 +77,8 @@ class FusedLinear(ResidualLinear):
         self._packed = None
 
     def _packed_weight(self) -> Tensor:
-        version = self.weight._version
+        # Weights made in inference mode count no versions: `unpack` follows writes to them.
+        version = 0 if self.weight.is_inference() else self.weight._version
         if self._packed is None or self._packed_version != version:
             with torch.inference_mode(False), torch.no_grad():
                 packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())

@@ -42,6 +42,15 @@ class OptimizedModel(nn.Module):
             )
         return super().train(False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Buffers become other tensors, which follow the original as the ones before did.
+        original = self.runner.original
+        names = [] if original is None else original.following(self)
+        super()._apply(fn, recurse)
+        if original is not None:
+            original.take(self, names)
+        return self
+
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load weights, and prepare the copy again at once."""
         result = super().load_state_dict(*args, **kwargs)

@@ -18,12 +18,15 @@ _KNOWN_PACKAGES = ("torch", "timm", "cdetr_fast", "transformers")
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def unsupported_reason(model: nn.Module, is_harmless: Callable[[Any], bool]) -> str | None:
+def unsupported_reason(
+    model: nn.Module, is_harmless: Callable[[Any], bool], own_hooks: bool = True
+) -> str | None:
     """Name a module that does more than its class says, and what to do; None if none does.
 
     Args:
         model: The model.
         is_harmless: Whether a forward hook may go uncalled.
+        own_hooks: Name the model itself for its hooks, too.
     """
     for name, part in model.named_modules():
         name = name or "model"
@@ -31,7 +34,8 @@ def unsupported_reason(model: nn.Module, is_harmless: Callable[[Any], bool]) -> 
             return f"{name} is an adapter ({_kind(part)}); merge it first (merge_and_unload)"
         if "forward" in vars(part):
             return f"{name} has a forward of its own; delete it, or use the model as it is"
-        if not all(is_harmless(hook) for hook in forward_hooks(part)):
+        hooks = forward_hooks(part) if own_hooks or part is not model else []
+        if not all(is_harmless(hook) for hook in hooks):
             return f"{name} has a forward hook; remove it, or use the model as it is"
         if _is_changed(part):
             return f"{name} is a {_kind(part)}; replace it by the plain layer that it stands for"

@@ -1,5 +1,6 @@
 """A model prepared for inference: a copy that shares the weights, with parts replaced."""
 
+import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from cdetr_fast.inference.constants import (
     keep_positions,
     keep_prefix,
 )
-from cdetr_fast.inference.convolution import FOLDABLE, FusedConv2d
+from cdetr_fast.inference.convolution import FOLDABLE, FusedConv2d, can_fold
 from cdetr_fast.inference.int8 import Int8Conv2d, quantize
 from cdetr_fast.inference.int8_linear import quantize_feed_forward
 from cdetr_fast.inference.joint import (
@@ -59,7 +60,8 @@ class PreparedModel(nn.Module):
         super().__init__()
         self.int8: str | None = None
         self._left: list[str] = []
-        with torch.inference_mode(False), torch.no_grad():
+        # Constants are computed and operators tried here, in the weights' dtype.
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(model):
             self.model = shallow_copy(model)
             self._replace_parts(int8_calibration)
             self.model.eval()
@@ -112,7 +114,7 @@ class PreparedModel(nn.Module):
         if int8_calibration:
             self.int8 = quantize(backbone, int8_calibration, self.dtype)
         base.backbone.model = backbone
-        if is_plain(base.input_projection, *FOLDABLE):
+        if is_plain(base.input_projection, *FOLDABLE) and can_fold(base.input_projection):
             projection = FusedConv2d(base.input_projection, None)
             projection.choose_implementation()
             base.register_module("input_projection", projection)
@@ -125,7 +127,7 @@ class PreparedModel(nn.Module):
 
     def _quantize_feed_forward(self, images: Sequence[Tensor]) -> None:
         def run(batch: Tensor) -> None:
-            self.model(batch.to(self.dtype))
+            self(batch.to(self.dtype), None)
 
         count = quantize_feed_forward(self.model, run, images)
         self.base.positions.clear()  # those of the images
@@ -191,7 +193,9 @@ class PreparedModel(nn.Module):
         Returns:
             The fields of the output that are not None, by name.
         """
-        return dict(self.model(pixel_values, pixel_mask, return_dict=True))
+        # Named, as the configuration may ask for them.
+        left_out = {"output_attentions": False, "output_hidden_states": False}
+        return dict(self.model(pixel_values, pixel_mask, return_dict=True, **left_out))
 
     def check_images(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> None:
         """Refuse images as the model's own forward does."""
@@ -215,6 +219,10 @@ class PreparedModel(nn.Module):
         self.base.positions.clear()
         self(images, None)
         (self.base.fixed_position,) = self.constants()
+
+    def join_attention(self) -> None:
+        """Concatenate the halves of attention from now on: a product that OpenVINO fuses."""
+        self.model.config._attn_implementation = "sdpa"  # of the copy alone
 
     def describe(self) -> list[tuple[str, str]]:
         """Return rows of what was done, and what was left with the reason."""
@@ -274,22 +282,36 @@ class PreparedModel(nn.Module):
         return True
 
 
-def shallow_copy(model: nn.Module, alias: bool = False) -> Any:
+def without_autocast(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Return a context without the autocast of a model's device."""
+    device = next(model.parameters()).device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def shallow_copy(model: nn.Module, alias: bool = False, without: Sequence[str] = ()) -> Any:
     """Copy the modules of a model, but not the memory of its tensors.
 
     Args:
         model: The model.
         alias: Make other tensors of the same memory, instead of using the same ones.
+        without: Attributes of the model that the copy does not have.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(getattr(model, name)): None for name in without}
     for _, tensor in named_tensors(model):
         copied = tensor
         if alias:
             copied = tensor.detach()  # counts the same writes
             if isinstance(tensor, nn.Parameter):
-                copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
+                # Those made in inference mode cannot ask for gradients outside of it.
+                requires_grad = tensor.requires_grad and not tensor.is_inference()
+                copied = nn.Parameter(copied, requires_grad=requires_grad)
         memo[id(tensor)] = copied
-    return copy.deepcopy(model, memo)
+    result = copy.deepcopy(model, memo)
+    for name in without:
+        delattr(result, name)
+    return result
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

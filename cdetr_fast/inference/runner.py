@@ -78,6 +78,7 @@ class Runner:
         self._parts: list[nn.Module] = []
         self._settings: tuple[Any, ...] = ()
         self._unsupported: str | None = None
+        self._attached: str | None = None  # of `_unsupported`, what a watch does not see going
         self._lock = threading.Lock()
         self._call: Callable[[Tensor, Tensor | None], Outputs] | None = None
         self._graphs: GraphCache | None = None
@@ -129,9 +130,15 @@ class Runner:
     def _is_stale(self, model: nn.Module) -> bool:
         if self._watch is None or self._watch.has_changed():
             return True
-        if self._settings != _settings(model):
+        if self._settings != _settings(model) or (
+            self._attached is not None and self._attached != self._attachment(model)
+        ):
             return True
         return self.original is not None and self.original.has_changed()
+
+    def _attachment(self, model: nn.Module) -> str | None:
+        # The model's own hooks run in any case: they are its caller's, and the copy has none.
+        return unsupported_reason(model, self.family.is_harmless, own_hooks=False)
 
     def refresh(self, model: nn.Module) -> None:
         """Prepare the copy again, whether or not a change can be seen."""
@@ -150,13 +157,15 @@ class Runner:
             and not self._watch.modules_have_changed()
         )
         source = None
-        self._unsupported = unsupported_reason(model, self.family.is_harmless) or nan_reason(model)
+        self._attached = self._attachment(model)
+        self._unsupported = self._attached or nan_reason(model)
         if self._unsupported is None:
             try:
                 source = self.family.convert(model)
             except ValueError as error:
                 self._unsupported = str(error)
         if source is not None:
+            source = _with_own_forward(source, self.family)
             calibration = self.options.int8_calibration
             uses_openvino = self.options.engine == "openvino"
             fresh = PreparedModel(source, () if uses_openvino else calibration)
@@ -170,9 +179,7 @@ class Runner:
                 stream.synchronize()
             if uses_openvino:
                 self._call = self._openvino = None  # no call may run with the old weights
-                self._call = self._openvino = OpenVinoCall(
-                    _with_own_forward(source, self.family), calibration
-                )
+                self._call = self._openvino = OpenVinoCall(source, calibration)
         self.refreshed += self._watch is not None
         self._watch, self._settings = watch, settings
 
@@ -215,9 +222,11 @@ class Runner:
             limit = self.options.max_batch or len(pixel_values)
             if len(pixel_values) > limit:
                 parts = [
-                    self._run_part(
-                        pixel_values[i : i + limit],
-                        None if pixel_mask is None else pixel_mask[i : i + limit],
+                    self._own(
+                        self._run_part(
+                            pixel_values[i : i + limit],
+                            None if pixel_mask is None else pixel_mask[i : i + limit],
+                        )
                     )
                     for i in range(0, len(pixel_values), limit)
                 ]
@@ -265,6 +274,12 @@ class Runner:
                 f"{pixel_values.device}; set max_batch, or use smaller images. {error}"
             ) from error
 
+    def _own(self, output: Outputs) -> Outputs:
+        """Return outputs of a part that the call of the next part does not overwrite."""
+        if not self.options.static_outputs:
+            return output
+        return {name: tensor.clone() for name, tensor in output.items()}
+
     def _uses_graphs(self) -> bool:
         is_capturable = (
             self.prepared is not None and self.prepared.device.type == cuda_graphs.DEVICE_TYPE
@@ -285,8 +300,10 @@ def _with_own_forward(model: nn.Module, family: Family) -> nn.Module:
     """Return a model that is not optimised: the same one, or a copy that shares its weights."""
     if type(model) is not family.optimized_class:
         return model
-    copied: nn.Module = shallow_copy(model)
+    copied: nn.Module = shallow_copy(model, without=("runner",))
     copied.__class__ = family.optimized_class.__bases__[-1]
+    for hooks in (copied._forward_hooks, copied._forward_pre_hooks):
+        hooks.clear()  # the optimised model runs them
     return copied
 
 

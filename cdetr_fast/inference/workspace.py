@@ -47,7 +47,7 @@ class Workspace(threading.local):
         if piece is None or piece.numel() < size_in_bytes:
             self._maps = {key: view for key, view in self._maps.items() if key[0] != slot}
             self.pieces.pop(slot, None)  # the memory goes before the new one comes
-            piece = self.pieces[slot] = torch.empty(size_in_bytes, dtype=torch.uint8)
+            piece = self.pieces[slot] = torch.empty(size_in_bytes, dtype=torch.uint8, device="cpu")
         if len(self._maps) == _VIEWS:
             self._maps.clear()
         batch, channels, height, width = shape

@@ -239,7 +239,9 @@ class LateReports:
         if not self._pending:
             atexit.unregister(self._deliver_at_exit)
             atexit.register(self._deliver_at_exit)
-        host = torch.empty(findings.shape, dtype=findings.dtype, pin_memory=findings.is_cuda)
+        host = torch.empty(
+            findings.shape, dtype=findings.dtype, device="cpu", pin_memory=findings.is_cuda
+        )
         host.copy_(findings, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(findings.device))

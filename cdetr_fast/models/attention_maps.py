@@ -116,7 +116,7 @@ def draw_attention(
     weights = _over_padding(maps[:, queries].float().cpu(), mask)
     extent = _extent(batch.pixel_mask, image_hw(batch.pixel_values), map_hw)
     picture = _picture(pixels, model.image_processor, size)
-    to_pixels = torch.tensor([picture.width, picture.height])
+    to_pixels = torch.tensor([picture.width, picture.height], device="cpu")
     boxes_xyxy = box_convert(boxes_cxcywh[0].cpu(), "cxcywh", "xyxy") * to_pixels.repeat(2)
     points_xy = points[:, 0].cpu() * to_pixels
     rows = []

@@ -117,4 +117,4 @@ class ConditionalDetrEncoder(nn.Module):
 
 def skip_layer(training: bool, layerdrop: float) -> bool:
     """Draw whether layer drop leaves this layer out of a step (host generator, no sync)."""
-    return training and layerdrop > 0.0 and bool(torch.rand(()) < layerdrop)
+    return training and layerdrop > 0.0 and bool(torch.rand((), device="cpu") < layerdrop)

@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from cdetr_fast.common.masks import is_readable
+from cdetr_fast.common.masks import is_readable, values_of
 from cdetr_kernels import sine_position_2d
 
 
@@ -57,7 +57,7 @@ class ConditionalDetrSinePositionEmbedding(nn.Module):
             return True
         if not is_readable(mask):
             return False
-        values = mask.numpy()  # no tensor operation, so nothing is dispatched
+        values = values_of(mask)
         return bool((values == (values[:, :, :1] & values[:, :1])).all())
 
     def forward(self, feature_map: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:

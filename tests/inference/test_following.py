@@ -89,12 +89,17 @@ def test_a_fused_step_is_seen_without_a_look_at_values(monkeypatch):
     assert difference(fast, model, images) <= 1e-4
 
 
-def test_a_result_that_was_converted_later_follows():
+@pytest.mark.parametrize("called", [True, False])
+def test_a_result_that_was_converted_later_follows(called):
     model, images = random_model(), padded_images()
     fast = optimize(model)
     fast.double()
-    scaled_in_inference_mode(model)
-    assert difference(fast, model, images) <= 1e-4
+    if called:
+        predictions(fast, images)
+    scaled_through_data(model)
+    model.load_state_dict(random_model(seed=5).state_dict())  # the norms' statistics as well
+    assert difference(fast, copy.deepcopy(model).double(), images) <= 1e-4
+    assert {x.dtype for x in fast.state_dict().values() if x.is_floating_point()} == {torch.float64}
 
 
 def test_an_original_that_was_converted_keeps_its_precision():

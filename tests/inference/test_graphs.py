@@ -172,6 +172,16 @@ def with_graphs(model, **options):
 
 
 @torch.no_grad()
+def test_static_outputs_of_parts():
+    """The parts are of one shape, so they have one graph."""
+    model, (pixel_values, pixel_mask) = random_model(), padded_images()
+    images = pixel_values, pixel_mask[1:].expand(2, -1, -1)  # a mask of ones is seen on a CPU
+    fast = with_graphs(model, max_batch=1, static_outputs=True)
+    assert largest_error(fast(*images), model(*images)) <= 1e-4
+    assert "graph            1 x 97 x 131" in fast.explain()
+
+
+@torch.no_grad()
 def test_a_model_runs_by_graphs_and_follows_its_weights():
     model, other, images = random_model(), random_model(seed=5), padded_images()
     fast = with_graphs(model)

@@ -133,6 +133,24 @@ def test_replaced_modules_run_as_they_are():
         assert any(not torch.equal(before[f], expected[f]) for f in ("logits", "pred_boxes")), name
 
 
+@pytest.mark.parametrize(
+    "padding", [{"padding": 1, "padding_mode": "reflect"}, {"padding": "same"}], ids=str
+)
+@pytest.mark.parametrize("name", ["model.input_projection", "model.backbone.model.layer4.0.conv2"])
+def test_convolutions_that_pad_otherwise(name, padding):
+    """Not with zeros, or more at one side than at the other: no fused operator does that."""
+    model, images = random_model(), padded_images()
+    conv = model.get_submodule(name)
+    size = 3 if padding["padding"] == 1 else 2
+    put(model, name, nn.Conv2d(conv.in_channels, conv.out_channels, size, **padding))
+    model.eval()
+    expected, fast = model(*images), optimize(model)
+    got = fast(*images)
+    for field in ("logits", "pred_boxes"):
+        assert (got[field] - expected[field]).abs().max() <= 1e-5
+    assert "runs as it is" not in fast.explain() or name == "model.input_projection"
+
+
 @pytest.mark.parametrize("attach", [hook, pre_hook, own_forward, lora, replaced])
 @pytest.mark.parametrize(
     "name",

@@ -1,5 +1,6 @@
 """Runs of an optimised model: dispatches, parts and buckets of a batch, threads, own forward."""
 
+import copy
 import threading
 
 import pytest
@@ -38,6 +39,63 @@ def test_autocast_leaves_boxes_alone(model, images):
         assert_same(fast(*images), expected, 1e-6)
 
 
+@pytest.mark.parametrize("written", [True, False], ids=["prepared again", "optimised"])
+def test_prepared_under_autocast(model, images, written):
+    expected = optimize(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = optimize(model)
+        if written:
+            fast.refresh()
+        assert_same(fast(*images), expected(*images), 1e-6)
+    assert_same(fast(*images), expected(*images), 1e-6)
+
+
+def test_another_default_device(model, images):
+    """Torch makes new tensors there; a call makes them on the device of its images."""
+    with torch.device("meta"):
+        fast = optimize(model)
+        got = fast(*images), fast(images[0])
+        assert "runs as it is" not in fast.explain()
+    assert_same(got[0], model(*images))
+    assert_same(got[1], model(images[0]))
+
+
+def test_configuration_that_asks_for_more(model, images):
+    """The call says that it wants less, and the copy computes no more."""
+    expected = model(*images)
+    model.config.output_attentions = model.config.output_hidden_states = True
+    fast = optimize(model)
+    fast.warmup([(1, 64, 96)])
+    got = fast(*images, output_attentions=False, output_hidden_states=False)
+    assert fast.runner.fallback_reason is None
+    assert got.keys() == expected.keys()
+    assert_same(got, expected)
+    assert fast(*images).cross_attentions is not None
+
+
+def test_weights_of_inference_mode(images):
+    with torch.inference_mode():
+        model = random_model()
+    assert_same(optimize(model)(*images), model(*images))
+
+
+def test_layers_without_bias(model, images):
+    """Where no operator fuses the ReLU, too: oneDNN does not run fp64."""
+    model.double()
+    model.model.encoder.layers[0].mlp.fc1.bias = None
+    model.bbox_predictor.layers[0].bias = None
+    images = images[0].double(), images[1]
+    assert_same(optimize(model)(*images), model(*images))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.uint8])
+def test_masks_of_any_dtype(model, images, dtype):
+    fast, expected = optimize(model), model(*images)
+    for run in (model, fast):
+        assert_same(run(images[0], images[1].to(dtype)), expected, 1e-4)
+        assert_same(run(images[0], torch.ones_like(images[1]).to(dtype)), model(images[0]), 1e-4)
+
+
 def test_inference_mode_first(model, images):
     fast = optimize(model)
     with torch.inference_mode():
@@ -51,6 +109,36 @@ def test_hooks_are_called(model, images):
     assert_same(fast(*images), model(*images))
     assert seen
     assert "hook" in fast.explain()
+
+
+def test_hooks_while_the_copy_is_prepared_again(model, images):
+    fast, seen = optimize(model), []
+    own = fast.register_forward_hook(lambda *_: seen.append("own"))
+    fast.refresh()
+    assert_same(fast(*images), model(*images))
+    assert fast.runner.fallback_reason is None
+    assert seen == ["own"]
+    inner = fast.model.encoder.register_forward_hook(lambda *_: seen.append("inner"))
+    fast.refresh()
+    fast(*images)
+    assert seen == ["own", "inner", "own"]
+    assert "model.encoder has a forward hook" in fast.runner.fallback_reason
+    inner.remove()
+    own.remove()
+    assert_same(fast(*images), model(*images))
+    assert fast.runner.fallback_reason is None
+    assert len(seen) == 3
+
+
+def test_the_copy_has_no_runner(images):
+    """In which it would keep the images of the calibration once more."""
+    for task in ("base", "detection", "segmentation"):
+        fast = optimize(random_model(task))
+        fast.refresh()
+        for made in (fast, copy.deepcopy(fast)):
+            made(*images)
+            assert not hasattr(made.runner.prepared.model, "runner")
+            assert made.runner.fallback_reason is None
 
 
 def test_training_is_refused(model):

@@ -215,6 +215,27 @@ def test_modes_are_restored_and_nothing_is_tracked(detector):
     assert {name: module.training for name, module in model.named_modules()} == before
 
 
+def test_another_default_device(detector, segmenter):
+    """Torch makes new tensors there; images and results are on the CPU."""
+    expected = detector.predict(PICTURES, threshold=0.0), segmenter.predict(PICTURES[0])
+    annotation = {
+        "image_id": 1,
+        "annotations": [{"bbox": [1, 2, 9, 8], "area": 72, "category_id": 1}],
+    }
+    labels = {"class_labels": torch.tensor([1]), "boxes": torch.full((1, 4), 0.4)}
+    with torch.device("meta"):
+        found = detector.predict(PICTURES, threshold=0.0), segmenter.predict(PICTURES[0])
+        found[0][0].draw(PICTURES[0])
+        found[1].draw(PICTURES[0])
+        found[1].to_coco(1)
+        inputs = detector.image_processor(PICTURES[0], annotation, return_tensors="pt")
+        loss = detector(inputs["pixel_values"], labels=[labels]).loss
+    for got, wanted in zip([*found[0], found[1]], [*expected[0], expected[1]], strict=True):
+        assert_equal(got, wanted)
+    assert all(value.device.type == "cpu" for value in inputs["labels"][0].values())
+    assert loss.isfinite()
+
+
 def test_a_configuration_that_asks_for_tuples(detector, monkeypatch):
     expected = detector.predict(PICTURES[0], threshold=0.0)
     monkeypatch.setattr(detector.config, "return_dict", False)

@@ -123,7 +123,8 @@ def _sizes(target_sizes: Tensor | Sequence[Sequence[float]], batch: int) -> Tens
         sizes_hw = target_sizes
     else:
         try:
-            sizes_hw = torch.tensor([[float(side) for side in size] for size in target_sizes])
+            numbers = [[float(side) for side in size] for size in target_sizes]
+            sizes_hw = torch.tensor(numbers, device="cpu")
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"target_sizes: expected {[batch, 2]} (height, width), got {target_sizes!r}"[:300]

@@ -42,7 +42,7 @@ def normalize_and_pad(
     values = torch.zeros(len(images), channels, height, width, device=device)
     mask = torch.zeros(len(images), height, width, dtype=torch.int64, device=device)
     if shift is not None:
-        of_channel = torch.tensor([shift, divisor], dtype=torch.float32)
+        of_channel = torch.tensor([shift, divisor], dtype=torch.float32, device="cpu")
         of_channel = of_channel.to(device, non_blocking=True)  # the host does not wait for a GPU
         subtracted, divided = of_channel[:, :, None, None]
     for image, image_values, image_mask in zip(images, values, mask, strict=True):
