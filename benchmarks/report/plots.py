@@ -154,7 +154,9 @@ def draw_growth(rows: list[Row], palette: dict[str, str], note: str) -> Figure:
         if 0 < low <= high < float("inf"):
             panel.set_ylim(low / 2, high * 2)  # so that what does not grow looks so
         panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter(mpl.ticker.LogFormatter(minor_thresholds=(2, 0.6)))
+        panel.yaxis.set_minor_formatter(
+            lambda tick, _: f"{tick:g}" if f"{tick:e}"[0] in "236" else ""
+        )
         ticks = sorted({row["value"] for row in rows if row["work"] == work})
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
         panel.set_xticks([], minor=True)
