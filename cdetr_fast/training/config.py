@@ -67,7 +67,8 @@ class TrainingConfig(Checked):
         Text,
         _data(
             "COCO JSON file of the training set; or a folder with train and valid as Roboflow "
-            "exports it (COCO, YOLO, VOC); or shards: shards.json, or train-{000..099}.tar"
+            "exports it (COCO, YOLO, VOC), or with data.yaml (YOLO); or shards: shards.json, or "
+            "train-{000..099}.tar"
         ),
     ] = ""
     train_images: Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cdetr_fast.training.config import read_yaml
 from cdetr_fast.training.data.coco import Exif, index_of, read_coco
 from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.labelled import coco_dictionary, split_folders, split_of_folder
@@ -87,4 +88,7 @@ def is_export(folder: Path) -> bool:
 def has_validation(annotations: str | os.PathLike[str]) -> bool:
     """Return whether a training set is a folder that has a validation split as well."""
     folder = Path(annotations)
-    return folder.is_dir() and is_export(folder) and "val" in split_folders(folder)
+    if not folder.is_dir() or not is_export(folder):
+        return False
+    settings = yolo_settings(folder)  # which may name other folders
+    return "val" in split_folders(folder) or bool(settings and read_yaml(settings).get("val"))

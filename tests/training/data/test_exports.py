@@ -119,6 +119,25 @@ def test_a_lone_training_split(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("val", "count"), [("images/val", 2), ("[images/val]", 2), ("val.txt", 2), ("", None)]
+)
+def test_folders_that_data_yaml_names(tmp_path, val, count):
+    """Ultralytics: images/train, not train/images."""
+    for split, number in (("train", 3), ("val", 2)):
+        images, labels = tmp_path / "images" / split, tmp_path / "labels" / split
+        images.mkdir(parents=True)
+        labels.mkdir(parents=True)
+        for i in range(number):
+            Image.new("RGB", (WIDTH, HEIGHT)).save(images / f"{i}.jpg")
+            (labels / f"{i}.txt").write_text(f"{i % 2} .5 .4 .5 .4")
+    (tmp_path / "val.txt").write_text("images/val/0.jpg\nimages/val/1.jpg\n")
+    (tmp_path / "data.yaml").write_text(f"train: images/train\nval: {val}\nnames: [cell, dot]\n")
+    train, found, _ = read_data(TrainingConfig(train_annotations=str(tmp_path)))
+    assert (len(train), train.labels.tolist()) == (3, [0, 1, 0])
+    assert (found and len(found)) == count
+
+
 def test_conversion_of_the_same_layouts(tmp_path):
     for kind in ("yolo", "voc"):
         written = convert(kind, write_export(tmp_path / kind, kind), tmp_path / f"{kind}_out")
