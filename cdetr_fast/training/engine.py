@@ -71,8 +71,8 @@ def train(config: TrainingConfig, build: ModelBuilder = build_model) -> dict[str
     Args:
         config: All settings.
         build: Makes the model from the settings and the class names. Any model will do that is
-            called and saved like ours, has outputs of the same names, and can be built from its
-            class and its `config`.
+            called and saved like ours, has outputs of the same names, can be built from its class
+            and its `config`, and has an `image_processor` if it starts from a checkpoint.
 
     Returns:
         The figures of the last evaluation (empty without a validation set), and "step".

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cdetr_fast import ConditionalDetrConfig, ConditionalDetrImageProcessor
+from cdetr_fast.models.predict import PredictingModel
 from cdetr_fast.training.config import TrainingConfig
 from cdetr_fast.training.data.dataset import DetectionDataset
 from cdetr_fast.training.data.exports import has_validation, read_set
@@ -28,6 +30,10 @@ from cdetr_fast.training.run import launch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+_FOLLOWED = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -140,13 +146,25 @@ def read_data(
 def make_processor(config: TrainingConfig, model: nn.Module) -> ConditionalDetrImageProcessor:
     """Return the image processor that is saved with the model, with the size of evaluation.
 
-    Mean and deviation are those of the checkpoint, or timm's for the backbone.
+    Pixels are rescaled and normalised as the checkpoint says, or with timm's mean and deviation
+    for the backbone.
+
+    Raises:
+        DataError: The checkpoint's image processor cannot be read.
     """
     settings: dict[str, Any] = {}
     if config.model:
-        with contextlib.suppress(OSError, ValueError):  # the authors' files have none
-            stored = ConditionalDetrImageProcessor.from_pretrained(config.model)
-            settings = {"image_mean": stored.image_mean, "image_std": stored.image_std}
+        try:
+            stored = cast(PredictingModel, model).image_processor
+        except (OSError, TypeError, ValueError) as error:
+            raise DataError(f"model: {error}") from error
+        settings = {name: getattr(stored, name) for name in _FOLLOWED}
+        if unfollowed := unfollowed_settings(stored):
+            logger.warning(
+                "%s: trained with images resized bilinearly; its image processor has %s",
+                config.model,
+                unfollowed,
+            )
     else:
         import timm
 
@@ -159,13 +177,29 @@ def make_processor(config: TrainingConfig, model: nn.Module) -> ConditionalDetrI
     return ConditionalDetrImageProcessor(size=size, **settings)
 
 
+def unfollowed_settings(processor: ConditionalDetrImageProcessor) -> str:
+    """Return the settings that change pixels and that no loader follows; "" if there are none."""
+    expected = {"do_resize": True, "resample": Image.Resampling.BILINEAR}
+    found = {name: getattr(processor, name) for name in expected}
+    return ", ".join(f"{name}={v!s}" for name, v in found.items() if v != expected[name])
+
+
 def pixel_statistics(
     processor: ConditionalDetrImageProcessor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation `[3, 1, 1]` of pixels from 0 to 255."""
+    """Return mean and deviation `[3, 1, 1]` of pixels from 0 to 255.
+
+    Subtracting one and dividing by the other does all that the processor does to pixels after
+    resizing, without its normalisation or rescaling too.
+    """
+    normalizes = processor.do_normalize
+    factor = processor.rescale_factor if processor.do_rescale else 1.0
     mean, std = (
-        torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1) / processor.rescale_factor
-        for values in (processor.image_mean, processor.image_std)
+        torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1).expand(3, 1, 1) / factor
+        for values in (
+            processor.image_mean if normalizes else 0.0,
+            processor.image_std if normalizes else 1.0,
+        )
     )
     return mean.to(device), std.to(device)
 

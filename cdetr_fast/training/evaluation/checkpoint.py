@@ -195,10 +195,18 @@ def _load(
     try:
         network = network_class.from_pretrained(model, dtype=torch.float32)
         if os.path.isfile(model):  # the processor beside it, or the default
-            return network, network.image_processor
-        return network, ConditionalDetrImageProcessor.from_pretrained(model)
+            processor = network.image_processor
+        else:
+            processor = ConditionalDetrImageProcessor.from_pretrained(model)
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"model: {error}") from error
+    if unfollowed := setup.unfollowed_settings(processor):
+        raise DataError(
+            f"model: {model}: its image processor has {unfollowed}, but evaluate resizes, and "
+            "bilinearly; change preprocessor_config.json if the model may see such images, or "
+            "score what its predict returns"
+        )
+    return network, processor
 
 
 def _class_names(

@@ -15,6 +15,7 @@ from cdetr_fast.training.data.dataset import Collate, DetectionDataset
 from cdetr_fast.training.data.loader import make_loader
 from cdetr_fast.training.data.sampling import ImageRequest, TrainingSampler
 from cdetr_fast.training.data.transforms import EvaluationTransform, Sample, TrainingTransform
+from cdetr_fast.training.setup import evaluation_loader, pixel_statistics
 
 HEIGHT, WIDTH = 60, 90
 
@@ -76,15 +77,25 @@ def index(scenes):
     return read_coco(scenes / "train" / "annotations.json")
 
 
-@pytest.mark.parametrize("size", [{"shortest_edge": 50, "longest_edge": 70}, {"longest_edge": 64}])
-def test_evaluation_is_that_of_the_image_processor(index, size):
-    processor = ConditionalDetrImageProcessor(size=size)
-    dataset = DetectionDataset(index, EvaluationTransform(size))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"size": {"longest_edge": 64}},
+        {"rescale_factor": 1 / 127.5, "image_mean": 0.5, "image_std": (0.5, 0.6, 0.7)},
+        {"do_normalize": False, "do_convert_annotations": True},
+        {"do_rescale": False, "image_mean": (120, 110, 100), "image_std": 60},
+        {"do_rescale": False, "do_normalize": False, "do_convert_annotations": True},
+    ],
+    ids=str,
+)
+def test_evaluation_is_that_of_the_image_processor(index, settings):
+    size = {"shortest_edge": 50, "longest_edge": 70}
+    processor = ConditionalDetrImageProcessor(**{"size": size} | settings)
+    dataset = DetectionDataset(index, EvaluationTransform(processor.size))
     batch = Collate()([dataset[ImageRequest(0)], dataset[ImageRequest(3)]])
-    mean, std = (
-        torch.tensor(v).reshape(3, 1, 1) * 255 for v in (processor.image_mean, processor.image_std)
-    )
-    inputs = batch.model_inputs(torch.device("cpu"), mean, std)
+    device = torch.device("cpu")
+    inputs = batch.model_inputs(device, *pixel_statistics(processor, device))
     paths = [index.image_path(i) for i in (0, 3)]
     from PIL import Image
 
@@ -103,9 +114,8 @@ def test_evaluation_is_that_of_the_image_processor(index, size):
     expected = processor(
         images=[Image.open(path) for path in paths], annotations=annotations, return_tensors="pt"
     )
-    torch.testing.assert_close(
-        inputs["pixel_values"], expected["pixel_values"], rtol=1e-5, atol=1e-5
-    )
+    expected_values = expected["pixel_values"].float()  # uint8 if nothing is done to them
+    torch.testing.assert_close(inputs["pixel_values"], expected_values, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(inputs["labels"], expected["labels"], strict=True):
         assert torch.equal(ours["class_labels"], theirs["class_labels"])
         torch.testing.assert_close(ours["boxes"], theirs["boxes"])
@@ -129,8 +139,6 @@ def test_batches_do_not_depend_on_workers(index):
 
 def test_workers_of_a_loader_that_is_read_once_end_with_it(index):
     """While the loader lives: a garbage collector that finds it later would wait for them."""
-    from cdetr_fast.training.setup import evaluation_loader
-
     size = {"shortest_edge": 48, "longest_edge": 64}
     before = multiprocessing.active_children()
     loader = evaluation_loader(index, 2, size, 2)

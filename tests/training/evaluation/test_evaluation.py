@@ -285,3 +285,44 @@ def test_processor_of_a_folder_has_to_be_there(authors, scenes):
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(DataError, match=r"model: .*preprocessor_config.json"):
         evaluate(folder, path, scenes / "val", device="cpu")
+
+
+@pytest.mark.parametrize(("name", "value"), [("resample", 3), ("do_resize", False)])
+def test_a_processor_that_resizes_otherwise_is_refused(checkpoint, scenes, name, value):
+    ConditionalDetrImageProcessor(**{name: value}).save_pretrained(checkpoint)
+    with pytest.raises(DataError, match=f"model: .*its image processor has {name}={value}, but"):
+        evaluate(checkpoint, scenes / "val" / "annotations.json", device="cpu")
+
+
+@pytest.fixture(params=["folder", "file"])
+def continued(request, checkpoint, index, settings):
+    """Makes the image processor of a run that starts from the checkpoint."""
+    source = checkpoint if request.param == "folder" else checkpoint / "model.safetensors"
+    config = TrainingConfig(**settings(model=str(source), model_options={}))
+    return lambda: make_processor(config, build_model(config, index.classes))
+
+
+def test_training_normalises_as_its_checkpoint(continued, checkpoint, caplog):
+    start = {"rescale_factor": 1 / 127.5, "image_mean": (0.5,) * 3, "image_std": (0.4,) * 3}
+    start |= {"do_normalize": False, "resample": 3}
+    ConditionalDetrImageProcessor(**start).save_pretrained(checkpoint)
+    processor = continued()
+    assert {name: getattr(processor, name) for name in start} == start | {"resample": 2}
+    assert processor.size == {"shortest_edge": 64, "longest_edge": 96}
+    assert "images resized bilinearly; its image processor has resample=3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "expected a JSON file"), ('{"do_resize": 1}', "do_resize: expected True or False")],
+)
+def test_training_refuses_a_damaged_processor(continued, checkpoint, content, message):
+    (checkpoint / "preprocessor_config.json").write_text(content)
+    with pytest.raises(DataError, match=f"model: .*{message}"):
+        continued()
+
+
+def test_training_without_a_processor_warns(continued, checkpoint):
+    (checkpoint / "preprocessor_config.json").unlink()
+    with pytest.warns(UserWarning, match="images are prepared with default settings"):
+        assert continued().rescale_factor == 1 / 255
