@@ -154,12 +154,14 @@ class _Results:
             ) from error
         self._count = 0
 
-    def append(self, reader: VideoReader, frame: Frame, result: DetectionResult) -> None:
+    def append(
+        self, reader: VideoReader, video: Path, frame: Frame, result: DetectionResult
+    ) -> None:
         """Write a frame and what was found in it."""
         place = {"frame_index": frame.index, "time": round(float(frame.seconds), 6)}
         width, height = frame.image.size
         record = {"id": self._count, "file_name": reader.name, "width": width, "height": height}
-        self._frames.append(record | place)
+        self._frames.append(record | {"picture": video.name} | place)
         for found in result.to_coco(self._count):
             self._objects.append(found | place)
         self._count += 1
@@ -190,7 +192,7 @@ class _AnnotatedVideo:
             self._writer = VideoWriter(
                 self.path, frame.image.size, reader.rate, reader.time_base, reader.pixel_aspect
             )
-        self._results.append(self._reader, frame, result)
+        self._results.append(self._reader, self.path, frame, result)
         self._writer.write(result.draw(frame.image), frame.seconds)
         self.frames += 1
         self.objects += len(result)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cdetr_fast.cli.errors import UserError
+from cdetr_fast.common.files import read_json
 
 
 def counted(count: int, noun: str) -> str:
@@ -24,16 +25,19 @@ def make_output_folder(path: Path) -> None:
 
 
 class PictureNames:
-    """Names for annotated pictures and videos: all different, and none that overwrites an input.
+    """Names for annotated pictures and videos: all different, and none that overwrites a file.
+
+    Pictures of an earlier run, which its images.json lists, are replaced.
 
     Args:
         folder: Where the pictures go.
-        inputs: Files that must not be overwritten.
+        inputs: Files that must not be overwritten, even if such a run wrote them.
     """
 
     def __init__(self, folder: Path, inputs: Iterable[Path]) -> None:
         self.folder = folder
         self.taken = {self._key(path) for path in inputs}
+        self._replaceable = {self._key(folder / name) for name in _listed_pictures(folder)}
 
     def take(self, source: Path, suffix: str = ".jpg") -> Path:
         """Return the path of the picture, or of another kind of file, that `source` becomes."""
@@ -41,14 +45,25 @@ class PictureNames:
         while True:
             ending = "" if number == 1 else f"_{number}"
             path = self.folder / f"{source.stem}{ending}{suffix}"
-            if self._key(path) not in self.taken:
-                self.taken.add(self._key(path))
+            key = self._key(path)
+            if key not in self.taken and (key in self._replaceable or not path.exists()):
+                self.taken.add(key)
                 return path
             number += 1
 
     @staticmethod
     def _key(path: Path) -> str:
         return str(path.resolve()).lower()  # some file systems do not tell A.jpg from a.jpg
+
+
+def _listed_pictures(folder: Path) -> set[str]:
+    """Return the names of the pictures that images.json in a folder lists."""
+    try:
+        records = read_json(folder / "images.json").get("images")
+    except OSError:  # there is none, or an interrupted run left it broken
+        return set()
+    records = [r for r in records if isinstance(r, dict)] if isinstance(records, list) else []
+    return {name for r in records if isinstance(name := r.get("picture"), str)}
 
 
 class GrowingArray:

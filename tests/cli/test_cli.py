@@ -339,6 +339,24 @@ def test_pictures_never_overwrite_inputs(run, checkpoint, tmp_path):
     assert (tmp_path / "photo_2.jpg").is_file()
 
 
+@pytest.mark.parametrize("index", [None, "{", '{"images": [3, {"file_name": "photo.jpg"}]}', "[]"])
+def test_a_repeated_run_replaces_its_pictures_alone(run, checkpoint, tmp_path, index):
+    """Whatever file an images.json of something else names."""
+    other = tmp_path / "photo.jpg"
+    other.write_bytes(b"of somebody else")
+    if index is not None:
+        (tmp_path / "images.json").write_text(index)
+    for colour in ("red", "blue"):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / "photo.png")
+        path = tmp_path / "photo.png"
+        assert run("detect", path, "--model", checkpoint, "--output", tmp_path).code == 0
+        assert read(tmp_path / "images.json")["images"][0]["picture"] == "photo_2.jpg"
+        pixel = Image.open(tmp_path / "photo_2.jpg").getpixel((32, 32))
+        assert np.argmax(pixel) == (0 if colour == "red" else 2)
+    assert other.read_bytes() == b"of somebody else"
+    assert len(list(tmp_path.glob("*.jpg"))) == 2
+
+
 def test_rotated_photographs_are_set_upright(run, checkpoint, tmp_path):
     image = Image.new("RGB", (80, 40))
     exif = image.getexif()

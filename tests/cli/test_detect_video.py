@@ -84,6 +84,7 @@ def test_results_are_those_of_the_frames(detect, checkpoint, tmp_path, found, ba
             "file_name": str(clip),
             "width": 64,
             "height": 48,
+            "picture": "clip.mp4",
             "frame_index": i,
             "time": i / 25,
         }
@@ -137,6 +138,17 @@ def test_several_videos_and_upright_ones(detect, tmp_path, found):
     assert [f.image.size for f in VideoReader(str(found / "clip_2.mp4"))] == [(48, 64)] * 2
     assert [f.image.size for f in VideoReader(str(found / "clip_3.mp4"))] == [(64, 48)] * 2
     assert len(list(VideoReader(str(found / paths[2])))) == 2
+
+
+def test_a_repeated_run_replaces_its_videos_alone(detect, tmp_path, found):
+    found.mkdir()
+    (found / "clip.mp4").write_bytes(b"of somebody else")
+    clip = write_clip(tmp_path / "clip.mkv", 4)
+    for frames in (2, 3):
+        assert detect(clip, "--frames", frames).code == 0
+        assert len(list(VideoReader(str(found / "clip_2.mp4")))) == frames
+    assert (found / "clip.mp4").read_bytes() == b"of somebody else"
+    assert len(list(found.glob("*.mp4"))) == 2
 
 
 def test_a_camera_drops_what_the_model_has_no_time_for(detect, camera, found, monkeypatch):
