@@ -17,12 +17,16 @@ _ARGUMENTS = {
 
 
 def config_of_authors(
-    file: Path, known: dict[str, Any], given: dict[str, Any]
+    file: Path,
+    config_class: type[ConditionalDetrConfig],
+    known: dict[str, Any],
+    given: dict[str, Any],
 ) -> ConditionalDetrConfig:
     """Return the configuration of one of the authors' files.
 
     Args:
         file: The file; the command line of the training is used if it is inside.
+        config_class: Class of the result.
         known: Fields that the weights determine; see `fields_of`.
         given: Fields that the caller gives; they take precedence.
 
@@ -43,4 +47,4 @@ def config_of_authors(
         fields.pop("num_labels", None)
     if {"backbone_config", "use_timm_backbone"} & given.keys() and "backbone" not in given:
         fields.pop("backbone", None)
-    return ConditionalDetrConfig(**fields)
+    return config_class(**fields)

@@ -92,13 +92,14 @@ def load_pretrained(
     """Load a model in eval mode.
 
     Args:
-        model_class: Class to build.
+        model_class: Class to build, whose `config_class` the configuration is.
         name_or_path: A folder, the id of a model on the hub, or one file of weights. The authors'
             .pth files need no configuration, but as keyword arguments what neither weights nor
             the command line inside them determine (the number of heads, `dilation`, ...). A folder
             of an adapter that PEFT has saved loads the model it was trained on, and the adapter.
             None with `config` and `state_dict`.
-        config: Configuration, or where to read it; default the config.json beside the weights.
+        config: Configuration, whose class stays as it is, or where to read it, with the same
+            `revision`, `subfolder`, `token` and so on; default the config.json beside the weights.
         state_dict: Weights instead of those in files, by any of the names that files have.
         key_mapping: Regular expressions for names of weights and their replacements, applied before
             anything else.
@@ -160,8 +161,9 @@ def load_pretrained(
         adapter_path, name_or_path = name_or_path, adapter
     source = "the state_dict" if name_or_path is None else name_or_path
     is_file = name_or_path is not None and os.path.isfile(name_or_path)
+    config_class = getattr(model_class, "config_class", ConditionalDetrConfig)
     if config is not None or not is_file:
-        config = _find_config(config, name_or_path, download, config_overrides)
+        config = _find_config(config, config_class, name_or_path, download, config_overrides)
     files = [Path(source)] if is_file else []
     if state_dict is None:
         files = files or find_weights(source, variant, use_safetensors, **download)
@@ -176,10 +178,12 @@ def load_pretrained(
                 f"{source}: the weights have the names of the authors, but not their shapes "
                 f"({error})"
             ) from error
-        config = config or config_of_authors(files[0], known, config_overrides)
+        config = config or config_of_authors(files[0], config_class, known, config_overrides)
         _compare(config, known, source, ignore_mismatched_sizes)
     else:
-        config = config or _find_config(None, name_or_path, download, config_overrides)
+        config = config or _find_config(
+            None, config_class, name_or_path, download, config_overrides
+        )
         if config.backbone_config.is_foreign:
             library, name = service("backbones"), class_of_level(level_of(state_dict))
             state_dict = library.names_in_memory(name, config.to_dict(), state_dict)
@@ -247,23 +251,26 @@ def _mapped(state_dict: Mapping[str, Tensor], key_mapping: Mapping[str, str] | N
 
 def _find_config(
     config: ConditionalDetrConfig | str | os.PathLike[str] | None,
+    config_class: type[ConditionalDetrConfig],
     name_or_path: str | os.PathLike[str] | None,
     download: dict[str, Any],
     overrides: dict[str, Any],
 ) -> ConditionalDetrConfig:
     if isinstance(config, str | os.PathLike):
-        return ConditionalDetrConfig.from_pretrained(config, **overrides)
-    if config is not None:
+        return config_class.from_pretrained(config, **download, **overrides)
+    if isinstance(config, ConditionalDetrConfig):
+        return config.with_overrides(**overrides)
+    if config is not None:  # that of transformers
         # `to_dict`, like config.json, is without the choice of an attention.
         overrides.setdefault("attn_implementation", config._attn_implementation)
-        return ConditionalDetrConfig.from_dict(config.to_dict(), **overrides)
+        return config_class.from_dict(config.to_dict(), **overrides)
     assert name_or_path is not None  # the caller has checked it
     if not os.path.isfile(name_or_path):
-        return ConditionalDetrConfig.from_pretrained(name_or_path, **download, **overrides)
+        return config_class.from_pretrained(name_or_path, **download, **overrides)
     beside = Path(name_or_path).with_name(CONFIG_NAME)
     if not beside.is_file():
         raise FileNotFoundError(f"config: expected one, or {beside}, to go with {name_or_path}")
-    return ConditionalDetrConfig.from_pretrained(beside, **overrides)
+    return config_class.from_pretrained(beside, **overrides)
 
 
 def _compare(

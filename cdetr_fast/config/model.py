@@ -163,6 +163,9 @@ class ConditionalDetrConfig(ConfigFile):
         "attn_implementation": "_attn_implementation",
     }
 
+    def __init_subclass__(cls) -> None:
+        """Leave derived classes as they are: transformers' base makes dataclasses of its own."""
+
     def __init__(self, **kwargs: Any) -> None:
         inherit_from_hosts()
         for name in kwargs:
@@ -357,6 +360,20 @@ class ConditionalDetrConfig(ConfigFile):
         `compat="transformers"`.
         """
         return departure_of(self.auxiliary_loss, self.architectures, self.backbone_config)
+
+    def with_overrides(self, **overrides: Any) -> Self:
+        """Return a copy with other values of some fields.
+
+        Raises:
+            TypeError, ValueError: As in the constructor.
+        """
+        changed = copy.deepcopy(self)
+        known = [*self._known(), *vars(self)]
+        for name in overrides:
+            if name not in known:
+                raise unknown_keyword(type(self).__name__, name, known)
+        changed._override(overrides)
+        return changed
 
     def _override(self, fields: dict[str, Any]) -> None:
         """Apply keyword arguments on top of the fields of a file."""

@@ -151,6 +151,8 @@ def test_hub_names_and_revisions(options, tmp_path):
     load = class_of("detection").from_pretrained
     assert_equal_outputs(load("someone/cats", **where), main, 1e-6)
     assert_equal_outputs(load("someone/cats", revision="dev", **where), dev, 1e-6)
+    named = load("someone/cats", config="someone/cats", revision="dev", **where)
+    assert_equal_outputs(named, dev, 1e-6)
     with pytest.raises(FileNotFoundError, match=r"someone/cats: .*no config\.json from the hub"):
         load("someone/cats", revision="gone", **where)
     with pytest.raises(FileNotFoundError, match=r"someone/cats: expected one of model\.fp16\.saf"):

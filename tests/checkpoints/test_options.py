@@ -19,9 +19,8 @@ from support.checkpoints import (  # fixtures
 
 import cdetr_fast
 from cdetr_fast.checkpoints import save
-from cdetr_fast.checkpoints.key_maps import (
-    to_v4,
-)
+from cdetr_fast.checkpoints.key_maps import to_authors, to_v4
+from cdetr_fast.integrations.inheritance import inherit_all
 
 
 def test_dtype(tmp_path):
@@ -248,6 +247,40 @@ def test_saving_what_transformers_computes_otherwise_says_so(task, config, words
         warnings.simplefilter("error", UserWarning)
         our_model(task, compat="transformers", **config).save_pretrained(tmp_path / "transformers")
         our_model().save_pretrained(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("source", ["folder", "file", "path", "object", "authors"])
+def test_class_of_the_configuration(source, tmp_path):
+    """As in transformers: the model's `config_class`; an object is of its own class."""
+    inherit_all()  # transformers' bases make dataclasses of what is derived from them
+
+    class OwnConfig(cdetr_fast.ConditionalDetrConfig):
+        temperature: float = 1.0
+
+    class OwnModel(cdetr_fast.ConditionalDetrForObjectDetection):
+        config_class = OwnConfig
+
+    config = OwnConfig(**(oracle.TINY | SMALL), temperature=2.0)
+    config.note = "kept"
+    OwnModel(config).save_pretrained(tmp_path)
+    authors = tmp_path / "authors.pth"
+    args = argparse.Namespace(dilation=False, nheads=8)
+    torch.save({"model": to_authors(OwnModel(config).state_dict()), "args": args}, authors)
+    load, place, options = {
+        "folder": (OwnModel, tmp_path, {}),
+        "file": (OwnModel, tmp_path / "model.safetensors", {}),
+        "path": (OwnModel, tmp_path, {"config": tmp_path / "config.json"}),
+        "object": (class_of("detection"), tmp_path, {"config": config}),
+        "authors": (OwnModel, authors, {"temperature": 2.0}),
+    }[source]
+    found = load.from_pretrained(place, **options).config
+    assert type(found) is OwnConfig
+    assert found.temperature == 2.0
+    assert source == "authors" or found.note == "kept"
+    changed = load.from_pretrained(place, **(options | {"temperature": 3.0})).config
+    assert (type(changed), changed.temperature, config.temperature) == (OwnConfig, 3.0, 2.0)
+    with pytest.raises(TypeError, match="'temperatur'; did you mean 'temperature'"):
+        load.from_pretrained(place, **options, temperatur=3.0)
 
 
 def test_loading_never_fetches_backbone_weights(tmp_path, monkeypatch):
