@@ -155,7 +155,8 @@ _ChannelOrder = Annotated[Literal["channels_first", "channels_last"] | None, Bef
 class StoredSettings(Checked):
     """Settings as attributes, checked when they are set, and stored as preprocessor_config.json.
 
-    None means the default, as in transformers, so null in a file does too.
+    None means the default, as in transformers, so null in a file does too. A derived class sets
+    another default as a class attribute.
     """
 
     format: Annotated[Literal["coco_detection", "coco_panoptic"], Before(_as_name)] = (
@@ -194,7 +195,7 @@ class StoredSettings(Checked):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if value is None and name in field_types(StoredSettings):
-            value = getattr(StoredSettings, name)
+            value = getattr(type(self), name)
         super().__setattr__(name, value)
 
     def _set(self, settings: Mapping[str, Any], owner: str) -> None:

@@ -159,6 +159,23 @@ def test_names_and_deprecated_arguments():
         assert ConditionalDetrImageProcessor(pad_and_return_pixel_mask=False).do_pad is False
 
 
+def test_defaults_of_a_derived_class(tmp_path):
+    class Own(ConditionalDetrImageProcessor):
+        image_mean = (0.5, 0.5, 0.5)
+        do_normalize = False
+        size = {"shortest_edge": 64}  # noqa: RUF012 - as transformers' classes have it
+
+    own, given = Own(), Own(do_normalize=True, image_mean=None)
+    assert (own.image_mean, own.size) == ((0.5, 0.5, 0.5), {"shortest_edge": 64})
+    assert own.do_normalize is own.do_convert_annotations is False
+    assert (given.image_mean, given.do_normalize) == ((0.5, 0.5, 0.5), True)
+    assert own(pixels(97, 131)).pixel_values.shape[-2:] == (64, 86)
+    given.save_pretrained(tmp_path)
+    assert ConditionalDetrImageProcessor.from_pretrained(tmp_path).image_mean == (0.5, 0.5, 0.5)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    assert Own.from_pretrained(tmp_path).do_normalize is False
+
+
 def test_attributes_can_be_set():
     processor = ConditionalDetrImageProcessor()
     processor.size = 32
