@@ -1,7 +1,9 @@
 """Segmentation from panoptic data: masks follow boxes, the mask head trains, runs end."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -233,6 +235,19 @@ def test_bad_masks_are_named(configuration, panoptic, tmp_path):
     assert "001.png (masks of image id 1): no pixel of segments 70000, 300, 1300" in message
     victim.unlink()
     assert "001.png (masks of image id 1): cannot be read" in dataset[ImageRequest(1, (0,), (0,))]
+
+
+def test_missing_masks_are_found_before_the_first_step(configuration, panoptic, tmp_path):
+    with pytest.raises(DataError, match=r"masks of .*: expected a folder of .*, got nowhere"):
+        Engine(configuration(train_masks="nowhere", bad_images="skip"), StopSignals())
+    shutil.copytree(panoptic / "train" / "masks", tmp_path / "masks")
+    (tmp_path / "masks" / "001.png").unlink()
+    config = configuration(train_masks=str(tmp_path / "masks"), bad_images="skip")
+    with pytest.raises(DataError, match=r"1 images without a panoptic PNG file in .*, ids \(1\)"):
+        Engine(config, StopSignals())
+    index = Engine(dataclasses.replace(config, bad_labels="drop"), StopSignals()).train_index
+    assert index.image_ids.tolist() == [0, 2, 3, 4, 5]
+    assert index.mask_names == [f"{i:03d}.png" for i in index.image_ids]
 
 
 def test_masks_overfit_a_scene(configuration):

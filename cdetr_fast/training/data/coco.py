@@ -113,6 +113,8 @@ def index_of(
     file_names = [record.file_name for record in records]
     _require_unique((record.id for record in records), path, "image id")
     folder = find_images(path, images, file_names)
+    if masks is not None and not Path(masks).is_dir():
+        raise DataError(f"masks of {path}: expected a folder of panoptic PNG files, got {masks}")
     position = {record.id: i for i, record in enumerate(records)}
     label_of = {category.id: label for label, category in enumerate(categories)}
     unassigned: list[int] = []

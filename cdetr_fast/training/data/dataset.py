@@ -242,8 +242,8 @@ def read_segments(index: CocoIndex, position: int, size_hw: tuple[int, int]) -> 
     Raises:
         DataError: The file cannot be read, has another size, or lacks a segment.
     """
-    assert index.masks is not None
-    path = index.masks / index.mask_names[position]
+    path = index.mask_path(position)
+    assert path is not None
     name = f"{path} (masks of image id {index.image_ids[position]})"
     segment_map = segment_ids(_read(path, name)[0])
     if segment_map.shape != size_hw:

@@ -93,6 +93,10 @@ class CocoIndex:
         """Return the path of an image."""
         return self.images / self.file_names[index]
 
+    def mask_path(self, index: int) -> Path | None:
+        """Return the path of an image's panoptic PNG file; None without masks."""
+        return None if self.masks is None else self.masks / self.mask_names[index]
+
     def objects(self, index: int) -> slice:
         """Return the part of the arrays of objects that belongs to an image."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))

@@ -54,7 +54,8 @@ def check_labels(
 
     Args:
         index: The set.
-        bad_labels: "stop" raises an error for them; "drop" drops them, and images without a file.
+        bad_labels: "stop" raises an error for them; "drop" drops them, and images without a file or
+            without the file of their masks.
         num_queries: Queries of the model; images with more objects are noted.
 
     Returns:
@@ -93,6 +94,8 @@ def check_labels(
         ] = (spans < 0).all(1)
     with progress.task("looking for the images"):
         present = np.array([os.path.isfile(index.image_path(i)) for i in range(len(index))])
+        paths = map(index.mask_path, range(len(index)))
+        masked = np.array([path is None or os.path.isfile(path) for path in paths])
     sized = (index.sizes_hw > 0).all(1)
 
     report = LabelReport(index.path)
@@ -101,12 +104,13 @@ def check_labels(
             report.bad[f"{kind}, annotation ids"] = _names(index, bad)
     if index.unassigned:
         report.bad["annotations of images that the file does not list, ids"] = index.unassigned
-    if not present.all():
-        report.bad[f"images without a file in {index.images}, ids"] = index.image_ids[
-            ~present
-        ].tolist()
-    if not sized.all():
-        report.bad["images without a size, ids"] = index.image_ids[~sized].tolist()
+    for kind, usable in (
+        (f"images without a file in {index.images}, ids", present),
+        (f"images without a panoptic PNG file in {index.masks}, ids", masked),
+        ("images without a size, ids", sized),
+    ):
+        if not usable.all():
+            report.bad[kind] = index.image_ids[~usable].tolist()
 
     bad_object = np.logical_or.reduce(list(defects.values()))
     over = np.maximum.reduce([-left, -top, right - width, bottom - height])
@@ -142,7 +146,7 @@ def check_labels(
             "\n".join(report.lines())
             + "\ncorrect the file, or drop these by --bad-labels drop (bad_labels: drop)"
         )
-    kept = index.select(present & sized, ~bad_object)
+    kept = index.select(present & masked & sized, ~bad_object)
     if len(kept) == 0:
         raise DataError("\n".join(report.lines()) + "\nnothing remains to train on")
     return kept, report
