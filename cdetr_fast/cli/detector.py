@@ -64,7 +64,7 @@ class Detector:
                 self.segments = model_class is cdetr_fast.ConditionalDetrForSegmentation
                 model = model_class.from_pretrained(source, dtype=torch.float32, **options)
                 model.image_processor  # noqa: B018 - read here, where its errors are reported
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"--model {self.name}: {first_line(error)}") from error
         self.model = model.to(self.device)
         self.id2label: dict[int, str] = self.model.config.id2label

@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -422,6 +423,8 @@ def test_damaged_metadata_and_hidden_files(run, checkpoint, tmp_path):
     [
         ("model", "--model .*no-such-folder"),
         ("model file", "--model .*empty: expected"),
+        ("config.json", "--model .*: num_queries: expected an integer >= 1, got '300'"),
+        ("preprocessor_config.json", "--model .*: do_resize: expected True or False, got 1"),
         ("no image", "none of 1 images could be read"),
         ("empty folder", "no images in this folder"),
         ("device", "--device: 'frobnicator' cannot be used"),
@@ -432,9 +435,17 @@ def test_damaged_metadata_and_hidden_files(run, checkpoint, tmp_path):
 def test_errors_are_one_line(run, checkpoint, pictures, tmp_path, case, message):
     empty = tmp_path / "empty"
     empty.mkdir()
+    for name, wrong in (
+        ("config.json", {"num_queries": "300"}),
+        ("preprocessor_config.json", {"do_resize": 1}),
+    ):
+        shutil.copytree(checkpoint, tmp_path / name)
+        (tmp_path / name / name).write_text(json.dumps(read(checkpoint / name) | wrong))
     arguments = {
         "model": [pictures, "--model", tmp_path / "no-such-folder"],
         "model file": [pictures, "--model", empty],
+        "config.json": [pictures, "--model", tmp_path / "config.json"],
+        "preprocessor_config.json": [pictures, "--model", tmp_path / "preprocessor_config.json"],
         "no image": [pictures / "notes.txt", "--model", checkpoint],
         "empty folder": [empty, "--model", checkpoint],
         "device": [pictures, "--model", checkpoint, "--device", "frobnicator"],
