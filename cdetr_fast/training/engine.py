@@ -22,6 +22,7 @@ from cdetr_fast.common.files import write_text
 from cdetr_fast.training import setup
 from cdetr_fast.training.config import TrainingConfig
 from cdetr_fast.training.data.dataset import Batch
+from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.loader import grouped
 from cdetr_fast.training.errors import DataError, TrainingStopped
 from cdetr_fast.training.evaluation.detection import evaluate_detections, predict
@@ -127,6 +128,9 @@ class Engine:
             with progress.task("building the model"):
                 model = build(config, self.train_index.classes)
             self.model_config = cast(ConditionalDetrConfig, model.config)
+            if isinstance(self.train_index, CocoIndex):  # shards do not say what an image has
+                queries = self.model_config.num_queries
+                self.label_reports[0].compare_with_queries(self.train_index, queries)
             self.processor = setup.make_processor(config, model)
             self.model_class: Any = type(model)
             if config.precision == "bf16-pure":

@@ -117,7 +117,6 @@ def read_data(
         train = read_shards(config.train_annotations)
         report = train.report()
     else:
-        queries = config.model_options.get("num_queries")
         train, report = check_labels(
             read_set(
                 config.train_annotations,
@@ -128,7 +127,6 @@ def read_data(
                 split="train",
             ),
             config.bad_labels,
-            queries if isinstance(queries, int) else None,
         )
     val_annotations = config.val_annotations
     if val_annotations is None and has_validation(config.train_annotations):

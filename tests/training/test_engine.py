@@ -14,9 +14,12 @@ from safetensors import SafetensorError
 from support.training_settings import final_state, losses, rows
 
 from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
+from cdetr_fast.demo.scenes import CLASSES
 from cdetr_fast.training import DataError, TrainingConfig, TrainingStopped, train
 from cdetr_fast.training.engine import Engine
 from cdetr_fast.training.evaluation.detection import evaluate_detections
+from cdetr_fast.training.initial_weights import build_model
+from cdetr_fast.training.run.signals import StopSignals
 from cdetr_fast.training.step import TrainingStep
 
 
@@ -273,6 +276,30 @@ def test_a_best_model_that_could_not_be_written_is_not_the_best(
     train(config)
     assert final_state(config)["best"] == 0.4
     assert (tmp_path / "run" / "best" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("start", "queries"), [("new", 300), ("options", 12), ("checkpoint", 3)])
+@pytest.mark.filterwarnings("ignore:.*images are prepared with default settings:UserWarning")
+def test_images_with_more_objects_than_queries_are_noted(
+    settings, scenes, tmp_path, start, queries
+):
+    content = json.loads((scenes / "train" / "annotations.json").read_text())
+    first = content["annotations"][0]
+    content["annotations"] = [first | {"id": i} for i in range(queries + 1)]
+    path = tmp_path / "full.json"
+    path.write_text(json.dumps(content))
+    changes = {"train_annotations": str(path), "train_images": str(scenes / "train")}
+    options = settings()["model_options"]
+    if start == "new":
+        changes["model_options"] = {k: v for k, v in options.items() if k != "num_queries"}
+    elif start == "checkpoint":
+        config = TrainingConfig(**settings(model_options=options | {"num_queries": 3}))
+        build_model(config, CLASSES).save_pretrained(tmp_path / "start")
+        changes |= {"model": str(tmp_path / "start"), "model_options": {}}
+    config = TrainingConfig(**settings(**changes))
+    Engine(config, StopSignals())
+    expected = f"with more objects than the model's {queries} queries, ids ({first['image_id']})"
+    assert expected in (Path(config.output) / "labels.txt").read_text()
 
 
 def test_validation_set_without_objects(settings, scenes, tmp_path, caplog):

@@ -34,6 +34,13 @@ class LabelReport:
     bad: dict[str, list[Any]] = field(default_factory=dict)
     notes: dict[str, list[Any]] = field(default_factory=dict)
 
+    def compare_with_queries(self, index: CocoIndex, num_queries: int) -> None:
+        """Note the images of the set that have more objects than the model has queries."""
+        fuller = _objects_of_images(index) > num_queries
+        if fuller.any():
+            kind = f"images with more objects than the model's {num_queries} queries, ids"
+            self.notes[kind] = index.image_ids[fuller].tolist()
+
     def lines(self) -> list[str]:
         """Return the report as text, one line per finding."""
         summary = ", ".join(f"{count} {name}" for name, count in self.counts.items())
@@ -47,16 +54,13 @@ class LabelReport:
         return found
 
 
-def check_labels(
-    index: CocoIndex, bad_labels: str = "stop", num_queries: int | None = None
-) -> tuple[CocoIndex, LabelReport]:
+def check_labels(index: CocoIndex, bad_labels: str = "stop") -> tuple[CocoIndex, LabelReport]:
     """Look for labels that cannot be right.
 
     Args:
         index: The set.
         bad_labels: "stop" raises an error for them; "drop" drops them, and images without a file or
             without the file of their masks.
-        num_queries: Queries of the model; images with more objects are noted.
 
     Returns:
         The remaining index, and the report.
@@ -115,7 +119,7 @@ def check_labels(
     bad_object = np.logical_or.reduce(list(defects.values()))
     over = np.maximum.reduce([-left, -top, right - width, bottom - height])
     overshoot = ~bad_object & (over > _OVERSHOOT)
-    counts = np.bincount(owner[~index.crowd], minlength=len(index))
+    counts = _objects_of_images(index)
     ids = np.sort(index.category_ids[index.category_ids >= 0])
     before_gaps = ids[:-1][np.diff(ids) > 1]
     without = "images without objects"
@@ -129,9 +133,6 @@ def check_labels(
     ):
         if len(found):
             report.notes[kind] = found.tolist()
-    if num_queries is not None and (counts > num_queries).any():
-        kind = f"images with more objects than the model's {num_queries} queries, ids"
-        report.notes[kind] = index.image_ids[counts > num_queries].tolist()
     per_class = np.bincount(index.labels[index.labels >= 0], minlength=len(index.classes))
     names = [f"of {name!r}" for name in index.classes]
     report.counts = {"images": len(index), "objects": len(owner)}
@@ -150,6 +151,11 @@ def check_labels(
     if len(kept) == 0:
         raise DataError("\n".join(report.lines()) + "\nnothing remains to train on")
     return kept, report
+
+
+def _objects_of_images(index: CocoIndex) -> np.ndarray:
+    """Return the number of objects in each image without crowds, int64 `[N]`."""
+    return np.bincount(index.image_of_object()[~index.crowd], minlength=len(index))
 
 
 def _repeated(index: CocoIndex) -> np.ndarray:
