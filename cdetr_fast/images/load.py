@@ -249,6 +249,8 @@ def _flatten(images: Any) -> list[Any]:
     if isinstance(images, Buffer):
         return [bytes(images)]
     if hasattr(images, "read"):
+        with contextlib.suppress(AttributeError, OSError):  # a pipe cannot
+            images.seek(0)  # as PIL does: it may have been read before
         return [images.read()]
     raise TypeError(
         "images: expected PIL images, numpy arrays, tensors, paths or lists of them, "

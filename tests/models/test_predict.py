@@ -484,6 +484,9 @@ def test_pictures_of_what_predict_takes(tmp_path):
     image.transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
     for one in (turned, Image.open(turned)):
         assert np.array_equal(np.asarray(result.draw(one)), expected)
+    with path.open("rb") as opened:
+        for _ in range(2):  # `predict` has read it before
+            assert np.array_equal(np.asarray(result.draw(opened)), expected)
     with pytest.raises(ValueError, match="image: expected one image, got 2"):
         result.draw([image, image])
     with pytest.raises(FileNotFoundError, match=r"none.jpg: cannot be read"):
