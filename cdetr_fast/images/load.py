@@ -356,10 +356,16 @@ def _pixels(image: Image.Image, do_convert_rgb: bool | None) -> Tensor:
     return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
-def _in_range(image: Tensor, name: str, rescale_factor: float, recognizes_floats: bool) -> Tensor:
-    """Return an image whose values suit the rescaling that follows; see `load_images`."""
+def _in_range(
+    image: Tensor, name: str, rescale_factor: float, recognizes_floats: bool
+) -> tuple[Tensor, float]:
+    """Return an image whose values suit the rescaling that follows, and the value of its white.
+
+    See `load_images`. White is 1 where floats are taken to be from 0 to 1, as they come or because
+    others are an error of their own.
+    """
     if image.dtype == torch.uint8:
-        return image
+        return image, 255
     countable = image.to(torch.int64) if image.dtype in _UNSIGNED else image
     low, high = (value.item() for value in countable.aminmax())
     largest = max(255, round(1 / rescale_factor))
@@ -368,13 +374,15 @@ def _in_range(image: Tensor, name: str, rescale_factor: float, recognizes_floats
         fits = low >= 0 and high <= largest
     elif rescale_factor < _UNIT_FACTOR and low >= -_OVERSHOOT and high <= _UNIT_LIMIT:
         if recognizes_floats:
-            return image / rescale_factor
+            return image / rescale_factor, 1 / rescale_factor
         fits, may_leave = high == 0, True
     else:
         fits = low >= -_OVERSHOOT * high and high <= (1 + _OVERSHOOT) * largest
         may_leave = not recognizes_floats
+    is_unit = image.is_floating_point() and not (recognizes_floats and high > _UNIT_LIMIT)
+    white = 1 if is_unit else largest
     if fits:
-        return image
+        return image, white
     kind = str(image.dtype).removeprefix("torch.")
     text = (
         f"{name}: expected pixels from 0 to {largest}, got {kind} in the range {low:g} to "
@@ -384,7 +392,7 @@ def _in_range(image: Tensor, name: str, rescale_factor: float, recognizes_floats
     if not may_leave:
         raise ValueError(text)
     warnings.warn(text, stacklevel=6)
-    return image
+    return image, white
 
 
 def _from_array(
@@ -414,8 +422,9 @@ def _from_array(
         image = image.permute(2, 0, 1)
     if min(image.shape) == 0:
         raise ValueError(f"{name}: expected at least one pixel, got {list(image.shape)}")
+    white: float = 1 if image.is_floating_point() else 255
     if rescale_factor is not None:
-        image = _in_range(image, name, rescale_factor, recognizes_floats)
+        image, white = _in_range(image, name, rescale_factor, recognizes_floats)
     if image.dtype in _UNSIGNED:
         image = image.to(torch.float32)
 
@@ -423,7 +432,7 @@ def _from_array(
         return image
     if image.shape[0] == 1:
         return image.expand(3, -1, -1)
-    return _over_white(image, name) if do_convert_rgb else image[:3]
+    return _over_white(image, name, white) if do_convert_rgb else image[:3]
 
 
 def _is_channels_last(image: Tensor, name: str, input_data_format: str | None) -> bool:
@@ -438,15 +447,22 @@ def _is_channels_last(image: Tensor, name: str, input_data_format: str | None) -
     return last
 
 
-def _over_white(image: Tensor, name: str) -> Tensor:
-    """Lay an RGBA image over white; uint8, or floats in [0, 1]."""
-    if image.is_floating_point() and (image.amin() < 0 or image.amax() > 1):
+def _over_white(image: Tensor, name: str, white: float) -> Tensor:
+    """Lay an RGBA image with values from 0 to `white` over white."""
+    if white == 1 and (image.amin() < 0 or image.amax() > 1):  # others were checked before
         raise ValueError(
             f"{name}: expected RGBA floats in [0, 1], "
             f"got [{image.amin().item()}, {image.amax().item()}]"
         )
-    from torchvision.transforms.v2 import functional as tvF  # 15 ms, once
+    if image.dtype == torch.uint8:
+        from torchvision.transforms.v2 import functional as tvF  # 15 ms, once
 
-    rgba = tvF.to_dtype(image, torch.float32, scale=True)
-    color, alpha = rgba[:3], rgba[3:]
-    return tvF.to_dtype(color * alpha + (1 - alpha), image.dtype, scale=True)
+        rgba = tvF.to_dtype(image, torch.float32, scale=True)
+        return tvF.to_dtype(_laid_over_white(rgba), torch.uint8, scale=True)
+    laid = _laid_over_white(image.to(torch.float32) / white) * white
+    return laid.to(image.dtype) if image.is_floating_point() else laid.round().to(image.dtype)
+
+
+def _laid_over_white(rgba: Tensor) -> Tensor:
+    color, alpha = rgba[:3], rgba[3:].clamp(0, 1)
+    return color * alpha + (1 - alpha)

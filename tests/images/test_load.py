@@ -251,6 +251,20 @@ def test_values_of_8_bits_are_taken_in_every_dtype(dtype):
     assert torch.equal(load(pixels).float(), chw(picture()).float())
 
 
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.uint16, np.int32, np.int64, np.float32, np.float64, "unit"]
+)
+def test_transparent_arrays_of_every_range_are_laid_over_white(dtype):
+    rgba = np.random.default_rng(0).integers(0, 256, (6, 8, 4), dtype=np.uint8)
+    rgba[:2] = 0  # nothing to be seen
+    color, alpha = rgba[..., :3].astype(float), rgba[..., 3:] / 255
+    expected = color * alpha + 255 * (1 - alpha)
+    rgba = rgba / 255 if dtype == "unit" else rgba.astype(dtype)
+    for rows in (slice(None), slice(2)):
+        (found,) = load_images(rgba[rows], True, rescale_factor=EIGHT, recognizes_floats=True)
+        assert torch.allclose(found.double(), chw(expected[rows]), atol=1)
+
+
 @pytest.mark.parametrize("recognizes", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "scale"),
