@@ -99,7 +99,13 @@ def _pairs(text: str) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise typer.BadParameter(f"expected NAME=VALUE, got {pair!r}")
-        pairs[name] = parse_yaml(value)
+        try:
+            pairs[name] = parse_yaml(value)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise typer.BadParameter(
+                f"expected a value in YAML behind {name}=, got {value!r} ({reason})"
+            ) from error
     return pairs
 
 

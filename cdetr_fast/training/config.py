@@ -276,11 +276,9 @@ class TrainingConfig(Checked):
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping; DataError names the file if it is not one."""
-    import yaml
-
     try:
         values = parse_yaml(Path(path).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: expected a YAML file ({error})") from error
     if not isinstance(values, dict):
         raise DataError(f"{path}: expected a YAML mapping, got {type(values).__name__}")
@@ -288,7 +286,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML safely, with 1e-4 as a number, which it is not in YAML 1.1."""
+    """Parse YAML safely, with 1e-4 as a number, which it is not in YAML 1.1.
+
+    Raises:
+        ValueError: The text is not YAML, or has a date that no calendar has.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -299,4 +301,7 @@ def parse_yaml(text: str) -> Any:
         re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
         list("-+0123456789"),
     )
-    return yaml.load(text, Loader)
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, RecursionError) as error:  # the second for thousands of brackets
+        raise ValueError(str(error)) from error

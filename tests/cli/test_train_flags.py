@@ -75,6 +75,11 @@ def test_lists(parse):
         (["--batchsize", "2"], "No such option: --batchsize; did you mean '--batch-size'?"),
         (["--batch-size", "x"], "Invalid value for '--batch-size': "),
         (["--model-options", "a"], "Invalid value for '--model-options': expected NAME=VALUE"),
+        (
+            ["--model-options", "a=1", "b={c: d"],
+            "Invalid value for '--model-options': expected a value in YAML behind b=, got '{c: d'",
+        ),
+        (["--model-options", "a=2020-13-45"], "behind a=, got '2020-13-45' (month must be in"),
         (["--scales", "1", "x"], "Invalid value for '--scales': expected INTEGER..., got '1 x'"),
         (["--schedule", "linear"], "'linear' is not one of 'step', 'cosine', 'constant'"),
     ],

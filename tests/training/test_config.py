@@ -41,6 +41,8 @@ def test_round_trip(tmp_path):
         ),
         ("- 1", "expected a YAML mapping, got list"),
         ("a: [", "expected a YAML file"),
+        ("a: 2020-13-45", "expected a YAML file"),
+        pytest.param("[" * 9999, "expected a YAML file", id="deep"),
     ],
 )
 def test_errors_name_the_setting(tmp_path, text, message):
