@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -180,7 +181,8 @@ class Engine:
         text = "\n".join(line for report in self.label_reports for line in report.lines())
         try:
             changes = changed_settings(self.folder / "config.yaml", self.config)
-            self.config.to_yaml(self.folder / "config.yaml")
+            # Whoever repeats the run from this file does not mean to resume.
+            replace(self.config, resume=False).to_yaml(self.folder / "config.yaml")
             launch.remember(self.folder, self.agents)
             if begins:
                 (self.folder / "labels.txt").write_text(text + "\n", encoding="utf-8")
