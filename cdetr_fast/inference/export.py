@@ -19,7 +19,7 @@ from torch.torch_version import TorchVersion
 from cdetr_fast.common import progress
 from cdetr_fast.common.files import write_atomically
 from cdetr_fast.common.validation import PositiveInt, checked
-from cdetr_fast.inference.openvino import compiled, convert, quantized
+from cdetr_fast.inference.openvino import MEMORY, compiled, convert, quantized
 from cdetr_fast.inference.optimize import calibration_batches, optimize
 from cdetr_fast.inference.prepare import OPEN_SHAPES, PreparedModel
 
@@ -55,18 +55,26 @@ class ExportedForward(nn.Module):
         size: Height and width of the images if they are fixed: constants of the map's size are then
             part of the file. None leaves them open.
         masked: Take a mask.
+        memory: Return the encoder's output too, as the last one.
     """
 
-    def __init__(self, prepared: PreparedModel, size: tuple[int, int] | None, masked: bool) -> None:
+    def __init__(
+        self,
+        prepared: PreparedModel,
+        size: tuple[int, int] | None,
+        masked: bool,
+        memory: bool = False,
+    ) -> None:
         super().__init__()
         self.prepared = prepared
+        self.names = (*_OUTPUTS, MEMORY) if memory else _OUTPUTS
         self.masked = masked
         if size is not None and not masked:
             prepared.fix_image_size(*size)
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> tuple[Tensor, ...]:
         output = self.prepared(pixel_values, pixel_mask)
-        return tuple(output[name] for name in _OUTPUTS if name in output)
+        return tuple(output[name] for name in self.names if name in output)
 
 
 def export(
@@ -136,7 +144,8 @@ def export(
     prepared: PreparedModel = optimized.runner.prepared
     if format == "openvino":
         prepared.join_attention()
-    forward = ExportedForward(prepared, None if dynamic else size, masked).eval()
+    fixed = None if dynamic else size
+    forward = ExportedForward(prepared, fixed, masked, memory=bool(calibration)).eval()
     example = _images(model, batch + (batch == 1 and dynamic), size, masked)
     trials = [example]
     if dynamic:
@@ -263,7 +272,8 @@ def _write_openvino(
 
     network = convert(program)
     if int8_calibration:
-        network = quantized(network, int8_calibration)
+        network = quantized(network, int8_calibration, len(network.outputs) - 1)
+        network.remove_result(network.get_results()[-1])
     for name, port in zip(("pixel_values", "pixel_mask"), network.inputs, strict=False):
         port.get_tensor().set_names({name})
     for name, port in zip(_OUTPUTS, network.outputs, strict=False):

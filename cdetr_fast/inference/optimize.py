@@ -87,9 +87,10 @@ def optimize(
             fp32 or bf16, with as many threads as torch has then. It is exported and compiled here,
             once for all sizes, and again when weights change, which takes some seconds each time;
             its outputs are compared with the model's on a trial. Not for segmentation. With
-            `int8_calibration` the whole model is put into int8 by NNCF (extra `int8`). "auto" is
-            "openvino" where `cdetr-fast benchmark` has found it right and faster on this machine,
-            for such a model in this precision, and "torch" elsewhere; `explain()` has the reason.
+            `int8_calibration` backbone and encoder are put into int8 by NNCF (extra `int8`).
+            "auto" is "openvino" where `cdetr-fast benchmark` has found it right and faster on this
+            machine, for such a model in this precision, and "torch" elsewhere; `explain()` has the
+            reason.
         bucket: Pad images to multiples of 32 or 64 pixels, with masks, so that fewer shapes are
             captured or compiled. Like all padding it changes predictions a little, as convolutions
             see it. "exact" pads nothing.
