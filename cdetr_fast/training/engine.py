@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -182,7 +181,9 @@ class Engine:
         try:
             changes = changed_settings(self.folder / "config.yaml", self.config)
             # Whoever repeats the run from this file does not mean to resume.
-            replace(self.config, resume=False).to_yaml(self.folder / "config.yaml")
+            written = copy.copy(self.config)
+            written.resume = False
+            written.to_yaml(self.folder / "config.yaml")
             launch.remember(self.folder, self.agents)
             if begins:
                 (self.folder / "labels.txt").write_text(text + "\n", encoding="utf-8")
