@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cdetr_fast.inference.prepare import OPEN_SHAPES, PreparedModel
+from cdetr_fast.inference.prepare import OPEN_SHAPES, PreparedModel, outputs_of
 
 Outputs = dict[str, Tensor]
 
@@ -93,15 +93,15 @@ class OpenVinoCall:
                 torch.export.export(_Forward(prepared).eval(), trial, dynamic_shapes=OPEN_SHAPES)
             )
             if int8_calibration:
-                names = list(_outputs(in_fp32, *trial))
+                names = list(outputs_of(in_fp32, *trial))
                 network = quantized(network, int8_calibration, names.index(MEMORY))
                 images = int8_calibration[-1]  # in the range that the codes are for
                 trial = images, torch.ones(len(images), *images.shape[-2:], device="cpu")
             self._compiled = compiled(network, dtype, self.threads)
             self._idle: list[Any] = []  # requests, each of one thread at a time
-            own = _outputs(model, trial[0].to(dtype), trial[1])
+            own = outputs_of(model, trial[0].to(dtype), trial[1])
             self._dtypes = {name: tensor.dtype for name, tensor in own.items()}
-            self.error = self._check(self(*trial), own, _outputs(in_fp32, *trial))
+            self.error = self._check(self(*trial), own, outputs_of(in_fp32, *trial))
 
     def __call__(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> Outputs:
         """Run the model; arguments and results as in `PreparedModel.forward`."""
@@ -161,11 +161,6 @@ class _Forward(nn.Module):
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.prepared(pixel_values, pixel_mask).values())
-
-
-def _outputs(model: nn.Module, pixel_values: Tensor, pixel_mask: Tensor) -> Outputs:
-    left_out = {"output_attentions": False, "output_hidden_states": False}
-    return dict(model(pixel_values, pixel_mask, return_dict=True, **left_out))
 
 
 def _difference(got: Tensor, expected: Tensor) -> float:

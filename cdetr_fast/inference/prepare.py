@@ -193,9 +193,7 @@ class PreparedModel(nn.Module):
         Returns:
             The fields of the output that are not None, by name.
         """
-        # Named, as the configuration may ask for them.
-        left_out = {"output_attentions": False, "output_hidden_states": False}
-        return dict(self.model(pixel_values, pixel_mask, return_dict=True, **left_out))
+        return outputs_of(self.model, pixel_values, pixel_mask)
 
     def check_images(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> None:
         """Refuse images as the model's own forward does."""
@@ -280,6 +278,14 @@ class PreparedModel(nn.Module):
                 module.unpack()  # writes through `.data` count no version
         self.base.positions.clear()
         return True
+
+
+def outputs_of(
+    model: nn.Module, pixel_values: Tensor, pixel_mask: Tensor | None
+) -> dict[str, Tensor]:
+    """Return what a model predicts, by name, whatever else its configuration asks for."""
+    left_out = {"output_attentions": False, "output_hidden_states": False}
+    return dict(model(pixel_values, pixel_mask, return_dict=True, **left_out))
 
 
 def without_autocast(model: nn.Module) -> contextlib.AbstractContextManager[None]:
