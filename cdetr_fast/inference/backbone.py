@@ -25,7 +25,7 @@ from cdetr_fast.inference.convolution import (
     activation_of,
     can_fold,
 )
-from cdetr_fast.inference.padding import SAME_POOLS, SamePool2d
+from cdetr_fast.inference.padding import SamePool2d
 from cdetr_fast.inference.pooling import KeptMaxPool2d, can_keep
 from cdetr_fast.inference.workspace import Workspace
 from cdetr_fast.models.backbone import FrozenBatchNorm2d, FrozenBatchNormAct2d
@@ -189,7 +189,7 @@ def _fuse(traced: fx.GraphModule, image: Tensor) -> None:
         if layer is not None and can_keep(layer):
             assert isinstance(layer, nn.MaxPool2d)
             put(node, KeptMaxPool2d(layer))
-        if layer is not None and type(layer) in SAME_POOLS:
+        if layer is not None and SamePool2d.replaces(layer):
             put(node, SamePool2d(layer))
         if not isinstance(layer, nn.Conv2d) or not can_fold(layer):
             continue

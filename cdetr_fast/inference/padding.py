@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import Tensor, nn
 
-SAME_POOLS = (AvgPool2dSame, MaxPool2dSame)
-"""Pooling that pads by the size of its input, which `SamePool2d` replaces."""
+_SAME_POOLS = (AvgPool2dSame, MaxPool2dSame)
 
 
 def pad_same(
@@ -38,23 +37,30 @@ def pad_same(
 class SamePool2d(nn.Module):
     """One of timm's "same" pools, padded by `pad_same`.
 
+    The windows fit into the padded images, so that neither `ceil_mode` nor `count_include_pad`
+    matters; they are left at what other programs read as torch does. ONNX Runtime up to 1.24 puts
+    the padding into a pool that does not count its own, and so divides by fewer pixels.
+
     Args:
-        pool: One of `SAME_POOLS`; dilated ResNets average by them beside their blocks.
+        pool: One that `replaces` is true of; dilated ResNets average by them beside their blocks.
     """
 
     def __init__(self, pool: nn.Module) -> None:
         super().__init__()
-        if not isinstance(pool, SAME_POOLS):
-            raise TypeError(f"pool: expected {SAME_POOLS}, got {type(pool).__name__}")
+        if not self.replaces(pool):
+            raise TypeError(f"pool: expected {_SAME_POOLS} without dilation, got {pool}")
         self.pool = pool
+
+    @staticmethod
+    def replaces(layer: nn.Module) -> bool:
+        """Return whether a layer is such a pool; timm's padding for dilated ones has changed."""
+        dilation = getattr(layer, "dilation", 1)
+        return type(layer) in _SAME_POOLS and dilation in (1, (1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool `[B, C, H, W]`."""
         pool: Any = self.pool
         windows = pool.kernel_size, pool.stride
-        is_maximum = isinstance(self.pool, MaxPool2dSame)
-        if is_maximum:
-            x = pad_same(x, *windows, pool.dilation, value=-float("inf"))
-            return F.max_pool2d(x, *windows, 0, pool.dilation, pool.ceil_mode)
-        x = pad_same(x, *windows)
-        return F.avg_pool2d(x, *windows, 0, pool.ceil_mode, pool.count_include_pad)
+        if isinstance(self.pool, MaxPool2dSame):
+            return F.max_pool2d(pad_same(x, *windows, value=-float("inf")), *windows)
+        return F.avg_pool2d(pad_same(x, *windows), *windows)

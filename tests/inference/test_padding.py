@@ -23,20 +23,35 @@ def test_as_timm(kernel, stride, dilation):
         assert torch.equal(ours, other)
 
 
-@pytest.mark.parametrize(
-    "pool",
-    [
-        AvgPool2dSame(2, 1),
-        AvgPool2dSame(2, 1, ceil_mode=True, count_include_pad=False),
-        AvgPool2dSame((3, 2), (2, 3)),
-        MaxPool2dSame(3, 2),
-        MaxPool2dSame((3, 2), 2, dilation=(1, 2), ceil_mode=True),
-    ],
-)
-def test_pools_as_timm(pool):
-    for height in range(3, 12):
-        x = torch.rand(1, 2, height, 16 - height) - 0.5
-        assert torch.equal(SamePool2d(pool)(x), pool(x))
+@pytest.mark.parametrize("kernel", [1, 2, 3, (3, 2)])
+@pytest.mark.parametrize("stride", [1, 2, 3, (2, 3)])
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_pools_as_timm(kernel, stride, ceil_mode):
+    pools = (
+        AvgPool2dSame(kernel, stride, ceil_mode=ceil_mode),
+        AvgPool2dSame(kernel, stride, ceil_mode=ceil_mode, count_include_pad=False),
+        MaxPool2dSame(kernel, stride, ceil_mode=ceil_mode),
+    )
+    for height in range(3, 16):
+        x = torch.rand(1, 2, height, 20 - height) - 0.5
+        for pool in pools:
+            assert torch.equal(SamePool2d(pool)(x), pool(x))
+
+
+def test_dilated_pools_stay_timms():
+    """Its versions pad them differently."""
+    for dilation in (2, (1, 2)):
+        assert not SamePool2d.replaces(MaxPool2dSame(3, 2, dilation=dilation))
+        with pytest.raises(TypeError, match=r"pool: expected .* without dilation"):
+            SamePool2d(MaxPool2dSame(3, 2, dilation=dilation))
+
+
+def test_a_file_averages_with_its_padding():
+    """ONNX Runtime up to 1.24 fuses both, and divided by the pixels that are no padding."""
+    pool = SamePool2d(AvgPool2dSame(2, 1, ceil_mode=True, count_include_pad=False))
+    program = torch.export.export(pool, (torch.rand(1, 2, 5, 7),))
+    (node,) = (x for x in program.graph.nodes if "avg_pool2d" in str(x.target))
+    assert list(node.args[3:]) == []  # torch's own: no padding, no ceil_mode, padding is counted
 
 
 def test_sizes_of_an_exported_program_stay_short():

@@ -301,8 +301,8 @@ def test_processes_compile_until_the_tasks_are_done(tmp_path, monkeypatch):
         end = time.monotonic() + 120
         while compiled_files(tmp_path) < 2 and time.monotonic() < end:
             time.sleep(0.2)
-    assert compiled_files(tmp_path) == 2
     assert [x.process.returncode is not None for x in started] == [True, True]
+    assert 2 <= compiled_files(tmp_path) <= 3  # of the three that there are, until the end
     # There is no triton driver to do it for, or nothing to gain.
     with compilation.ahead(tasks, CPU, LEVELS["quick"]):
         assert len(started) == 2
