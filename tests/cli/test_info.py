@@ -125,8 +125,10 @@ def test_what_is_missing_comes_with_its_command(monkeypatch, absent, command):
     if absent == "C++":
         monkeypatch.setitem(native.UNAVAILABLE, "cpu", "the C++ part is not built")
     else:
-        version = machine._version
-        monkeypatch.setattr(machine, "_version", lambda x: None if x == absent else version(x))
+        version = machine.installed_version
+        monkeypatch.setattr(
+            machine, "installed_version", lambda x: None if x == absent else version(x)
+        )
         monkeypatch.setattr(
             machine.metadata, "requires", lambda _: [f'{absent}>=1; extra == "train"', "torch"]
         )

@@ -17,20 +17,14 @@ from support.kernels import (
     assert_accurate,
     assert_close,
     cases_and_dtypes,
-    check_compilation,
-    check_export,
-    check_no_second_derivative,
     check_refusals,
     compiled_only,
     differentiate,
     needs_kernels,
-    scattered,
 )
-from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from cdetr_kernels import conditional_attention
-from cdetr_kernels.gpu import support
 from cdetr_kernels.ops.conditional_attention import cases
 from cdetr_kernels.ops.conditional_attention.reference import conditional_attention as reference
 from cdetr_kernels.testing.case import RandomTensors
@@ -105,25 +99,6 @@ def test_keys_shared_by_the_batch(names):
 
 
 @needs_kernels
-@pytest.mark.parametrize(
-    ("order", "step"),
-    [((0, 1, 2, 3), 2), ((1, 0, 2, 3), 1), ((0, 2, 1, 3), 2), ((3, 2, 1, 0), 1)],
-    ids=str,
-)
-def test_strides_and_what_lies_around_the_inputs(order, step):
-    tensors, mask, grad_output = draw("odd sizes")
-    expected = differentiate(fused(mask), tensors, grad_output)
-    views = {name: scattered(x, order, step, offset=3) for name, x in tensors.items()}
-    mask_view = scattered(mask, (1, 0), step, offset=1)
-    grad_view = scattered(grad_output, order, step, offset=5)
-    leaves = {name: x.requires_grad_() for name, x in views.items()}
-    output = fused(mask_view)(**leaves)
-    gradients = torch.autograd.grad(output, list(leaves.values()), grad_view)
-    for got, name in zip((output, *gradients), ("output", *NAMES), strict=True):
-        assert torch.equal(got, expected[name])
-
-
-@needs_kernels
 def test_offsets_beyond_32_bits():
     tensors, _, _ = draw("odd sizes", torch.float16)
     expected = fused(None)(**tensors)
@@ -138,15 +113,6 @@ def test_offsets_beyond_32_bits():
         view = buffer[:, : x[:, 0].numel()].view(x.shape[1], x.shape[0], *x.shape[2:])
         tensors[name] = view.transpose(0, 1).copy_(x) if name == "value" else x
     assert torch.equal(fused(None)(**tensors), expected)
-
-
-@needs_kernels
-def test_the_same_bits_in_every_run():
-    tensors, mask, grad_output = draw("padded", torch.float16)
-    first = differentiate(fused(mask, dropout_p=0.2, seed=3), tensors, grad_output)
-    second = differentiate(fused(mask, dropout_p=0.2, seed=3), tensors, grad_output)
-    for name, x in first.items():
-        assert torch.equal(x, second[name])
 
 
 @contextlib.contextmanager
@@ -294,81 +260,9 @@ def test_number_of_parts():
     assert parts(40, 0, 132) == 1
 
 
-def operators(mask_case, dropout_p=0.0):
-    """Arguments of the three registered operators."""
-    tensors, mask, grad_output = draw(mask_case)
-    seed = torch.tensor([3], device=DEVICE) if dropout_p else None
-    inputs = [tensors[name] for name in NAMES]
-    output, logsumexp = torch.ops.cdetr_fast.conditional_attention(
-        *inputs, mask, seed, 0.2, dropout_p
-    )
-    saved = (output, logsumexp)
-    return {
-        "conditional_attention": (*inputs, mask, seed, 0.2, dropout_p),
-        "conditional_attention_backward": (
-            grad_output, *inputs, mask, seed, 0.2, dropout_p, *saved,
-        ),
-        "conditional_attention_map": (*inputs[:4], mask, seed, logsumexp, 0.2, dropout_p),
-    }  # fmt: skip
-
-
-@needs_kernels
-@pytest.mark.parametrize(("case", "dropout_p"), [("odd sizes", 0.2), ("plain", 0.0)])
-@pytest.mark.parametrize(
-    "name",
-    ["conditional_attention", "conditional_attention_backward", "conditional_attention_map"],
-)
-def test_registration(name, case, dropout_p):
-    from cdetr_kernels.ops.conditional_attention import triton as _registered  # noqa: F401
-
-    arguments = operators(case, dropout_p)[name]
-    differentiable = name != "conditional_attention_backward"
-    arguments = tuple(
-        x.detach().requires_grad_(differentiable)
-        if isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 4
-        else x
-        for x in arguments
-    )
-    torch.library.opcheck(getattr(torch.ops.cdetr_fast, name).default, arguments)
-
-
-@needs_kernels
-def test_compiles_into_one_graph():
-    tensors, mask, grad_output = draw("odd sizes")
-    check_compilation(fused(mask, dropout_p=0.2, seed=4), tensors, grad_output)
-
-
-@needs_kernels
-def test_exports():
-    tensors, mask, _ = draw("odd sizes")
-    check_export(conditional_attention, (*tensors.values(), mask))
-
-
-@needs_kernels
-def test_a_gradient_of_the_gradient_is_refused():
-    tensors, mask, _ = draw("odd sizes")
-    check_no_second_derivative(fused(mask), tensors, "q_content")
-
-
 @needs_kernels
 def test_what_the_kernels_cannot_do_is_said():
     check_refusals(fused(None), draw)
-
-
-@compiled_only
-def test_tensors_on_a_cpu_are_refused():
-    tensors, _, _ = draw("odd sizes")
-    with pytest.raises(RuntimeError, match="cannot run: the tensors are on cpu"):
-        fused(None)(**{name: x.cpu() for name, x in tensors.items()})
-
-
-def test_a_machine_without_triton_says_so():
-    tensors, _, _ = draw("odd sizes")
-    with (
-        mock.patch.object(support, "HAS_TRITON", False),
-        pytest.raises(RuntimeError, match="'triton' cannot run: triton is not installed"),
-    ):
-        fused(None)(**tensors)
 
 
 @compiled_only

@@ -11,16 +11,10 @@ from support.kernels import (
     DEVICE,
     assert_accurate,
     cases_and_dtypes,
-    check_compilation,
-    check_export,
-    check_no_second_derivative,
     check_refusals,
-    compiled_only,
     differentiate,
     needs_kernels,
-    scattered,
 )
-from torch import Tensor
 
 from cdetr_kernels import conditional_attention, conditional_attention_separable
 from cdetr_kernels.ops.conditional_attention_separable import cases
@@ -107,35 +101,6 @@ def test_what_the_batch_shares(names):
 
 
 @needs_kernels
-@pytest.mark.parametrize(
-    ("order", "step"),
-    [((0, 1, 2, 3), 2), ((1, 0, 2, 3), 1), ((0, 2, 1, 3), 2), ((3, 2, 1, 0), 1)],
-    ids=str,
-)
-def test_strides_and_what_lies_around_the_inputs(order, step):
-    """Equal bits with NaN around every tensor, which a load beyond its border would bring in."""
-    tensors, mask, grad_output = draw("odd sizes")
-    expected = differentiate(fused(mask), tensors, grad_output)
-    views = {name: scattered(x, order, step, offset=3) for name, x in tensors.items()}
-    mask_view = scattered(mask, (1, 0), step, offset=1)
-    grad_view = scattered(grad_output, order, step, offset=5)
-    leaves = {name: x.requires_grad_() for name, x in views.items()}
-    output = fused(mask_view)(**leaves)
-    gradients = torch.autograd.grad(output, list(leaves.values()), grad_view)
-    for got, name in zip((output, *gradients), ("output", *NAMES), strict=True):
-        assert torch.equal(got, expected[name])
-
-
-@needs_kernels
-def test_the_same_bits_in_every_run():
-    tensors, mask, grad_output = draw("padded", torch.float16)
-    first = differentiate(fused(mask, dropout_p=0.2, seed=3), tensors, grad_output)
-    second = differentiate(fused(mask, dropout_p=0.2, seed=3), tensors, grad_output)
-    for name, x in first.items():
-        assert torch.equal(x, second[name])
-
-
-@needs_kernels
 @pytest.mark.parametrize("case", ["padded", "one row", "one column"])
 def test_dropout_is_that_of_the_general_form(case):
     """The same mask from the same seed, in the output, every gradient and the map."""
@@ -193,62 +158,6 @@ def test_lines_are_what_fills_more_of_the_tiles():
     assert not rows_are_lines(100, 1, 32)
 
 
-def operators(case, dropout_p):
-    """Arguments of the three registered operators."""
-    tensors, mask, grad_output = draw(case)
-    seed = torch.tensor([3], device=DEVICE) if dropout_p else None
-    inputs = [tensors[name] for name in NAMES]
-    name = "conditional_attention_separable"
-    output, logsumexp = getattr(torch.ops.cdetr_fast, name)(*inputs, mask, seed, 0.2, dropout_p)
-    saved = (output, logsumexp)
-    return {
-        name: (*inputs, mask, seed, 0.2, dropout_p),
-        f"{name}_backward": (grad_output, *inputs, mask, seed, 0.2, dropout_p, *saved),
-        f"{name}_map": (*inputs[:5], mask, seed, logsumexp, 0.2, dropout_p),
-    }
-
-
-@needs_kernels
-@pytest.mark.parametrize(("case", "dropout_p"), [("odd sizes", 0.2), ("one of each", 0.0)])
-@pytest.mark.parametrize("suffix", ["", "_backward", "_map"])
-def test_registration(suffix, case, dropout_p):
-    from cdetr_kernels.ops.conditional_attention_separable import triton as _registered  # noqa: F401
-
-    name = f"conditional_attention_separable{suffix}"
-    arguments = tuple(
-        x.detach().requires_grad_(suffix != "_backward")
-        if isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 4
-        else x
-        for x in operators(case, dropout_p)[name]
-    )
-    torch.library.opcheck(getattr(torch.ops.cdetr_fast, name).default, arguments)
-
-
-@needs_kernels
-def test_compiles_into_one_graph():
-    tensors, mask, grad_output = draw("odd sizes")
-    check_compilation(fused(mask, dropout_p=0.2, seed=4), tensors, grad_output)
-
-
-@needs_kernels
-def test_exports():
-    tensors, mask, _ = draw("odd sizes")
-    check_export(conditional_attention_separable, (*tensors.values(), mask))
-
-
-@needs_kernels
-def test_a_gradient_of_the_gradient_is_refused():
-    tensors, mask, _ = draw("odd sizes")
-    check_no_second_derivative(fused(mask), tensors, "k_rows")
-
-
 @needs_kernels
 def test_what_the_kernels_cannot_do_is_said():
     check_refusals(fused(None), draw)
-
-
-@compiled_only
-def test_tensors_on_a_cpu_are_refused():
-    tensors, _, _ = draw("odd sizes")
-    with pytest.raises(RuntimeError, match="cannot run: the tensors are on cpu"):
-        fused(None)(**{name: x.cpu() for name, x in tensors.items()})

@@ -14,7 +14,6 @@ from support.kernels import (
     assert_close,
     in_double,
     needs_kernels,
-    scattered,
 )
 
 from cdetr_kernels import matching_cost
@@ -72,20 +71,6 @@ def test_cost_of_extreme_logits(classification):
 
 
 @needs_kernels
-@pytest.mark.parametrize("classification", ["focal", "softmax"])
-def test_cost_with_strides_and_nan_around_the_inputs(classification):
-    inputs = draw("several tiles")
-    inputs["target_labels"][2] = 4  # the last class: nothing beyond it is read
-    expected = matching_cost(**inputs, classification=classification, backend="triton")
-    inputs = {name: scattered(x) for name, x in inputs.items()}
-    got = matching_cost(**inputs, classification=classification, backend="triton")
-    assert torch.equal(got, expected)
-    assert torch.equal(
-        matching_cost(**inputs, classification=classification, backend="triton"), got
-    )
-
-
-@needs_kernels
 def test_a_label_out_of_range_is_not_read():
     inputs = draw("several tiles")
     inputs["target_labels"][0, 1], inputs["target_labels"][1, 3] = 5, -1
@@ -93,29 +78,6 @@ def test_a_label_out_of_range_is_not_read():
     bad = torch.zeros(got.shape, dtype=torch.bool, device=DEVICE)
     bad[:, 0, :, 1] = bad[:, 1, :, 3] = True
     assert torch.equal(got.isnan(), bad)
-
-
-@needs_kernels
-def test_registration_of_the_cost():
-    from cdetr_kernels.ops.matching_cost import triton as _registered  # noqa: F401
-
-    inputs = draw("more targets than queries", torch.bfloat16)
-    inputs["target_boxes_cxcywh"].nan_to_num_(0.5)
-    arguments = (*inputs.values(), 2.0, 5.0, 2.0, False, 0.25, 2.0)
-    torch.library.opcheck(torch.ops.cdetr_fast.matching_cost.default, arguments)
-
-
-@needs_kernels
-def test_cost_compiles_and_exports():
-    class Cost(torch.nn.Module):
-        def forward(self, *inputs):
-            return matching_cost(*inputs, backend="triton") * 2
-
-    inputs = tuple(draw("several tiles").values())
-    expected = Cost()(*inputs)
-    compiled = torch.compile(Cost(), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*inputs), expected)
-    assert torch.equal(torch.export.export(Cost(), inputs).module()(*inputs), expected)
 
 
 @needs_kernels

@@ -109,41 +109,6 @@ def test_registration():
 
 
 @needs_kernels
-def test_registration_of_the_kernel():
-    from cdetr_kernels.ops.normalize_and_pad import triton as _registered  # noqa: F401
-
-    arguments = draw(torch.uint8), [1.0, 2.0, 3.0], [4.0, 5.0, 6.0], 20, 40
-    torch.library.opcheck(torch.ops.cdetr_fast.normalize_and_pad_fused.default, arguments)
-
-
-@needs_kernels
-def test_the_kernel_writes_all_of_its_outputs_and_nothing_else():
-    """Guards around both outputs, NaN in and around them, and NaN around the pixels."""
-    from cdetr_kernels.ops.normalize_and_pad.triton import pad_launch
-
-    (image,) = draw(torch.float32, 3, [(9, 21)])
-    frame = image.new_full([side + 4 for side in image.shape], torch.nan)
-    frame[2:-2, 2:-2, 2:-2] = image
-    buffers = [
-        torch.full((1024 + count + 1024,), mark, dtype=dtype, device=DEVICE)
-        for count, mark, dtype in (
-            (3 * 17 * 45, torch.nan, torch.float32),
-            (17 * 45, -7, torch.int64),
-        )
-    ]
-    values, mask = buffers[0][1024:-1024].view(3, 17, 45), buffers[1][1024:-1024].view(17, 45)
-    launch = pad_launch(frame[2:-2, 2:-2, 2:-2], MEAN, STD, values, mask)
-    launch.run()
-    wanted_values, wanted_mask = expected([image], MEAN, STD, 1.0, (17, 45))
-    assert torch.equal(values.cpu(), wanted_values[0])
-    assert torch.equal(mask.cpu(), wanted_mask[0])
-    for guard in (buffers[0][:1024], buffers[0][-1024:]):
-        assert guard.isnan().all()
-    for guard in (buffers[1][:1024], buffers[1][-1024:]):
-        assert (guard == -7).all()
-
-
-@needs_kernels
 def test_the_kernel_takes_four_channels():
     with pytest.raises(RuntimeError, match=r"'triton' cannot run: .* up to 4 channels"):
         normalize_and_pad([torch.zeros(5, 2, 2, device=DEVICE)], backend="triton")

@@ -5,7 +5,6 @@ The kernel is tested on a GPU, or in triton's interpreter in a process of its ow
 
 import importlib
 import math
-from unittest import mock
 
 import pytest
 import torch
@@ -15,15 +14,12 @@ from support.kernels import (
     DTYPES,
     assert_accurate,
     assert_close,
-    compiled_only,
     needs_kernels,
-    scattered,
 )
 
-from cdetr_kernels import registry, sine_position_2d, sine_query
-from cdetr_kernels.gpu import support
+from cdetr_kernels import registry, sine_query
 from cdetr_kernels.ops.sine_query import cases
-from cdetr_kernels.testing.case import RandomTensors, key_mask
+from cdetr_kernels.testing.case import RandomTensors
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -137,19 +133,6 @@ def test_options_of_the_query(options):
 
 
 @needs_kernels
-@pytest.mark.parametrize("step", [1, 2])
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)], ids=str)
-def test_strides_and_what_lies_around_the_inputs(order, step):
-    points, query_scale, grad_output, channels = draw_query("boxes of odd sizes", torch.float32)
-    expected = differentiate(code(channels, "triton"), points, query_scale, grad_output)
-    leaves = [scattered(x, order, step).requires_grad_() for x in (points, query_scale)]
-    output = code(channels, "triton")(*leaves)
-    gradients = torch.autograd.grad(output, leaves, scattered(grad_output, order, step))
-    for got, x in zip((output, *gradients), expected.values(), strict=True):
-        assert torch.equal(got, x)
-
-
-@needs_kernels
 def test_a_gradient_of_one_element_for_all():
     """The gradient of a sum has strides of 0."""
     points, query_scale, grad_output, channels = draw_query("odd sizes", torch.float32)
@@ -159,14 +142,6 @@ def test_a_gradient_of_one_element_for_all():
     one = torch.ones((), device=DEVICE).expand(grad_output.shape)
     got = differentiate(code(channels, "triton"), points, query_scale, one)
     assert all(torch.equal(x, expected[name]) for name, x in got.items())
-
-
-@needs_kernels
-def test_the_same_bits_in_every_run():
-    points, *others, channels = draw_query("as in the decoder", torch.float16)
-    first = differentiate(code(channels, "triton"), points, *others)
-    second = differentiate(code(channels, "triton"), points, *others)
-    assert all(torch.equal(x, second[name]) for name, x in first.items())
 
 
 @needs_kernels
@@ -203,60 +178,6 @@ def test_nan_stays_in_its_row():
 
 
 @needs_kernels
-@pytest.mark.parametrize(("scaled", "shared"), [(False, False), (True, True)])
-@pytest.mark.parametrize("name", ["sine_query", "sine_query_backward"])
-def test_registration_of_the_query(name, scaled, shared):
-    from cdetr_kernels.ops.sine_query import triton as _registered  # noqa: F401
-
-    differentiable = name == "sine_query"
-    points = random(1 if shared else 2, 5, 4).requires_grad_(differentiable)
-    query_scale = random(2, 5, 16).requires_grad_(differentiable) if scaled else None
-    rows = 2 if scaled else len(points)
-    arguments = {
-        "sine_query": (points, query_scale, 16, 10000.0, 6.28, torch.float32),
-        "sine_query_backward": (random(rows, 5, 16), points, query_scale, 10000.0, 6.28),
-    }[name]
-    torch.library.opcheck(getattr(torch.ops.cdetr_fast, name).default, arguments)
-
-
-@needs_kernels
-def test_both_codes_compile_into_one_graph():
-    mask = key_mask("holes", 2, 3, 4, DEVICE)
-    points, query_scale, grad_output, channels = draw_query("as in the decoder", torch.float32)
-
-    def function(points, query_scale):
-        key_code = sine_position_2d(mask, channels, backend="triton").sum((0, 1))
-        return sine_query(points, channels, query_scale, backend="triton") * key_code
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    expected = differentiate(function, points, query_scale, grad_output)
-    got = differentiate(compiled, points, query_scale, grad_output)
-    assert all(torch.equal(got[name], x) for name, x in expected.items())
-
-
-@needs_kernels
-def test_both_codes_export():
-    class Codes(torch.nn.Module):
-        def forward(self, mask, points, query_scale):
-            key_code = sine_position_2d(mask, 16, backend="triton")
-            return key_code, sine_query(points, 16, query_scale, backend="triton")
-
-    inputs = (key_mask("holes", 2, 3, 4, DEVICE), random(1, 5, 2), random(2, 5, 16))
-    exported = torch.export.export(Codes(), inputs).module()
-    for got, expected in zip(exported(*inputs), Codes()(*inputs), strict=True):
-        assert torch.equal(got, expected)
-
-
-@needs_kernels
-def test_a_gradient_of_the_gradient_is_refused():
-    points, query_scale = random(5, 2).requires_grad_(), random(5, 16).requires_grad_()
-    output = sine_query(points, 16, query_scale, backend="triton")
-    (gradient,) = torch.autograd.grad(output.sum(), points, create_graph=True)
-    with pytest.raises(NotImplementedError, match="use backend='torch'"):
-        torch.autograd.grad(gradient.sum(), query_scale)
-
-
-@needs_kernels
 def test_what_the_kernels_cannot_do_is_said():
     points, ones = random(3, 2), torch.ones(8, device=DEVICE)
     for dtype in (torch.float64, torch.int32):
@@ -280,20 +201,6 @@ def test_a_lambda_that_does_not_fit(backend):
         sine_query(points, 8, random(4, 8), backend=backend)
     with pytest.raises(ValueError, match=r"query_scale: expected .* as reference_points, got meta"):
         sine_query(points, 8, torch.empty(3, 8, device="meta"), backend=backend)
-
-
-@compiled_only
-def test_tensors_on_a_cpu_are_refused():
-    with pytest.raises(RuntimeError, match=r"sine_query: .* the tensors are on cpu"):
-        sine_query(torch.rand(3, 2), 8, backend="triton")
-
-
-def test_a_machine_without_triton_says_so():
-    with (
-        mock.patch.object(support, "HAS_TRITON", False),
-        pytest.raises(RuntimeError, match="'triton' cannot run: triton is not installed"),
-    ):
-        sine_query(torch.rand(3, 2), 8, backend="triton")
 
 
 @pytest.mark.parametrize("name", ["sine_position_2d", "sine_query"])

@@ -90,39 +90,6 @@ def assert_accurate(case: Case, backend: str = "triton") -> None:
         assert present[name]._version == version
 
 
-def check_compilation(
-    function: Callable[..., Tensor], tensors: Mapping[str, Tensor], grad_output: Tensor
-) -> None:
-    """One graph, forward and backward, with the same bits."""
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    expected = differentiate(function, tensors, grad_output)
-    got = differentiate(compiled, tensors, grad_output)
-    for name, x in expected.items():
-        assert torch.equal(got[name], x)
-
-
-def check_export(operator: Callable[..., Any], inputs: tuple[Tensor | None, ...]) -> None:
-    """`torch.export` keeps the kernels of `operator(*inputs)`."""
-
-    class Model(torch.nn.Module):
-        def forward(self, *inputs):
-            return operator(*inputs, backend="triton")
-
-    exported = torch.export.export(Model(), inputs).module()
-    assert torch.equal(exported(*inputs), Model()(*inputs))
-
-
-def check_no_second_derivative(
-    function: Callable[..., Tensor], tensors: Mapping[str, Tensor], name: str
-) -> None:
-    """A gradient of the gradient is refused, not wrong."""
-    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
-    output = function(**leaves)
-    (gradient,) = torch.autograd.grad(output.sum(), leaves["value"], create_graph=True)
-    with pytest.raises(NotImplementedError, match="use backend='torch'"):
-        torch.autograd.grad(gradient.sum(), leaves[name])
-
-
 def check_refusals(function: Callable[..., Tensor], draw: Callable[..., tuple[Any, ...]]) -> None:
     """Inputs that the attention kernels refuse: fp64, and heads that are too wide."""
     tensors, _, _ = draw("odd sizes", torch.float64)
