@@ -47,7 +47,7 @@ def test_dilated_pools_stay_timms():
 
 
 def test_a_file_averages_with_its_padding():
-    """ONNX Runtime up to 1.24 fuses both, and divided by the pixels that are no padding."""
+    """ONNX Runtime up to 1.24 fuses both, and divided by the pixels that are not padding."""
     pool = SamePool2d(AvgPool2dSame(2, 1, ceil_mode=True, count_include_pad=False))
     program = torch.export.export(pool, (torch.rand(1, 2, 5, 7),))
     (node,) = (x for x in program.graph.nodes if "avg_pool2d" in str(x.target))
