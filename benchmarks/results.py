@@ -16,13 +16,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cdetr_fast.common.files import write_json
+from cdetr_fast.common.machine import installed_version, processor_name
 
 RESULTS = Path(os.environ.get("CDETR_FAST_RESULTS", Path(__file__).parent / "results"))
 
@@ -84,12 +84,12 @@ def environment(command: str) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "command": command,
         "commit": _first_line(["git", "describe", "--always", "--dirty"]),
-        "processor": _processor(),
+        "processor": processor_name(),
         **device,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: _version(name) for name in PACKAGES},
+        **{name: installed_version(name) for name in PACKAGES},
     }
 
 
@@ -109,23 +109,9 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _first_line(command: list[str]) -> str | None:
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return answer.splitlines()[0].strip() if answer else None
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()

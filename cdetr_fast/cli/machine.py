@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
+from cdetr_fast.common.machine import installed_version
+
 SCHEMA = 1
 """Version of `facts`; a key that is removed or changes its meaning raises it."""
 
@@ -34,7 +36,7 @@ def facts() -> dict[str, Any]:
         "version": cdetr_fast.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "device": device,
         "cpu": {
             "cores": os.cpu_count(),
@@ -96,13 +98,6 @@ def _engines() -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _missing() -> Iterator[dict[str, str]]:
     """Yield what is not there, and the command that adds it."""
     import torch
@@ -126,7 +121,7 @@ def _missing() -> Iterator[dict[str, str]]:
         why = f"OMP_NUM_THREADS={set_to} leaves torch {torch.get_num_threads()} of {cores} cores"
         yield _lack("threads", why, "unset OMP_NUM_THREADS")
     for extra, packages in _extras().items():
-        absent = [name for name in packages if _version(name) is None]
+        absent = [name for name in packages if installed_version(name) is None]
         if absent and extra not in (*_FOR_DEVELOPERS, "gpu"):
             why = f"needs {', '.join(absent)}"
             yield _lack(extra, why, f"pip install 'cdetr-fast[{extra}]'")

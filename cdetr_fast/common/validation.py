@@ -105,7 +105,6 @@ def _as_list(value: Any) -> Any:
 
 PositiveInt = Annotated[int, Bounds(1)]
 NonNegativeInt = Annotated[int, Bounds(0)]
-NonNegativeNumber = Annotated[float | int, Bounds(0)]
 Probability = Annotated[float | int, Bounds(0, 1)]
 IntList = Annotated[list[int], Before(_as_list)]
 StrList = Annotated[list[str], Before(_as_list)]

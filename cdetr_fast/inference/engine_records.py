@@ -12,9 +12,7 @@ import hashlib
 import json
 import math
 import os
-import platform
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +21,7 @@ from torch import nn
 
 from cdetr_fast.common.errors import first_line
 from cdetr_fast.common.files import write_text
+from cdetr_fast.common.machine import installed_version, processor_name
 from cdetr_fast.common.validation import first_problem
 from cdetr_kernels import dispatch, evidence, native
 from cdetr_kernels.qualification.store import locked
@@ -137,13 +136,13 @@ def folder() -> Path:
 def machine() -> Machine:
     """Return what a record has to hold for to be used by this process."""
     return Machine(
-        _processor(),
+        processor_name(),
         _instructions(),
         _kernels(),
         torch.get_num_threads(),
         str(torch.__version__),
-        _version("openvino"),
-        _version("nncf"),
+        installed_version("openvino"),
+        installed_version("nncf"),
         _sources_hash(),
     )
 
@@ -280,15 +279,6 @@ def _choice(findings: list[Finding]) -> Choice:
 
 
 @functools.cache
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-@functools.cache
 def _sources_hash() -> str:
     digest = hashlib.sha256()
     digest.update(evidence.sources_hash().encode())
@@ -317,10 +307,3 @@ def _instructions() -> str:
 def _kernels() -> str:
     state = "without" if native.UNAVAILABLE["cpu"] else "with"
     return f"{state} the C++ extension, backend {dispatch.PREFERRED}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

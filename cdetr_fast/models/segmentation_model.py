@@ -105,11 +105,7 @@ class ConditionalDetrForSegmentation(SegmentingModel):
             output_attentions,
             output_hidden_states,
         )
-        use_reference_points = self.config.compat == "paper"
-        states = present(outputs.last_hidden_state)
-        logits, pred_boxes = detector.predict_from(
-            states, outputs.reference_points if use_reference_points else None
-        )
+        states, logits, pred_boxes = self._apply_heads(outputs)
         pred_masks = self._masks_of(states, outputs, features)
         loss, loss_dict, auxiliary_outputs = None, None, None
         if labels is not None:
@@ -120,7 +116,7 @@ class ConditionalDetrForSegmentation(SegmentingModel):
                 pred_boxes,
                 pred_masks,
                 self.config,
-                *detector.predict_auxiliary(outputs, use_reference_points),
+                *detector.predict_auxiliary(outputs, self._uses_reference_points),
                 **({} if num_boxes is None else {"num_boxes": num_boxes}),
             )
         output = ConditionalDetrSegmentationOutput(
@@ -151,11 +147,7 @@ class ConditionalDetrForSegmentation(SegmentingModel):
         detector = self.conditional_detr
         features = detector.model.embed_images(pixel_values, pixel_mask)
         outputs = detector.model.transform(features)
-        use_reference_points = self.config.compat == "paper"
-        states = present(outputs.last_hidden_state)
-        logits, pred_boxes = detector.predict_from(
-            states, outputs.reference_points if use_reference_points else None
-        )
+        states, logits, pred_boxes = self._apply_heads(outputs)
         queries = kept_query_indices(logits, threshold, self.config.compat)
         logits, pred_boxes, states = (
             tensor.take_along_dim(queries, dim=1) for tensor in (logits, pred_boxes, states)
@@ -167,6 +159,16 @@ class ConditionalDetrForSegmentation(SegmentingModel):
         return ConditionalDetrSegmentationOutput(
             logits=logits, pred_boxes=pred_boxes, pred_masks=pred_masks
         )
+
+    @property
+    def _uses_reference_points(self) -> bool:
+        return self.config.compat == "paper"
+
+    def _apply_heads(self, outputs: ConditionalDetrModelOutput) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the last decoder states, and the class logits and boxes of all queries."""
+        states = present(outputs.last_hidden_state)
+        points = outputs.reference_points if self._uses_reference_points else None
+        return states, *self.conditional_detr.predict_from(states, points)
 
     def _masks_of(
         self, states: Tensor, outputs: ConditionalDetrModelOutput, features: ImageFeatures

@@ -7,11 +7,12 @@ import functools
 import os
 import platform
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 import jinja2
 import torch
+
+from cdetr_fast.common.machine import installed_version
 
 _PACKAGES = ("torch", "torchvision", "timm", "triton")
 
@@ -54,11 +55,8 @@ def describe_environment(device: torch.device, version: str) -> list[tuple[str, 
     """
     now = datetime.datetime.now().astimezone()
     rows = [("date", f"{now:%Y-%m-%d %H:%M %Z}"), ("cdetr_fast", version)]
-    for name in _PACKAGES:
-        try:
-            rows.append((name, metadata.version(name)))
-        except metadata.PackageNotFoundError:
-            continue  # triton is for Linux alone
+    versions = ((name, installed_version(name)) for name in _PACKAGES)
+    rows += [(name, version) for name, version in versions if version]  # triton is for Linux alone
     rows.append(("python", f"{platform.python_version()}, {platform.platform()}"))
     if device.type == "cuda":
         rows.append(("device", f"{device}, {torch.cuda.get_device_name(device)}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,12 +10,8 @@ from PIL import Image
 
 from cdetr_fast.common.files import write_atomically
 from cdetr_fast.images.draw import contact_sheet, draw_detections, draw_masks
-from cdetr_fast.training.data.dataset import read_image
-from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.evaluation.scored import Scored
-from cdetr_fast.training.evaluation.shown import Shown, shown_labels
-
-logger = logging.getLogger(__name__)
+from cdetr_fast.training.evaluation.shown import Shown, labelled_pictures
 
 _SHEET_EDGE = 480  # pixels of a picture's longest edge on a sheet
 _LOWEST_SCORE = 0.3
@@ -43,14 +38,7 @@ def draw_images(
     """
     names = dict(enumerate(scored.index.classes))
     pairs = []
-    for image in images:
-        try:
-            pixels = read_image(scored.index, image)
-            labels = shown_labels(scored.index, image)
-        except DataError as error:  # it could be read when it was evaluated
-            logger.warning("not drawn: %s", error)
-            continue
-        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    for image, picture, labels in labelled_pictures(scored.index, images):
         sides = [_drawn(picture, one, names) for one in (labels, scored.shown(image, threshold))]
         pairs.append(contact_sheet(sides, 2, gap=4))
     if not pairs:

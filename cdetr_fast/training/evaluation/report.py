@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 import cdetr_fast
 from cdetr_fast.common.files import write_text
 from cdetr_fast.reports.page import describe_environment, describe_settings, render
 from cdetr_fast.reports.pictures import boxes_over, embed
-from cdetr_fast.training.data.dataset import read_image
 from cdetr_fast.training.data.index import CocoIndex
 from cdetr_fast.training.data.label_checks import LabelReport
 from cdetr_fast.training.data.shards import ShardSet
-from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.evaluation import sections
 from cdetr_fast.training.evaluation.comparison import changed_images, compare
 from cdetr_fast.training.evaluation.labels import label_section
 from cdetr_fast.training.evaluation.scored import Scored
-from cdetr_fast.training.evaluation.shown import shown_labels
-
-logger = logging.getLogger(__name__)
+from cdetr_fast.training.evaluation.shown import labelled_pictures
 
 _WORST = 8
 _CHANGED = 5  # images that got better, and as many that got worse
@@ -122,16 +116,10 @@ class _Pictures:
         """
         shown = []
         names = sections.classes_by_name(scored.index)
-        for image in images:
+        for image, pixels, labels in labelled_pictures(scored.index, images):
             if self.bytes > _BYTES_OF_PICTURES:
                 break
-            try:
-                pixels = read_image(scored.index, image)
-                labels = shown_labels(scored.index, image)
-            except DataError as error:  # it could be read when it was evaluated
-                logger.warning("not drawn: %s", error)
-                continue
-            picture = embed(Image.fromarray(pixels.permute(1, 2, 0).numpy()), _EDGE)
+            picture = embed(pixels, _EDGE)
             self.bytes += len(picture.uri)
             self.count += 1
             columns = [

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from cdetr_fast.images.coco import object_mask
-from cdetr_fast.training.data.dataset import read_segments
+from cdetr_fast.training.data.dataset import read_image, read_segments
 from cdetr_fast.training.data.index import CocoIndex
+from cdetr_fast.training.errors import DataError
 from cdetr_fast.training.evaluation.detection import true_boxes
 from cdetr_fast.training.evaluation.panoptic import FoundSegment
+
+logger = logging.getLogger(__name__)
 
 
 class Shown(NamedTuple):
@@ -47,6 +52,19 @@ def shown_labels(index: CocoIndex, image: int) -> Shown:
     elif index.segmentation_text is not None:
         mask_of = lambda i: index.mask(items[i], image).numpy()  # noqa: E731
     return Shown(boxes_xyxy, labels, None, mask_of)
+
+
+def labelled_pictures(
+    index: CocoIndex, images: Sequence[int]
+) -> Iterator[tuple[int, Image.Image, Shown]]:
+    """Yield images that can still be read, with their pictures and labels; warn of others."""
+    for image in images:
+        try:
+            pixels, labels = read_image(index, image), shown_labels(index, image)
+        except DataError as error:  # it could be read when it was evaluated
+            logger.warning("not drawn: %s", error)
+            continue
+        yield image, Image.fromarray(pixels.permute(1, 2, 0).numpy()), labels
 
 
 def shown_segments(found: Sequence[FoundSegment]) -> Shown:
