@@ -68,6 +68,6 @@ def convert(
         return
     from cdetr_fast.training.data import conversion
 
+    folder = conversion.image_folder(kind, source, images)  # before anything is written
     written = conversion.convert(kind, source, output, split or (), seed, exif)
-    folder = conversion.image_folder(kind, source, images)
     print("\n".join(conversion.summary_lines(written, folder, exif)))

@@ -19,7 +19,7 @@ from cdetr_fast.cli.options import (
     RevisionOption,
     ThresholdOption,
 )
-from cdetr_fast.cli.output import PictureNames, counted, make_output_folder
+from cdetr_fast.cli.output import PictureNames, counted, listed_pictures, make_output_folder
 from cdetr_fast.common import progress
 from cdetr_fast.common.errors import first_line
 from cdetr_fast.common.files import write_json
@@ -93,7 +93,7 @@ def detect(
         raise typer.BadParameter("--report shows images, not videos; leave it out")
     if frames is not None and not videos:
         raise typer.BadParameter("--frames is for videos, cameras and streams; leave it out")
-    paths = [] if videos else _list_images(map(Path, inputs))
+    paths = [] if videos else _list_images(map(Path, inputs), output)
     make_output_folder(output)
     detector = Detector(model, revision, device)
     detector.note_its_classes()
@@ -187,8 +187,11 @@ def detect(
         raise typer.Exit(1)
 
 
-def _list_images(arguments: Iterable[Path]) -> list[Path]:
-    """List files as they are named and folders as their images by name, each file once."""
+def _list_images(arguments: Iterable[Path], output: Path) -> list[Path]:
+    """List files as they are named and folders as their images by name, each file once.
+
+    Pictures that an earlier run has written into its own input folder are left out.
+    """
     from cdetr_fast.images.load import image_files
 
     paths: dict[Path, Path] = {}
@@ -196,6 +199,9 @@ def _list_images(arguments: Iterable[Path]) -> list[Path]:
         found = [argument]
         if argument.is_dir():
             found = image_files(argument)
+            if argument.resolve() == output.resolve():
+                written = listed_pictures(output)
+                found = [path for path in found if path.name not in written]
             if not found:
                 raise UserError(
                     f"{argument}: no images in this folder; name one that holds them directly"

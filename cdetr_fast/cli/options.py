@@ -20,6 +20,7 @@ METAVARS: dict[type, str] = {int: "INTEGER", float: "FLOAT", str: "TEXT"}
 """Names of types in the help."""
 
 _FLAG = re.compile(r"--?[a-zA-Z]")
+_END = "--"  # of the options: what follows are arguments, even with a dash in front
 
 ModelOption = Annotated[
     str | None,
@@ -89,7 +90,8 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         options = self.get_params(ctx)
         known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
-        for flag in (argument.partition("=")[0] for argument in args):
+        end = args.index(_END) if _END in args else len(args)
+        for flag in (argument.partition("=")[0] for argument in args[:end]):
             if flag.startswith("--") and flag not in known:
                 ctx.fail(f"No such option: {flag}{did_you_mean(flag, known)}")
         lists = {
@@ -98,7 +100,8 @@ class Command(TyperCommand):
             if (getattr(option, "metavar", None) or "").endswith(LIST)
             for flag in option.opts
         }
-        rest = super().parse_args(ctx, _join_lists(args, lists))
+        joined = _join_lists(args[:end], lists) + args[end:]
+        rest = super().parse_args(ctx, joined)
         for option in options:
             value = ctx.params.get(option.name)
             if isinstance(value, float) and not math.isfinite(value):

@@ -37,7 +37,7 @@ class PictureNames:
     def __init__(self, folder: Path, inputs: Iterable[Path]) -> None:
         self.folder = folder
         self.taken = {self._key(path) for path in inputs}
-        self._replaceable = {self._key(folder / name) for name in _listed_pictures(folder)}
+        self._replaceable = {self._key(folder / name) for name in listed_pictures(folder)}
 
     def take(self, source: Path, suffix: str = ".jpg") -> Path:
         """Return the path of the picture, or of another kind of file, that `source` becomes."""
@@ -56,7 +56,7 @@ class PictureNames:
         return str(path.resolve()).lower()  # some file systems do not tell A.jpg from a.jpg
 
 
-def _listed_pictures(folder: Path) -> set[str]:
+def listed_pictures(folder: Path) -> set[str]:
     """Return the names of the pictures that images.json in a folder lists."""
     try:
         records = read_json(folder / "images.json").get("images")

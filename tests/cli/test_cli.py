@@ -338,6 +338,29 @@ def test_pictures_never_overwrite_inputs(run, checkpoint, tmp_path):
     assert (tmp_path / "photo_2.jpg").is_file()
 
 
+def test_a_repeated_run_into_its_input_folder_leaves_its_own_pictures_out(
+    run, checkpoint, tmp_path
+):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "photo.jpg")
+    for _ in range(2):
+        assert run("detect", tmp_path, "--model", checkpoint, "--output", tmp_path).code == 0
+        (record,) = read(tmp_path / "images.json")["images"]
+        assert (record["file_name"], record["picture"]) == (
+            str(tmp_path / "photo.jpg"),
+            "photo_2.jpg",
+        )
+    assert len(list(tmp_path.glob("*.jpg"))) == 2
+
+
+def test_files_whose_names_begin_with_a_dash(run, checkpoint, tmp_path):
+    names = ("-a.png", "--model")
+    for name in names:
+        Image.new("RGB", (64, 64)).save(tmp_path / "work" / name, "PNG")
+    done = run("detect", "--model", checkpoint, "--output", tmp_path / "o", "--", *names)
+    assert done.code == 0, done.err
+    assert len(read(tmp_path / "o" / "images.json")["images"]) == 2
+
+
 @pytest.mark.parametrize("index", [None, "{", '{"images": [3, {"file_name": "photo.jpg"}]}', "[]"])
 def test_a_repeated_run_replaces_its_pictures_alone(run, checkpoint, tmp_path, index):
     """Whatever file an images.json of something else names."""

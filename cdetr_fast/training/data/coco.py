@@ -318,5 +318,5 @@ def find_images(path: Path, images: str | os.PathLike[str] | None, file_names: l
             return folder
     raise DataError(
         f"images of {path}: not found in {', '.join(map(str, tried))}; name their folder "
-        "(train_images, val_images)"
+        "(images; train_images and val_images of train)"
     )

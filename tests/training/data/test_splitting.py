@@ -161,6 +161,18 @@ def test_yolo_and_voc_sets_without_splits(tmp_path):
         convert("yolo", tmp_path, tmp_path / "out", [0.8, 0.2])
 
 
+def test_images_are_looked_for_before_anything_is_written(tmp_path, capsys):
+    (tmp_path / "labels").mkdir()
+    path, _ = coco(tmp_path / "labels")
+    elsewhere = path.rename(tmp_path / "alone.json")
+    words = ["convert", "coco", str(elsewhere), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--split", "0.8", "0.2"])
+    assert ended.value.code == 1
+    assert "images of" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_command(tmp_path, capsys):
     path, _ = coco(tmp_path)
     out = tmp_path / "out"
