@@ -160,8 +160,9 @@ class PredictingModel(ModelWithLoss):
         )
         return pixels
 
-    def _batch(self, images: list[Tensor]) -> Batch:
-        pixel_values, pixel_mask = self.image_processor.to_batch(images)
+    def _batch(self, images: list[Tensor], **settings: Any) -> Batch:
+        processor = self.image_processor.with_overrides(settings, "predict")
+        pixel_values, pixel_mask = processor.to_batch(images)
         if pixel_mask is not None:
             pixel_mask = pixel_mask.to(self.device)
         sizes_hw = [image_hw(image) for image in images]
@@ -239,6 +240,11 @@ class SegmentingModel(PredictingModel):
 
     _mixes_sizes = False  # a padded image's mask would cover the padding
     forward_kept: Callable[..., Any]
+
+    def _batch(self, images: list[Tensor]) -> Batch:
+        """Prepare images of one size, without the padding that the processor's `pad_size` adds."""
+        height, width = self.image_processor.resized_hw(images[0])
+        return super()._batch(images, pad_size={"height": height, "width": width})
 
     def predict(
         self,

@@ -341,6 +341,19 @@ def test_segments_are_those_of_the_whole_model(segmenter, fuse, overlap):
     assert max(counts) > 0 or overlap > 0
 
 
+def test_masks_of_a_fixed_batch_size_do_not_cover_the_padding(segmenter, monkeypatch):
+    options = {"threshold": 0.3, "overlap_mask_area_threshold": 0.0}
+    expected = segmenter.predict(PICTURES[0], **options)
+    assert len(expected) > 0
+    padding = ConditionalDetrImageProcessor(
+        size=SIZE, compat=segmenter.config.compat, pad_size={"height": 128, "width": 160}
+    )
+    monkeypatch.setattr(segmenter, "_image_processor", padding)
+    result = segmenter.predict(PICTURES[0], **options)
+    assert result.segment_ids == expected.segment_ids
+    assert torch.equal(result.segmentation, expected.segmentation)
+
+
 def test_masks_are_computed_for_kept_queries_alone(segmenter, monkeypatch):
     seen = []
     head = segmenter.mask_head.forward
