@@ -293,7 +293,7 @@ class ConditionalDetrImageProcessor(StoredSettings):
         mask_threshold: float = 0.5,
         overlap_mask_area_threshold: float = 0.8,
         target_sizes: post_processing.TargetSizes | None = None,
-        return_coco_annotation: bool | str = False,
+        return_coco_annotation: bool | str | None = False,
     ) -> list[dict[str, Any]]:
         """Turn outputs into a map of instances.
 
@@ -311,7 +311,7 @@ class ConditionalDetrImageProcessor(StoredSettings):
             return_coco_annotation: "rle" returns COCO's compressed run lengths, one {"size",
                 "counts"} per segment, instead of the map. True, as in transformers: one list
                 [start, length, ...] per segment over the rows, starts counted from 1, which no
-                COCO tool reads.
+                COCO tool reads. None is False.
 
         Returns:
             Per image `segmentation` int32 `[H, W]` (ids from 1, 0 for none; all -1 if no query is
@@ -327,7 +327,7 @@ class ConditionalDetrImageProcessor(StoredSettings):
         PostProcessSegm also takes `sigmoid > 0.5` of each mask, and returns overlapping masks. The
         mask of a padded image covers the padding: process images of different sizes one by one.
         """
-        if return_coco_annotation not in (False, True, "rle"):
+        if return_coco_annotation not in (None, False, True, "rle"):
             raise ValueError(
                 "return_coco_annotation: expected True, False or 'rle', "
                 f"got {return_coco_annotation!r}"

@@ -18,6 +18,7 @@ from cdetr_fast.images.load import image_hw
 from cdetr_fast.images.settings import INTERPOLATION, StoredSettings
 from cdetr_kernels import normalize_and_pad
 
+_OF_PIL_ALONE = (Image.Resampling.BOX, Image.Resampling.HAMMING)
 _HAS_LANCZOS = hasattr(torch.ops.aten, "_upsample_lanczos2d_aa")
 
 
@@ -84,6 +85,11 @@ def resized(images: Sequence[Tensor], settings: StoredSettings) -> list[Tensor]:
 
 def _available(resample: Image.Resampling, device: torch.device) -> Image.Resampling:
     """Return the filter, or bicubic, as transformers does, for a Lanczos that torchvision lacks."""
+    if resample in _OF_PIL_ALONE:
+        raise ValueError(
+            "resample: expected NEAREST, BILINEAR, BICUBIC or LANCZOS, as torchvision resizes "
+            f"tensors by no other, got {resample.name}"
+        )
     if resample != Image.Resampling.LANCZOS or (_HAS_LANCZOS and device.type == "cpu"):
         return resample
     warnings.warn(

@@ -247,9 +247,9 @@ def pad_target(
     target = dict(target)
     if old_hw == new_hw:
         return target
-    device = target["boxes"].device
+    device = next((tensor.device for tensor in target.values()), None)
     target["size"] = torch.tensor(new_hw, dtype=torch.int64, device=device)
-    if update_boxes:
+    if update_boxes and "boxes" in target:
         ratio_h, ratio_w = (old / new for new, old in zip(new_hw, old_hw, strict=True))
         ratios = torch.tensor([ratio_w, ratio_h, ratio_w, ratio_h], device=device)
         target["boxes"] = target["boxes"] * ratios

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from cdetr_fast.checkpoints.key_maps import to_v5
 from cdetr_fast.common.host_classes import inherit_from_hosts
 from cdetr_fast.common.validation import checked, unknown_keyword
+from cdetr_fast.config.attention import check_attn_implementation
 from cdetr_fast.config.field_types import Dtype
 from cdetr_fast.config.model import ConditionalDetrConfig
 from cdetr_fast.models.adapters import AdapterMethods
@@ -201,7 +202,7 @@ class ConditionalDetrPreTrainedModel(AdapterMethods, nn.Module):
         name: Any = attn_implementation
         if isinstance(attn_implementation, dict):
             name = attn_implementation.get("", self.config._attn_implementation)
-        self.config._attn_implementation = name
+        self.config._attn_implementation = check_attn_implementation(name)
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         """Add tags to the model card that `push_to_hub` writes."""

@@ -189,6 +189,8 @@ def test_compatible_run_lengths():
         theirs = THEIRS.post_process_instance_segmentation(outputs, **arguments)
         assert [r["segmentation"] for r in ours] == [r["segmentation"] for r in theirs]
         assert ours[0]["segmentation"]
+    maps = COMPATIBLE.post_process_instance_segmentation(outputs, return_coco_annotation=None)
+    assert maps[0]["segmentation"].shape == outputs.pred_masks.shape[-2:]
     nothing = scene([[-9.0, -9.0]], [[1, 1, 0, 0]])
     kept = COMPATIBLE.post_process_instance_segmentation(nothing, return_coco_annotation=True)
     assert kept[0]["segmentation"].tolist() == [[-1, -1, -1, -1]]

@@ -215,6 +215,8 @@ def test_pad_of_one_image_and_of_a_list():
     assert torch.equal(target["masks"], their_target["masks"])
     assert processor.pad(image[None], (25, 40))[1].shape == (1, 25, 40)
 
+    _, _, masks_alone = processor.pad(image, (25, 40), {"masks": torch.ones(2, *image.shape[1:])})
+    assert masks_alone["masks"].shape == (2, 25, 40)
     features = processor.pad([image, torch.rand(3, 25, 10)], return_tensors="pt")
     assert features.pixel_values.shape == (2, 3, 25, 30)
     assert features.pixel_mask.flatten(1).sum(1).tolist() == [600, 250]

@@ -224,6 +224,7 @@ def test_attributes_can_be_set():
         (pixels(9, 9), {"pad_size": {"shortest_edge": 5}}, ValueError, "pad_size: expected keys"),
         (pixels(9, 9), {"do_resize": 1}, TypeError, "do_resize: expected True or False, got 1"),
         (pixels(9, 9), {"resample": 9}, ValueError, "resample: expected"),
+        (pixels(9, 9), {"resample": 4}, ValueError, "resample: expected .* got BOX"),
         (pixels(9, 9), {"image_mean": (1.0, 2.0)}, ValueError, "image_mean: expected 3 values"),
         (pixels(9, 9), {"do_rezise": True}, TypeError, "'do_rezise'; did you mean 'do_resize'"),
         (pixels(9, 9), {"format": "voc"}, ValueError, "format: expected one of"),
