@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cdetr_fast.common.errors import first_line
 from cdetr_fast.common.validation import refuse
@@ -58,6 +58,24 @@ def place(
             offload_buffers=offload_buffers,
         )
     cast("Any", model).hf_device_map = dict(device_map)
+
+
+def all_weights(model: nn.Module) -> Mapping[str, Tensor]:
+    """Return the weights of a model by name, with those that are offloaded.
+
+    Raises:
+        RuntimeError: There are none on the meta device.
+        ImportError: Some are offloaded, and accelerate, which did it, is not installed.
+    """
+    weights: dict[str, Tensor] = model.state_dict()
+    empty = next((name for name, tensor in weights.items() if tensor.is_meta), None)
+    if empty is None:
+        return weights
+    if not hasattr(model, "hf_device_map"):  # of offloaded parts, `place` and accelerate set it
+        raise RuntimeError(f"{empty}: is on the meta device, which has no weights to save")
+    offloading = _accelerate("reading offloaded weights").utils.modeling
+    found: dict[str, Tensor] = offloading.get_state_dict_offloaded_model(model)
+    return found
 
 
 def _infer(model: nn.Module, strategy: str, max_memory: Mapping[int | str, int | str]) -> Any:

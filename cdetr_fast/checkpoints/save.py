@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import CommitInfo, HfApi, split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
+from cdetr_fast.checkpoints.devices import all_weights
 from cdetr_fast.checkpoints.files import weight_names
 from cdetr_fast.checkpoints.key_maps import class_of_level, level_of, to_v4
 from cdetr_fast.common.files import make_folder, replace_all, write_json
@@ -61,6 +62,7 @@ def save_pretrained(
     Raises:
         TypeError: Options for an upload without push_to_hub=True.
         ValueError: The fields of the configuration do not fit each other.
+        RuntimeError: The model is on the meta device.
     """
     for name in ("save_peft_format", "save_original_format", "distributed_checkpoint"):
         neutral = (False,) if name == "distributed_checkpoint" else (True, False)
@@ -90,7 +92,7 @@ def save_pretrained(
             push_options.setdefault("repo_id", folder.resolve().name)
             _upload(model, folder, written, token=token, **push_options)
         return
-    weights = model.state_dict() if state_dict is None else state_dict
+    weights = all_weights(model) if state_dict is None else state_dict
     if config.backbone_config.is_foreign:
         name = class_of_level(level_of(weights))
         weights = service("backbones").names_on_disk(name, config.to_dict(), dict(weights))

@@ -72,7 +72,8 @@ class ConditionalDetrPreTrainedModel(AdapterMethods, nn.Module):
         """Load a model in eval mode; see `cdetr_fast.checkpoints.load.load_pretrained`."""
         from cdetr_fast.checkpoints.load import load_pretrained
 
-        return cast("Self", load_pretrained(cls, pretrained_model_name_or_path, **kwargs))
+        with torch.inference_mode(False):  # weights of that mode could never train
+            return cast("Self", load_pretrained(cls, pretrained_model_name_or_path, **kwargs))
 
     @classmethod
     def _from_config(cls, config: ConditionalDetrConfig, **kwargs: Any) -> Self:

@@ -94,6 +94,14 @@ def test_key_mapping(tmp_path):
         )
 
 
+def test_loading_in_inference_mode(tmp_path):
+    our_model().save_pretrained(tmp_path)
+    with torch.inference_mode():
+        loaded = class_of("detection").from_pretrained(tmp_path)
+    loaded(torch.rand(1, 3, 64, 64)).logits.sum().backward()
+    assert loaded.class_labels_classifier.bias.grad is not None
+
+
 def test_device_map(tmp_path):
     model = our_model()
     model.save_pretrained(tmp_path)
@@ -108,6 +116,10 @@ def test_device_map(tmp_path):
     spread = load(tmp_path, device_map=on_disk, offload_folder=tmp_path / "offload")
     assert_equal_outputs(spread, model)  # layers with weights elsewhere compute on their own
     assert any((tmp_path / "offload").iterdir())
+    spread.save_pretrained(tmp_path / "again")
+    assert_equal_outputs(load(tmp_path / "again"), model, 0)
+    with pytest.raises(RuntimeError, match="meta device"):
+        our_model().to("meta").save_pretrained(tmp_path / "none")
     for wrong, message in (
         ("gpu", "device_map: .*'gpu'"),
         ({"": "cpu", "modell": "cpu"}, "names of modules of .*'modell'"),
