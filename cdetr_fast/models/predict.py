@@ -241,10 +241,10 @@ class SegmentingModel(PredictingModel):
     _mixes_sizes = False  # a padded image's mask would cover the padding
     forward_kept: Callable[..., Any]
 
-    def _batch(self, images: list[Tensor]) -> Batch:
+    def _batch(self, images: list[Tensor], **settings: Any) -> Batch:
         """Prepare images of one size, without the padding that the processor's `pad_size` adds."""
         height, width = self.image_processor.resized_hw(images[0])
-        return super()._batch(images, pad_size={"height": height, "width": width})
+        return super()._batch(images, pad_size={"height": height, "width": width}, **settings)
 
     def predict(
         self,
