@@ -34,6 +34,7 @@ from cdetr_fast.common.validation import checked, refuse
 from cdetr_fast.config.attention import check_attn_implementation
 from cdetr_fast.config.field_types import Dtype
 from cdetr_fast.config.model import CONFIG_NAME, ConditionalDetrConfig
+from cdetr_fast.images.settings import has_settings
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -96,7 +97,8 @@ def load_pretrained(
         name_or_path: A folder, the id of a model on the hub, or one file of weights. The authors'
             .pth files need no configuration, but as keyword arguments what neither weights nor
             the command line inside them determine (the number of heads, `dilation`, ...). A folder
-            of an adapter that PEFT has saved loads the model it was trained on, and the adapter.
+            of an adapter that PEFT has saved loads the model it was trained on, and the adapter;
+            an image processor beside the adapter takes precedence over the model's.
             None with `config` and `state_dict`.
         config: Configuration, whose class stays as it is, or where to read it, with the same
             `revision`, `subfolder`, `token` and so on; default the config.json beside the weights.
@@ -157,8 +159,9 @@ def load_pretrained(
             refuse(name, f"one of {', '.join(map(repr, neutral))}", value)
     dtype = torch_dtype if dtype is None else dtype
     adapter = None if state_dict is not None else find_adapter(name_or_path, download)
+    adapter_path = name_or_path or ""
     if adapter is not None:
-        adapter_path, name_or_path = name_or_path, adapter
+        name_or_path = adapter
     source = "the state_dict" if name_or_path is None else name_or_path
     is_file = name_or_path is not None and os.path.isfile(name_or_path)
     config_class = getattr(model_class, "config_class", ConditionalDetrConfig)
@@ -201,8 +204,9 @@ def load_pretrained(
         )
     if name_or_path is not None:
         # `predict` finds the image processor there; a token is not kept.
+        own = adapter is not None and has_settings(adapter_path)
         cast("Any", model)._processor_source = (
-            name_or_path,
+            adapter_path if own else name_or_path,
             {k: v for k, v in download.items() if k not in ("token", "force_download")},
         )
     chosen = _choose_dtype(dtype, config, state_dict)

@@ -375,6 +375,11 @@ class StoredSettings(Checked):
         return f"{type(self).__name__} {self.to_json_string()}"
 
 
+def has_settings(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a folder has the file of an image processor."""
+    return any(Path(folder, name).is_file() for name in (PREPROCESSOR_NAME, PROCESSOR_NAME))
+
+
 def setting_names() -> list[str]:
     """Return the names of all settings."""
     return list(field_types(StoredSettings))

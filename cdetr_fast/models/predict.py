@@ -27,7 +27,7 @@ from cdetr_fast.images.results import (
     detection_results,
     segmentation_results,
 )
-from cdetr_fast.images.settings import PREPROCESSOR_NAME, PROCESSOR_NAME
+from cdetr_fast.images.settings import PREPROCESSOR_NAME, has_settings
 from cdetr_fast.models.pretrained import ModelWithLoss
 
 Item = TypeVar("Item")
@@ -90,9 +90,7 @@ class PredictingModel(ModelWithLoss):
         if Path(source).is_file():  # weights alone; their folder may have the rest
             source, options = Path(source).parent, {}
         is_folder = Path(source).is_dir()
-        names = (PREPROCESSOR_NAME, PROCESSOR_NAME)
-        folder = Path(source, options.get("subfolder", ""))
-        if not is_folder or any((folder / name).is_file() for name in names):
+        if not is_folder or has_settings(Path(source, options.get("subfolder", ""))):
             with contextlib.suppress(FileNotFoundError):
                 return ConditionalDetrImageProcessor.from_pretrained(
                     source, compat=compat, **options

@@ -7,7 +7,7 @@ from support.tiny import tiny_config
 from torch import nn
 
 import cdetr_fast
-from cdetr_fast import ConditionalDetrForObjectDetection
+from cdetr_fast import ConditionalDetrForObjectDetection, ConditionalDetrImageProcessor
 
 peft = pytest.importorskip("peft")
 
@@ -171,7 +171,12 @@ def test_adapters_are_saved_and_loaded(kind, images, tmp_path):
     again.load_adapter(tmp_path / "adapter")
     torch.testing.assert_close(logits(again, images), adapted)
     assert not any(p.requires_grad for n, p in again.named_parameters() if "lora_" in n)
+    ConditionalDetrImageProcessor(size=96).save_pretrained(tmp_path / "base")
     direct = ConditionalDetrForObjectDetection.from_pretrained(tmp_path / "adapter")
+    assert direct.image_processor.size["shortest_edge"] == 96
+    ConditionalDetrImageProcessor(size=64).save_pretrained(tmp_path / "adapter")  # as Trainer does
+    direct = ConditionalDetrForObjectDetection.from_pretrained(tmp_path / "adapter")
+    assert direct.image_processor.size["shortest_edge"] == 64
     torch.testing.assert_close(logits(direct, images), adapted)
     theirs = transformers.ConditionalDetrForObjectDetection.from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(logits(theirs, images), adapted, atol=1e-4, rtol=0)
