@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.report.pages import ROOT, markdown, write_tables
 from cdetr_kernels import registry
 from cdetr_kernels.gpu import configurations, launching
 from cdetr_kernels.gpu.launching import Launch
@@ -119,24 +120,15 @@ def _identity(launch: Launch) -> str:
     return source(launch).hash() + str(launch.options)
 
 
-def write_table(rows: list[dict[str, Any]], page: Path) -> None:
-    """Put a table, a row for each kernel and case, between the marks in `page`."""
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return a table of Markdown, with a row for each kernel and case."""
     architectures = [x for x in DOCUMENTED if any(row["architecture"] == x for row in rows)]
-    cells = {(row["kernel"], row["case"], row["architecture"]): row for row in rows}
-    lines = [
-        "| kernel | case | " + " | ".join(architectures) + " |",
-        "|---|---|" + "---|" * len(architectures),
-    ]
+    found = {(row["kernel"], row["case"], row["architecture"]): row for row in rows}
+    lines = []
     for kernel, case in dict.fromkeys((row["kernel"], row["case"]) for row in rows):
-        texts = []
-        for architecture in architectures:
-            row = cells.get((kernel, case, architecture))
-            texts.append("-" if row is None else _cell(row))
-        lines.append(f"| {kernel} | {case} | " + " | ".join(texts) + " |")
-    before, rest = page.read_text().split("<!-- audit -->\n")
-    after = rest.split("<!-- /audit -->\n")[1]
-    table = "\n".join(lines)
-    page.write_text(f"{before}<!-- audit -->\n{table}\n<!-- /audit -->\n{after}")
+        measured = (found.get((kernel, case, architecture)) for architecture in architectures)
+        lines.append([kernel, case, *("-" if row is None else _cell(row) for row in measured)])
+    return markdown(["kernel", "case", *architectures], lines)
 
 
 def _cell(row: dict[str, Any]) -> str:
@@ -175,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.docs:
         documented = {audit.label for audit in audits() if audit.documented}
         rows = [row for row in rows if row["case"] in documented]
-        write_table(rows, Path(__file__).parents[1] / "docs" / "kernels.md")
+        write_tables(ROOT / "docs" / "kernels.md", {"audit": table(rows)})
     print(f"{len(rows)} kernels, {failed} outside their budgets")
     return 1 if failed else 0
 

@@ -13,16 +13,16 @@ import copy
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import results
+from benchmarks.report.pages import ROOT, markdown, write_tables
 from cdetr_kernels.testing import accuracy
 from cdetr_kernels.testing.case import registered
 
-PAGE = Path(__file__).parents[1] / "docs" / "numerics.md"
+PAGE = ROOT / "docs" / "numerics.md"
 
 
 def kernel_rows(device: torch.device) -> list[dict[str, Any]]:
@@ -121,23 +121,10 @@ def optimized_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Return rows of the same keys as a table of Markdown."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    for row in rows:
-        cells = (f"{x:.1e}" if isinstance(x, float) else str(x) for x in row.values())
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def write(page: Path, tables: dict[str, str]) -> None:
-    """Put each table between the marks of its name."""
-    text = page.read_text(encoding="utf-8")
-    for name, table in tables.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
-        before, rest = text.split(begin)
-        text = f"{before}{begin}{table}\n{end}{rest.split(end)[1]}"
-    page.write_text(text, encoding="utf-8")
+    cells = ([f"{x:.1e}" if isinstance(x, float) else x for x in row.values()] for row in rows)
+    return markdown(list(rows[0]), cells)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -158,8 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
         "optimized": optimized_rows,
     }
     rows = {name: makers[name]() for name in wanted}
-    for table in rows.values():
-        results.print_table(table)
+    for group in rows.values():
+        results.print_table(group)
     if options.docs:
         environment = results.environment(results.command_line("numerics", arguments))
         where = environment["device"] if on_a_gpu else "triton's interpreter on a CPU"
@@ -169,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
             "models": "fp32 on a CPU; images of 256 x 320, the second one padded.",
             "optimized": f"fp32 on a CPU, {environment['date']}.",
         }
-        write(PAGE, {name: f"{notes[name]}\n\n{markdown(rows[name])}" for name in wanted})
+        write_tables(PAGE, {name: f"{notes[name]}\n\n{table(rows[name])}" for name in wanted})
         print("written to", PAGE)
     kernels = rows.get("kernels", [])
     return 1 if any(not row["kernel"] <= row["allowed"] for row in kernels) else 0

@@ -80,7 +80,7 @@ def entry(architecture: str, key: Key, tile: Tile, used: dict[str, Any]) -> str:
 
 
 def rewritten(text: str, lines: list[str]) -> str:
-    """Put entries into the text of the table, replacing those with the same key."""
+    """Return the text of the table with entries added, which replace those of the same key."""
     rows = text.splitlines()
     for line in lines:
         start = line.split(": Tile")[0] + ": Tile"

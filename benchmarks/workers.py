@@ -121,7 +121,7 @@ class Workers:
         return self
 
     def __call__(self) -> list[Any]:
-        """Let all of them work, and return what one after the other has found."""
+        """Run all of them, and return the findings of each in order."""
         for connection in self._connections:
             connection.send(None)
         return [

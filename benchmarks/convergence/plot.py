@@ -12,10 +12,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks import results
-from benchmarks.report.pages import ROOT, filled, markdown
+from benchmarks.report.pages import ROOT, markdown, write_tables
 
 DOCS = ROOT / "docs"
-MARKS = "<!-- {} -->", "<!-- /{} -->"
 TITLES = {
     "attention": "cross-attention",
     "start": "initial weights and class prior",
@@ -78,10 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{environment['threads']} thread, torch {environment['torch']}, transformers "
             f"{environment['transformers']}."
         )
-        page = DOCS / "convergence.md"
-        text = page.read_text(encoding="utf-8")
-        text = filled(text, {mark: f"{table(file.rows)}\n\n{note}"}, MARKS)
-        page.write_text(text, encoding="utf-8")
+        write_tables(DOCS / "convergence.md", {mark: f"{table(file.rows)}\n\n{note}"})
     else:
         print(table(file.rows))
     draw(file.rows, picture)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+MARKS = "<!-- {} -->", "<!-- /{} -->"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -14,10 +15,15 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
-def filled(text: str, tables: dict[str, str], marks: tuple[str, str]) -> str:
-    """Put each table between the marks of its name, which are templates with `{}`."""
+def filled(text: str, tables: dict[str, str], marks: tuple[str, str] = MARKS) -> str:
+    """Return the text with each table between the marks of its name, templates with `{}`."""
     for name, table in tables.items():
         begin, end = (mark.format(name) for mark in marks)
         before, rest = text.split(begin)
         text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
     return text
+
+
+def write_tables(page: Path, tables: dict[str, str]) -> None:
+    """Write each table between the marks of its name in a page."""
+    page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")

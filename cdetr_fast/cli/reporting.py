@@ -165,7 +165,7 @@ def reporting(verbosity: Verbosity, animated: bool = True) -> Iterator[Reporter]
 
 @contextmanager
 def _every_record_to(reporter: Reporter) -> Iterator[None]:
-    """Have all loggers write by one handler, and not to stderr by those that libraries add.
+    """Make all loggers write through one handler, and not to stderr through those of libraries.
 
     Libraries add theirs when they are imported, some without propagation to the root.
     """

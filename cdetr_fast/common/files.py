@@ -31,7 +31,7 @@ ADDED_BY_CALLERS = (
 def resolve_file(
     name_or_path: str | os.PathLike[str], file_name: str, *, subfolder: str = "", **options: Any
 ) -> Path:
-    """Find a file of a model in a local folder, or fetches it from the hub.
+    """Find a file of a model in a local folder, or fetch it from the hub.
 
     Args:
         name_or_path: A folder, or the id of a model on the hub.

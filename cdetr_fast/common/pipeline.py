@@ -113,7 +113,7 @@ class Background(Generic[Item]):
         return self
 
     def put(self, item: Item) -> None:
-        """Hand an item over."""
+        """Queue an item for the function."""
         if self._error is not None:
             raise self._error
         self._items.put(item)

@@ -41,6 +41,6 @@ class ChosenRunner(Runner):
             super()._prepare(model)
 
     def explain(self, model: nn.Module) -> str:
-        """Say what `Runner.explain` says, after the choice."""
+        """Describe the choice, then what `Runner.explain` describes."""
         rest = super().explain(model)
         return f"{'chosen':<16} {self.choice.engine}: {self.choice.reason}\n{rest}"

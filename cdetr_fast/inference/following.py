@@ -170,7 +170,7 @@ class Original:
         ]
 
     def take(self, result: nn.Module, names: Sequence[str]) -> None:
-        """Have the tensors of these names follow, which were converted to other ones."""
+        """Make the tensors of these names follow again, after a conversion has replaced them."""
         tensors = dict(named_tensors(result))
         self._taken |= {name: tensors[name] for name in names if name in tensors}
 

@@ -97,7 +97,7 @@ class OptimizedModel(nn.Module):
                 self.runner.run(pixel_values, pixel_mask)
 
     def explain(self) -> str:
-        """Say what was done to the model, what runs a call, and what was left, with reasons."""
+        """Describe what was done to the model, what runs a call, and what was left, and why."""
         return self.runner.explain(self)
 
     def _run(self, arguments: dict[str, Any]) -> Any:

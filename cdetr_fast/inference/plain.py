@@ -90,7 +90,7 @@ def _kind(part: nn.Module) -> str:
 def first_difference(
     part: nn.Module, expected: Callable[[Any], nn.Module], config: Any, settings: bool = False
 ) -> str | None:
-    """Say where a part has other modules than its configuration builds; None if it has not.
+    """Return where a part differs from what its configuration builds, or None.
 
     Args:
         part: Part of a model.
@@ -125,7 +125,7 @@ _NOT_AT_INFERENCE = ("drop", "checkpointing", "training", "inplace")
 
 
 def _changed_setting(module: nn.Module, built: nn.Module) -> str | None:
-    """Say which setting of a module is another than in the module that was built."""
+    """Return which setting of a module differs from that of the module built for comparison."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return None
     for name, expected in vars(built).items():

@@ -184,7 +184,7 @@ class Runner:
         self._watch, self._settings = watch, settings
 
     def explain(self, model: nn.Module) -> str:
-        """Say what was done, what runs a call, and what was left, with reasons."""
+        """Describe what was done, what runs a call, and what was left, and why."""
         self.prepare(model)
         rows = [] if self.prepared is None else self.prepared.describe()
         if self._openvino is not None:

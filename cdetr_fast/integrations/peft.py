@@ -92,7 +92,7 @@ def load_adapter(
 
 
 def _take_out_layers(model: nn.Module) -> None:
-    """Put the layers back that adapters were put around."""
+    """Restore the layers that adapters were wrapped around."""
     for name, part in list(model.named_modules()):
         if isinstance(part, BaseTunerLayer):
             parent, _, child = name.rpartition(".")

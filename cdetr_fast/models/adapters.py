@@ -92,5 +92,5 @@ class AdapterMethods:
         return weights
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
-        """Take adapters out of the model."""
+        """Remove adapters from the model."""
         service("adapters").delete_adapter(self, adapter_names)

@@ -227,7 +227,7 @@ class ConditionalDetrPreTrainedModel(AdapterMethods, nn.Module):
         """Do nothing: no weights are tied."""
 
     def enable_input_require_grads(self) -> None:
-        """Have gradients reach the encoder's input although everything before it is frozen.
+        """Make gradients reach the encoder's input although everything before it is frozen.
 
         Re-entrant checkpointing of a model whose adapters alone train needs it.
         """

@@ -236,7 +236,7 @@ def _by_name(own: StateDict, weights: StateDict) -> StateDict | None:
 
 
 def _in_order(own: StateDict, weights: StateDict) -> StateDict | None:
-    """Take tensors by position; the classifier at the end of the file is left over."""
+    """Assign tensors by position; the classifier at the end of the file is left over."""
     names, values = list(_counts(own)), list(_counts(weights).values())
     if len(values) < len(names):
         return None

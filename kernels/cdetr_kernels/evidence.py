@@ -378,7 +378,7 @@ def is_fixed(device: torch.device) -> bool:
 
 
 def fix(device: torch.device, evidence: Evidence) -> None:
-    """Have this process go by other evidence than the files; before the first call."""
+    """Make this process use this evidence instead of the files'; before its first call."""
     _FIXED[_index(device)] = evidence
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import numerics, ops, overhead, results
+from benchmarks.report.pages import write_tables
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_no_speed_over_a_failed_check():
 def test_numerics_page(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n")
-    numerics.write(page, {"x": numerics.markdown([{"name": "n", "error": 1.23e-5}])})
+    write_tables(page, {"x": numerics.table([{"name": "n", "error": 1.23e-5}])})
     assert page.read_text() == (
         "a\n<!-- x -->\n| name | error |\n|---|---|\n| n | 1.2e-05 |\n<!-- /x -->\nb\n"
     )

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support.interpreter import INTERPRETED
+from support.kernels import compiled_only
 
 import cdetr_fast
 from cdetr_fast import ConditionalDetrConfig, ConditionalDetrForObjectDetection
@@ -13,7 +13,7 @@ from cdetr_fast.inference import linear
 from cdetr_fast.models.counting import OperatorCounter
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter launches nothing")
+pytestmark = compiled_only
 
 # Widths and sizes of images make no difference to the number of launches.
 NARROW = {"d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_queries": 5}

@@ -2,7 +2,7 @@
 
 import pytest
 from packaging.version import Version
-from support.interpreter import INTERPRETED
+from support.kernels import compiled_only
 
 pytest.importorskip("triton")
 import triton
@@ -15,7 +15,7 @@ from cdetr_kernels.testing.machine_code import TARGETS, Audited, compiling_for, 
 # Set with triton 3.9. For the same kernels 3.6 needs more registers and memory, and spills some.
 BUDGETS_HOLD = Version(triton.__version__) >= Version("3.9")
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="needs kernels that can be compiled")
+pytestmark = compiled_only
 
 
 def brief(architecture: str) -> dict[str, Audited]:

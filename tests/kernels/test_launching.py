@@ -9,12 +9,12 @@ import torch
 from cdetr_kernels import registry
 
 pytest.importorskip("triton")
-from support.interpreter import INTERPRETED
+from support.kernels import compiled_only
 
 from cdetr_kernels.gpu import launching
 from cdetr_kernels.testing.stub_driver import stubbed
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter launches nothing")
+pytestmark = compiled_only
 OPERATORS = [x for x in registry.NAMES if "triton" in registry.operator(x).implementations]
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from support.interpreter import INTERPRETED
+from support.kernels import compiled_only
 
 pytest.importorskip("triton")
 from cdetr_kernels.gpu import support
@@ -15,7 +15,7 @@ from cdetr_kernels.ops.normalize_and_pad import cases as padding
 from cdetr_kernels.ops.set_loss import triton as loss
 from cdetr_kernels.testing.machine_code import compiling_for, examine, source
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="is about kernels that are compiled")
+pytestmark = compiled_only
 BATCHES = list(itertools.product((1, 2, 8), (1, 7, 20, 100), (100, 300), (3, 80, 91)))
 
 

@@ -11,16 +11,13 @@ from unittest import mock
 
 import pytest
 import torch
-from support.interpreter import INTERPRETED, run_in_the_interpreter
+from support.interpreter import run_in_the_interpreter
+from support.kernels import in_this_process, interpreted_only
 from support.oracle import TINY, leaves, make_ours, padded_images, random_labels, randomise
 
 from cdetr_kernels import dispatch
 
 pytest.importorskip("triton")
-interpreted_only = pytest.mark.skipif(
-    not INTERPRETED, reason="run by test_in_the_interpreter, in a process of its own"
-)
-in_this_process = pytest.mark.skipif(INTERPRETED, reason="is the process that these tests start")
 
 # Of the drop-in's tests those that take seconds there.
 QUICK = (

@@ -1,6 +1,7 @@
 """Segmentation from panoptic data: masks follow boxes, the mask head trains, runs end."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -294,37 +295,72 @@ def covering(configuration, panoptic, tmp_path):
     return tmp_path / "covering"
 
 
+# Evaluations one after the other, in a group of processes that the last one ends.
+PROGRAM = """
+import json, os, sys
+from unittest import mock
+from cdetr_fast.cli import main
+from cdetr_fast.training.run import launch
+
+*others, last = json.loads(sys.argv[1])
+with mock.patch.object(launch, "end_process_group"):
+    for arguments in others:
+        try:
+            main(arguments)
+        except SystemExit as end:
+            assert not end.code
+        if os.environ["RANK"] == "0":
+            print("NEXT", file=sys.stderr, flush=True)
+main(last)
+"""
+
+
 def test_processes_evaluate_as_one(covering, tmp_path, root):
     """The same figures, also where a process has an image that cannot be read, and none left."""
-    draw_panoptic(tmp_path / "set", 7, 5)
-    data = {"annotations": tmp_path / "set" / "panoptic.json", "images": tmp_path / "set"}
-    options = {"masks": tmp_path / "set" / "masks", "batch_size": 2, "num_workers": 0}
-    options |= data | {"model": covering, "device": "cpu"}
-    paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    flags = [(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
+    options = {"batch_size": 2, "num_workers": 0, "model": covering, "device": "cpu"}
+    folders = {
+        "two": tmp_path / "set",
+        "skip two": tmp_path / "broken",
+        "stop": tmp_path / "broken",
+    }
+    for folder in folders.values():
+        if not folder.exists():
+            draw_panoptic(folder, 7, 5)
+    (tmp_path / "broken" / "004.png").write_text("no picture")
 
-    def two_processes(name, *more):
-        return subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-                *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
-                *("-m", "cdetr_fast", "evaluate", *(str(part) for flag in flags for part in flag)),
-                *("--output", tmp_path / name, *more),
-            ],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
+    def data(folder):
+        return {
+            "annotations": folder / "panoptic.json",
+            "images": folder,
+            "masks": folder / "masks",
+        }
+
+    runs = []
+    for name, folder in folders.items():
+        flags = options | data(folder) | {"output": tmp_path / name}
+        if name == "skip two":
+            flags["bad_images"] = "skip"
+        pairs = ((f"--{key.replace('_', '-')}", str(value)) for key, value in flags.items())
+        runs.append(["evaluate", *itertools.chain.from_iterable(pairs)])
+    paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--no-python"),
+            *(sys.executable, "-c", PROGRAM, json.dumps(runs)),
+        ],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
 
     def figures(name):
         content = json.loads((tmp_path / name / "metrics.json").read_text())
         return content["images"], content["stats"], content["classes"]
 
-    evaluate(**options, output=tmp_path / "one")
-    done = two_processes("two")
-    assert done.returncode == 0, done.stderr[-3000:]
+    evaluate(**options, **data(tmp_path / "set"), output=tmp_path / "one")
+    assert (tmp_path / "two" / "metrics.json").exists(), done.stderr[-3000:]
     for name in ("one", "two"):  # each pixel is of one labelled segment; one covers all in turn
         page = read_page(tmp_path / name / "report.html")
         labels, found = (mask_levels(page, i, (480, 384)) for i in (0, 1))
@@ -339,16 +375,14 @@ def test_processes_evaluate_as_one(covering, tmp_path, root):
     assert stats["PQ"] > 0.1
     assert stats["AP50"] > 0
 
-    (tmp_path / "set" / "004.png").write_text("no picture")
-    evaluate(**options, output=tmp_path / "skip one", bad_images="skip")
-    done = two_processes("skip two", "--bad-images", "skip")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("1 of 7 images could not be read") == 1
+    skipping = {"output": tmp_path / "skip one", "bad_images": "skip"}
+    evaluate(**options, **data(tmp_path / "broken"), **skipping)
+    _, skipped, stopped = done.stderr.split("NEXT\n")
+    assert skipped.count("1 of 7 images could not be read") == 1
     (images, stats, _), single = figures("skip two"), figures("skip one")
     assert images == single[0] == 6
     assert stats == pytest.approx(single[1], abs=1e-6)
-    done = two_processes("stop")
     assert done.returncode == 1
-    assert done.stderr.count("004.png (image id 4): cannot be read") == 1
-    assert "cdetr-fast: 1 of 7 images could not be read" in done.stderr
+    assert stopped.count("004.png (image id 4): cannot be read") == 1
+    assert "cdetr-fast: 1 of 7 images could not be read" in stopped
     assert not (tmp_path / "stop" / "metrics.json").exists()

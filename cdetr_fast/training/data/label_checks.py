@@ -55,7 +55,7 @@ class LabelReport:
 
 
 def check_labels(index: CocoIndex, bad_labels: str = "stop") -> tuple[CocoIndex, LabelReport]:
-    """Look for labels that cannot be right.
+    """Find labels that cannot be right.
 
     Args:
         index: The set.

@@ -78,7 +78,7 @@ def gradient_arguments(
 
 
 def merge_launch(part: Tensor, part_logsumexp: Tensor, output: Tensor, logsumexp: Tensor) -> Launch:
-    """Put together what a forward launch made of each part of the keys."""
+    """Merge what a forward launch computed for each part of the keys."""
     batch, queries, heads, value_size = output.shape
     rows = batch * queries * heads
     arguments = {

@@ -188,7 +188,7 @@ def merge_kernel(
     DV: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Put the parts of the keys together, each by its log-sum-exp."""
+    """Merge the results of the parts of the keys, weighted by their log-sum-exp."""
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     o_v = tl.arange(0, BV)
     m_r = o_r < rows

@@ -169,7 +169,7 @@ def _launches(make: Make, inputs: tuple[Any, ...]) -> Sequence[Launch]:
 
 
 def forget() -> None:
-    """Have later calls choose tiles and parts again: what chooses them has changed."""
+    """Make later calls choose tiles and parts again: what chooses them has changed."""
     _PLANS.clear()
 
 

@@ -214,7 +214,7 @@ def run(task: Task, device: torch.device, repeats: int, seconds: float) -> dict[
 
 @contextlib.contextmanager
 def with_tile(kernel: str, tile: Tile) -> Iterator[None]:
-    """Have one kernel run with a tile, the others with what the table says."""
+    """Make one kernel run with a tile, the others with those of the table."""
     stored = configurations.tile
 
     def chosen(name: str, *arguments: Any) -> Tile:
@@ -226,7 +226,7 @@ def with_tile(kernel: str, tile: Tile) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Have launchers ask another function of `gpu.configurations`."""
+    """Make launchers call a replacement for a function of `gpu.configurations`."""
     from cdetr_kernels.gpu import launching
 
     launching.forget()
@@ -238,7 +238,7 @@ def replaced(name: str, function: Callable[..., Any]) -> Iterator[None]:
 
 
 def precision_of_dots(key: Key) -> contextlib.AbstractContextManager[Any]:
-    """Have launchers multiply fp32 as asked, whatever torch is set to."""
+    """Make launchers multiply fp32 in this precision, whatever torch is set to."""
     from cdetr_kernels.gpu import launching
 
     if key.precision == "half":

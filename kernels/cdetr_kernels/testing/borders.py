@@ -36,7 +36,7 @@ class Guarded:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Have launchers allocate from here."""
+        """Make launchers allocate from here."""
         with (
             mock.patch.object(Tensor, "new_empty", lambda x, *s, **o: self.empty(x, s, **o)),
             mock.patch.object(torch, "empty_like", lambda x, **o: self.empty(x, x.shape, **o)),

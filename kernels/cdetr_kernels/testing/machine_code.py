@@ -96,7 +96,7 @@ class Audit:
 
 @contextlib.contextmanager
 def compiling_for(architecture: str, precision: str) -> Iterator[None]:
-    """Have launchers choose tiles and precision as on a GPU of an architecture."""
+    """Make launchers choose tiles and precision as on a GPU of an architecture."""
     precision = "tf32" if precision == "tf32" else "ieee"
     with (
         mock.patch.object(launching, "architecture", return_value=architecture),

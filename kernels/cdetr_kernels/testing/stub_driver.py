@@ -77,7 +77,7 @@ class StubDriver:
 
 @contextlib.contextmanager
 def stubbed(capability: int = 90, compiles: bool = False) -> Iterator[StubDriver]:
-    """Have operators on CPU tensors run as on a GPU of a compute capability, launching nothing.
+    """Make operators on CPU tensors run as on a GPU of a compute capability, launching nothing.
 
     Args:
         capability: As 90.

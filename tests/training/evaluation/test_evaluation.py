@@ -163,8 +163,9 @@ def test_evaluates_a_checkpoint(scenes, checkpoint, tmp_path):
     page = read_page(tmp_path / "again" / "report.html")
     assert f"Comparison with {tmp_path / 'result'}" in page.texts["h2"]
     assert any("5 have as many errors as before" in text for text in page.texts["p"])
-    with pytest.raises(DataError, match="model: nowhere"):
-        evaluate("nowhere", scenes / "val" / "annotations.json", device="cpu")
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(DataError, match=f"model: {nowhere}"):
+        evaluate(nowhere, scenes / "val" / "annotations.json", device="cpu")
 
 
 def test_figures_are_not_lost_with_a_full_disk(scenes, checkpoint, tmp_path, monkeypatch):

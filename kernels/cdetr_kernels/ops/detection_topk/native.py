@@ -47,7 +47,7 @@ def _backward(
     _query_index: None,
     _counts: None,
 ) -> tuple[Tensor | None, ...]:
-    """Hand the gradient of each kept pair to its logit and to its query's box."""
+    """Return the gradients of logits and boxes; only those of kept pairs are not 0."""
     scores, labels, query_index, sizes_hw = ctx.saved_tensors
     shape, dtype = ctx.logits
     d_logits = scores.new_zeros(shape).flatten(1)
