@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -113,6 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Command and flags; None takes those of the process.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # names of files and classes may have letters that its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(arguments, prog_name="cdetr-fast")
     except UserError as error:  # of an option's value, before the command runs

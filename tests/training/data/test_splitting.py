@@ -1,7 +1,9 @@
 """Division of sets: every image once, sizes exact, classes spread, the same again."""
 
+import io
 import json
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -171,6 +173,19 @@ def test_images_are_looked_for_before_anything_is_written(tmp_path, capsys):
     assert ended.value.code == 1
     assert "images of" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_paths_with_letters_that_stdout_lacks(tmp_path, monkeypatch):
+    path, _ = coco(tmp_path)
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(
+            ["convert", "coco", str(path), "--output", str(tmp_path / "ü"), "--split", "0.8", "0.2"]
+        )
+    assert ended.value.code in (0, None)
+    stdout.flush()
+    assert rb"/\xfc/instances_train.json" in stdout.buffer.getvalue()
 
 
 def test_command(tmp_path, capsys):
