@@ -28,6 +28,11 @@ def require_packages(*modules: str, extra: str) -> None:
         raise UserError(f"{', '.join(missing)} missing: pip install 'cdetr-fast[{extra}]'")
 
 
+def require_training() -> None:
+    """Require the packages of the train extra."""
+    require_packages("accelerate", "faster_coco_eval", "yaml", extra="train")
+
+
 def is_installed(module: str) -> bool:
     """Return whether a module can be imported, without importing it."""
     try:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cdetr_fast.cli.errors import require_training
 from cdetr_fast.cli.options import ExifOption
-from cdetr_fast.cli.training import prepare_training
 
 if TYPE_CHECKING:
     from cdetr_fast.training.evaluation.detection import Evaluation
@@ -68,7 +68,7 @@ def evaluate(
 
     Prints the figures, and writes report.html, figures and detections.
     """
-    prepare_training()
+    require_training()
     from cdetr_fast.training.evaluation.checkpoint import evaluate as run
     from cdetr_fast.training.run.launch import end_process_group
 

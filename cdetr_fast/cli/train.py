@@ -11,16 +11,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cdetr_fast.cli.errors import require_packages
+from cdetr_fast.cli.errors import require_packages, require_training
 from cdetr_fast.cli.options import LIST, METAVARS, list_of
-from cdetr_fast.cli.training import prepare_training
 from cdetr_fast.common.validation import field_types
 from cdetr_fast.training.config import Setting, TrainingConfig, parse_yaml, read_yaml
 
 
 def train(config: str | None = None, **given: Any) -> None:
     """Train on COCO-format data. Every setting is a flag and a key of the YAML file."""
-    prepare_training()
+    require_training()
     values = {name: value for name, value in given.items() if value is not None}
     source = config or "cdetr-fast train"
     merged = TrainingConfig.from_dict((read_yaml(config) if config else {}) | values, source)

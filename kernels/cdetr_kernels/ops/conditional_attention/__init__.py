@@ -34,7 +34,8 @@ def _triton(*args: Any) -> Any:
     return conditional_attention(*args)
 
 
-def _unsupported_by_native(q_content: Tensor, *rest: Any) -> str | None:
+def unsupported_by_native(q_content: Tensor, *rest: Any) -> str | None:
+    """Return why the C++ path cannot run a call, of this operator or the separable one."""
     from cdetr_kernels.ops.conditional_attention.native import unsupported_reason
 
     if not rest:
@@ -76,7 +77,7 @@ def _classify(
 OPERATOR = Operator(
     "conditional_attention",
     {
-        "native": Implementation(_native, _unsupported_by_native),
+        "native": Implementation(_native, unsupported_by_native),
         "triton": by_evidence(_triton, _unsupported_by_triton),
         "torch": Implementation(reference.conditional_attention),
     },

@@ -7,6 +7,7 @@ from torch import Tensor
 from cdetr_kernels.checks import check_alike, check_attention_options, check_rank, check_shape
 from cdetr_kernels.dispatch import Implementation, Operator
 from cdetr_kernels.gpu.support import by_evidence, unsupported_attention
+from cdetr_kernels.ops.conditional_attention import unsupported_by_native
 from cdetr_kernels.ops.conditional_attention_separable import reference
 
 
@@ -25,15 +26,6 @@ def _triton(*args: Any) -> Any:
     )
 
     return conditional_attention_separable(*args)
-
-
-def _unsupported_by_native(q_content: Tensor, *rest: Any) -> str | None:
-    from cdetr_kernels.ops.conditional_attention.native import unsupported_reason
-
-    if not rest:
-        return unsupported_reason((q_content,))
-    *tensors, _, _, dropout_p, _, return_attention = rest
-    return unsupported_reason((q_content, *tensors), dropout_p, return_attention)
 
 
 def _unsupported_by_triton(q_content: Tensor, *rest: Any) -> str | None:
@@ -69,7 +61,7 @@ def _classify(
 OPERATOR = Operator(
     "conditional_attention_separable",
     {
-        "native": Implementation(_native, _unsupported_by_native),
+        "native": Implementation(_native, unsupported_by_native),
         "triton": by_evidence(_triton, _unsupported_by_triton),
         "torch": Implementation(reference.conditional_attention_separable),
     },
