@@ -150,7 +150,13 @@ def detect(
                     read.append((image_id, path, image))
                     yield image
 
-        for result in detector.predict_each(readable(), threshold, top_k, batch_size):
+        def found() -> Iterator[DetectionResult]:
+            try:
+                yield from detector.predict_each(readable(), threshold, top_k, batch_size)
+            except ValueError as error:  # the checkpoint does not take such images
+                raise UserError(f"--model {detector.name}: {first_line(error)}") from error
+
+        for result in found():
             writer.put((*read.popleft(), result))
     skipped = len(paths) - len(records)
 

@@ -119,8 +119,11 @@ class Detector:
         return [process([image], return_tensors="pt")["pixel_values"] for image in images]
 
     def predict(self, image: Image.Image, threshold: float) -> DetectionResult:
-        """Return the result of one image; see `predict` of the model."""
-        return cast("DetectionResult", self.model.predict(image, threshold))
+        """Return the result of one image; UserError if the checkpoint does not take it."""
+        try:
+            return cast("DetectionResult", self.model.predict(image, threshold))
+        except ValueError as error:
+            raise UserError(f"--model {self.name}: {first_line(error)}") from error
 
     def predict_each(
         self, images: Iterable[Image.Image], threshold: float, top_k: int, batch_size: int

@@ -446,6 +446,7 @@ def test_damaged_metadata_and_hidden_files(run, checkpoint, tmp_path):
         ("model file", "--model .*empty: expected"),
         ("config.json", "--model .*: num_queries: expected an integer >= 1, got '300'"),
         ("preprocessor_config.json", "--model .*: do_resize: expected True or False, got 1"),
+        ("filter", "--model .*: resample: expected .* got BOX"),
         ("no image", "none of 1 images could be read"),
         ("empty folder", "no images in this folder"),
         ("device", "--device: 'frobnicator' cannot be used"),
@@ -456,6 +457,8 @@ def test_damaged_metadata_and_hidden_files(run, checkpoint, tmp_path):
 def test_errors_are_one_line(run, checkpoint, pictures, tmp_path, case, message):
     empty = tmp_path / "empty"
     empty.mkdir()
+    shutil.copytree(checkpoint, tmp_path / "filter")
+    ConditionalDetrImageProcessor(resample=4).save_pretrained(tmp_path / "filter")
     for name, wrong in (
         ("config.json", {"num_queries": "300"}),
         ("preprocessor_config.json", {"do_resize": 1}),
@@ -467,6 +470,7 @@ def test_errors_are_one_line(run, checkpoint, pictures, tmp_path, case, message)
         "model file": [pictures, "--model", empty],
         "config.json": [pictures, "--model", tmp_path / "config.json"],
         "preprocessor_config.json": [pictures, "--model", tmp_path / "preprocessor_config.json"],
+        "filter": [pictures, "--model", tmp_path / "filter"],
         "no image": [pictures / "notes.txt", "--model", checkpoint],
         "empty folder": [empty, "--model", checkpoint],
         "device": [pictures, "--model", checkpoint, "--device", "frobnicator"],
