@@ -135,14 +135,14 @@ class PredictingModel(ModelWithLoss):
             pixels = self._read(image, position)
             size_hw = processor.resized_hw(pixels)
             if waiting and not (self._mixes_sizes or size_hw == processor.resized_hw(waiting[0])):
-                yield self._batch(waiting)
+                yield self._batch(waiting, **self._batch_settings(waiting))
                 waiting = []
             waiting.append(pixels)
             if len(waiting) == batch_size:
-                yield self._batch(waiting)
+                yield self._batch(waiting, **self._batch_settings(waiting))
                 waiting = []
         if waiting:
-            yield self._batch(waiting)
+            yield self._batch(waiting, **self._batch_settings(waiting))
 
     def _read(self, image: ImageInput, position: int) -> Tensor:
         """Return the pixels of an image, upright, `[C, H, W]`; `position` is for messages."""
@@ -157,6 +157,10 @@ class PredictingModel(ModelWithLoss):
             recognizes_floats=True,
         )
         return pixels
+
+    def _batch_settings(self, images: list[Tensor]) -> dict[str, Any]:
+        """Return settings of the image processor for a batch that is predicted."""
+        return {}
 
     def _batch(self, images: list[Tensor], **settings: Any) -> Batch:
         processor = self.image_processor.with_overrides(settings, "predict")
@@ -239,10 +243,10 @@ class SegmentingModel(PredictingModel):
     _mixes_sizes = False  # a padded image's mask would cover the padding
     forward_kept: Callable[..., Any]
 
-    def _batch(self, images: list[Tensor], **settings: Any) -> Batch:
-        """Prepare images of one size, without the padding that the processor's `pad_size` adds."""
+    def _batch_settings(self, images: list[Tensor]) -> dict[str, Any]:
+        """Leave out the padding that `pad_size` adds to images of one size."""
         height, width = self.image_processor.resized_hw(images[0])
-        return super()._batch(images, pad_size={"height": height, "width": width}, **settings)
+        return {"pad_size": {"height": height, "width": width}}
 
     def predict(
         self,
