@@ -85,7 +85,8 @@ def build_part(part: str, folder: Path) -> Path:
         BuildError: A compiler, torch or the sources are missing, or the compiler fails.
     """
     target = folder / f"_native_{part}.so"
-    partial = folder / f"_native_{part}.partial.so"
+    # A name of this process: several may build at once.
+    partial = folder / f"_native_{part}.{os.getpid()}.partial.so"
     try:
         output = _run([*command(part), "-o", str(partial)])
         os.replace(partial, target)  # a process that has loaded the old one keeps it

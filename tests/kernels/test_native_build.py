@@ -1,11 +1,13 @@
 """The extension: how it is built, what a wheel holds, what the GPU part's machine code uses."""
 
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +107,24 @@ def test_a_compiler_that_fails_leaves_what_was_there(monkeypatch, tmp_path):
     with pytest.raises(build.BuildError, match=r"false .* failed"):
         build.build_part("cpu", tmp_path)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
+
+
+def test_two_builds_at_once(monkeypatch, tmp_path):
+    processes = itertools.count(1)
+    monkeypatch.setattr(build.os, "getpid", lambda: next(processes))
+    monkeypatch.setattr(build, "command", lambda part: [part])
+    commands = []
+
+    def compiled(command):
+        Path(command[-1]).write_text("new")
+        commands.append(command)
+        if len(commands) == 1:
+            build.build_part("cpu", tmp_path)
+        return ""
+
+    monkeypatch.setattr(build, "_run", compiled)
+    build.build_part("cpu", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["_native_cpu.so"]
 
 
 def test_architectures(monkeypatch):
