@@ -233,5 +233,7 @@ def test_errors():
         sine_query(torch.rand(3, 3), 16)
     with pytest.raises(ValueError, match="channels: expected a positive multiple of 8, got 12"):
         sine_query(torch.rand(3, 4), 12)
+    with pytest.raises(ValueError, match=r"query_scale: expected \[..., 16\], got \[\]"):
+        sine_query(torch.rand(3, 2), 16, torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"query_scale: expected \[..., 16\], got \[3, 8\]"):
         sine_query(torch.rand(3, 2), 16, torch.rand(3, 8))

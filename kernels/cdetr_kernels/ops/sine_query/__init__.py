@@ -90,7 +90,7 @@ def sine_query(
         raise ValueError(
             f"channels: expected a positive multiple of {2 * coordinates}, got {channels}"
         )
-    if query_scale is not None and query_scale.shape[-1] != channels:
+    if query_scale is not None and tuple(query_scale.shape[-1:]) != (channels,):
         raise ValueError(f"query_scale: expected [..., {channels}], got {list(query_scale.shape)}")
     if query_scale is not None and query_scale.device != reference_points.device:
         raise ValueError(
