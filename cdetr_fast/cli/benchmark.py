@@ -81,8 +81,8 @@ def benchmark(
         path = engine_records.write(machine, findings)
     except OSError as error:
         raise UserError(
-            f"{engine_records.folder()} cannot be written ({first_line(error)}); name another "
-            "folder in CDETR_FAST_CACHE"
+            f"the record cannot be written ({first_line(error)}); name another folder in "
+            "CDETR_FAST_CACHE"
         ) from error
     known, _ = engine_records.read(machine)
     chosen = engine_records.choices(known)

@@ -26,7 +26,7 @@ def facts() -> dict[str, Any]:
     import cdetr_fast
     from cdetr_fast.inference.convolution import has_onednn
     from cdetr_fast.loss.assignment import solver_choice
-    from cdetr_kernels import evidence, native, registry
+    from cdetr_kernels import native, registry
 
     has_gpu = torch.cuda.is_available()
     device = "cuda" if has_gpu else "cpu"
@@ -52,7 +52,7 @@ def facts() -> dict[str, Any]:
                 native.UNAVAILABLE.items(), ("C++", "CUDA"), strict=True
             )
         },
-        "records": str(evidence.user_folder()),
+        "records": _records(),
         "engines": _engines(),
         "assignment": solver_choice(device),
         "operators": [
@@ -82,6 +82,15 @@ def _gpus() -> list[dict[str, Any]]:
         }
         for one in every
     ]
+
+
+def _records() -> str:
+    from cdetr_kernels import evidence
+
+    try:
+        return str(evidence.user_folder())
+    except OSError as error:
+        return str(error)
 
 
 def _engines() -> dict[str, Any]:

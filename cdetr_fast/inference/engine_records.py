@@ -171,8 +171,8 @@ def architecture(model: nn.Module) -> str:
 
 def read(wanted: Machine) -> tuple[tuple[Finding, ...], str]:
     """Return the findings on a machine and their file, or none and why."""
-    path = wanted.file
     try:
+        path = wanted.file
         if path.is_file():
             return _parse(path, wanted).findings, str(path)
         stale = max(folder().glob("cpu-*.json"), key=lambda x: x.stat().st_mtime, default=None)

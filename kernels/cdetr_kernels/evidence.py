@@ -195,12 +195,21 @@ def _check_figures(finding: Finding) -> None:
 
 
 def user_folder() -> Path:
-    """Return the folder of the user's records."""
+    """Return the folder of the user's records.
+
+    Raises:
+        OSError: It would be in a home folder that the user does not have.
+    """
     own = os.environ.get("CDETR_FAST_CACHE")
-    if own:
-        return Path(own).expanduser() / "records"
     shared = os.environ.get("XDG_CACHE_HOME")
-    base = Path(shared) if shared and os.path.isabs(shared) else Path.home() / ".cache"
+    try:
+        if own:
+            return Path(own).expanduser() / "records"
+        base = Path(shared) if shared and os.path.isabs(shared) else Path.home() / ".cache"
+    except RuntimeError as error:  # as in a container with a user that has no name
+        raise OSError(
+            "there is no home folder for records (CDETR_FAST_CACHE names another one)"
+        ) from error
     return base / "cdetr_fast" / "records"
 
 
@@ -224,9 +233,10 @@ def read(path: Path, expected: Key) -> Record:
 def find(expected: Key) -> tuple[Record | None, str]:
     """Return the record of a key and its file, or None and why no file can be used."""
     reasons = []
-    for folder in (user_folder(), SHIPPED):
-        path = folder / expected.file_name
+    for find_folder in (user_folder, lambda: SHIPPED):
         try:
+            folder = find_folder()
+            path = folder / expected.file_name
             if path.is_file():
                 return read(path, expected), str(path)
             stale = _latest(folder, expected.slug)

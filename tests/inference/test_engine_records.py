@@ -101,6 +101,13 @@ def test_a_record_of_other_bytes_is_ignored():
     assert records.choose("small", "fp32").engine == "torch"
 
 
+def test_a_user_without_a_home_has_no_record(monkeypatch):
+    monkeypatch.setenv("CDETR_FAST_CACHE", "~nobody-of-this-name/cache")
+    findings, source = records.read(records.machine())
+    assert findings == ()
+    assert "there is no home folder" in source
+
+
 def test_nothing_is_chosen_without_a_record():
     engine, reason = records.choose("small", "fp32")
     assert engine == "torch"

@@ -103,6 +103,14 @@ def test_without_a_place_for_the_record_it_is_not_tried_at_every_start(gpu, monk
     assert "set CDETR_FAST_CACHE" in caplog.text
 
 
+def test_a_lock_that_cannot_be_opened_is_said_and_the_work_begins(gpu, monkeypatch, caplog):
+    monkeypatch.setattr(automatic.socket, "gethostname", lambda: "host")
+    (evidence.user_folder() / "a-gpu-host.qualifying").mkdir(parents=True)
+    ensure_qualified(GPU)
+    assert gpu == []
+    assert "the kernels are not tried on this GPU: " in caplog.text
+
+
 def test_an_error_is_said_and_the_work_begins(gpu, monkeypatch, caplog):
     def fails(*_):
         raise OSError("no processes left")

@@ -154,6 +154,34 @@ def test_a_lock_that_is_held_is_waited_for_with_a_limit(tmp_path):
         assert held
 
 
+def test_a_lock_of_another_user_is_held_all_the_same(monkeypatch, tmp_path):
+    path = tmp_path / "lock"
+    path.touch()
+    usual = Path.open
+
+    def refused(self, mode="r", **options):
+        if mode != "r":
+            raise PermissionError(13, "Permission denied", str(self))
+        return usual(self, mode, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with store.locked(path, 0.0) as held:
+        assert held
+        with store.locked(path, 0.0) as second:
+            assert not second
+
+
+def test_a_user_without_a_home(monkeypatch):
+    monkeypatch.setenv("CDETR_FAST_CACHE", "~nobody-of-this-name/cache")
+    key = Key("A GPU", "9.0", "570", "2.15.0", "3.9.0", "0123456789abcdef")
+    record, reason = evidence.find(key)
+    assert record is None
+    assert reason == "there is no home folder for records (CDETR_FAST_CACHE names another one)"
+    assert store.unwritable_reason() == reason
+    with pytest.raises(OSError, match="there is no home folder"):
+        store.write(Record(key))
+
+
 def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CDETR_FAST_CACHE", str(tmp_path / "file"))

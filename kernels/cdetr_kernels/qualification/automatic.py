@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,18 @@ def ensure_qualified(device: torch.device, mode: Any = "auto") -> None:
         return
     name = evidence.key(device).slug
     lock = evidence.user_folder() / f"{name}-{socket.gethostname()}.qualifying"
+    try:
+        _qualify_or_wait(device, lock)
+    except OSError as error:
+        evidence.say_once(f"the kernels are not tried on this GPU: {error}")
+
+
+def _qualify_or_wait(device: torch.device, lock: Path) -> None:
+    """Qualify a device, or wait for the process of this host that does.
+
+    Raises:
+        OSError: The file of the lock cannot be opened.
+    """
     with store.locked(lock, 0.0) as held:
         if held:
             _qualify(device)

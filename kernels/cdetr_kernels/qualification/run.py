@@ -111,7 +111,7 @@ def qualify(
         file: Path | None = store.write(record)
         reason = ""
     except OSError as error:
-        file, reason = None, f"{evidence.user_folder()} cannot be written ({error})"
+        file, reason = None, f"the record cannot be written ({error})"
         if not later:
             evidence.fix(target, Evidence(record, reason))
     return Report(record, file, reason, later)

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from cdetr_kernels import evidence
 from cdetr_kernels.evidence import Record, RecordError
@@ -52,7 +53,10 @@ def write_text(path: Path, text: str) -> None:
 
 def unwritable_reason() -> str | None:
     """Return why records cannot be kept, None if they can."""
-    folder = evidence.user_folder()
+    try:
+        folder = evidence.user_folder()
+    except OSError as error:
+        return str(error)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / ".writable", "")
@@ -72,10 +76,20 @@ def locked(path: Path, seconds: float) -> Iterator[bool]:
 
     Yields:
         Whether the lock is held; not after the longest wait, or where files cannot be locked.
+
+    Raises:
+        OSError: The file cannot be opened.
     """
-    with path.open("a") as file:
+    with _opened(path) as file:
         held = _acquire(file.fileno(), time.monotonic() + seconds)
         yield held  # closing the file releases it, as does the end of the process
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        return path.open("a", encoding="utf-8")
+    except PermissionError:  # another user's; to read is enough for a lock
+        return path.open(encoding="utf-8")
 
 
 def _acquire(descriptor: int, end: float) -> bool:
