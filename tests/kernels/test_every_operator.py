@@ -44,11 +44,11 @@ CALLS = {name: (name, {}) for name in KINDS} | VARIANTS
 calls = pytest.mark.parametrize("name", CALLS)
 
 
-def call(name: str, size: str = "small") -> Case:
+def call(name: str, size: str = "small", dtype: torch.dtype | None = None) -> Case:
     """Return a call of an operator."""
     kind, options = CALLS[name]
     make, sizes = KINDS[kind]
-    return make(sizes.dtypes[0], DEVICE, **getattr(sizes, size) | options)
+    return make(dtype or sizes.dtypes[0], DEVICE, **getattr(sizes, size) | options)
 
 
 def run(case: Case, function=None, copy=Tensor.detach) -> dict[str, Tensor]:
@@ -92,8 +92,15 @@ def test_the_same_bits_in_every_run_whatever_the_strides_and_what_is_around_the_
     """NaN, or indices out of range, are around every input: a load beyond its border shows."""
     case = call(name)
     expected = run(case)
-    assert_equal(run(case, copy=lambda x: scattered(x, tuple(range(x.ndim)), 2)), expected)
-    assert_equal(run(case, copy=lambda x: scattered(x, None, 1)), expected)
+    copies = (
+        lambda x: scattered(x, tuple(range(x.ndim)), 2),
+        lambda x: scattered(x, (1, 0, *range(2, x.ndim))[-x.ndim :], 2, offset=3),
+        lambda x: scattered(x, None, 1),
+    )
+    for copy in copies:
+        assert_equal(run(case, copy=copy), expected)
+    half = call(name, dtype=torch.float16)
+    assert_equal(run(half, copy=lambda x: scattered(x, None, 2)), run(half))
 
 
 class Calls(TorchDispatchMode):

@@ -97,20 +97,31 @@ def candidates(key: Key) -> list[Tile]:
     ]
 
 
+# Neighbours that spill, or load fewer than 16 bytes at once.
+_POOR = {
+    ("sm_120", "separable_forward"): ("fewer",),
+    ("gfx942", "backward_queries"): ("fewer",),
+    ("gfx942", "backward_keys"): ("fewer",),
+    ("gfx942", "separable_forward"): ("more", "fewer"),
+    ("gfx942", "separable_backward_queries"): ("more", "fewer"),
+    ("gfx942", "separable_backward_keys"): ("fewer",),
+}
+
+
 def neighbours(key: Key, tile: Tile, architecture: str) -> list[Tile]:
     """Return the few that a quick qualification tries: more rows and warps, fewer, less ahead."""
     over_keys = key.pass_ == "backward_keys"
     rows = tile.keys if over_keys else tile.queries
     side = "keys" if over_keys else "queries"
     tile = Tile.of(tile.choice)  # the budgets are the table's
-    found = [
-        replace(tile, **{side: 2 * rows}, warps=8),
-        replace(tile, **{side: max(16, rows // 2)}, warps=4),
-        replace(tile, stages=max(1, tile.stages - 1)),
-    ]
-    if (architecture, key.kernel) == ("sm_120", "separable_forward"):
-        del found[1]  # it spills
-    return [x for x in found if x != tile]
+    found = {
+        "more": replace(tile, **{side: 2 * rows}, warps=8),
+        "fewer": replace(tile, **{side: max(16, rows // 2)}, warps=4),
+        "less ahead": replace(tile, stages=max(1, tile.stages - 1)),
+    }
+    for name in _POOR.get((architecture, key.kernel), ()):
+        del found[name]
+    return [x for x in found.values() if x != tile]
 
 
 def tasks(planned: list[Task], level: str, device: torch.device) -> list[Task]:
