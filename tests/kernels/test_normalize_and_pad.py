@@ -148,3 +148,27 @@ IMAGE = torch.zeros(3, 4, 5)
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         normalize_and_pad(*arguments)
+
+
+@pytest.mark.parametrize("kind", [tuple, iter, torch.stack])
+def test_any_sequence_of_images(kind):
+    images = draw(torch.uint8)[:1] * 2
+    got, expected = (normalize_and_pad(x, MEAN, STD, 1 / 255) for x in (kind(images), images))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_images_that_require_grad():
+    images = [x.requires_grad_() for x in draw(torch.float32)]
+    values, _ = normalize_and_pad(images, MEAN, STD, 1 / 255)
+    assert torch.equal(
+        values.detach(), normalize_and_pad([x.detach() for x in images], MEAN, STD, 1 / 255)[0]
+    )
+    values.sum().backward()
+    for image in images:
+        expected = (1 / 255 / torch.tensor(STD))[:, None, None].expand_as(image)
+        torch.testing.assert_close(image.grad, expected)
+    with torch.no_grad():
+        assert not normalize_and_pad(images, MEAN, STD)[0].requires_grad
+    for backend in ("native", "triton"):
+        with pytest.raises(RuntimeError, match="cannot run"):
+            normalize_and_pad(images, MEAN, STD, backend=backend)

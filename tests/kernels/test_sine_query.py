@@ -237,3 +237,5 @@ def test_errors():
         sine_query(torch.rand(3, 2), 16, torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"query_scale: expected \[..., 16\], got \[3, 8\]"):
         sine_query(torch.rand(3, 2), 16, torch.rand(3, 8))
+    with pytest.raises(TypeError, match=r"dtype: .* floating point .* got torch\.int64"):
+        sine_query(torch.ones(3, 2, dtype=torch.int64), 16)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def _unsupported_by_native(images: Any, *rest: Any) -> str | None:
     reason = native.unsupported_device(first)
     if reason is None and rest and any(image.dtype not in _PIXELS for image in images):
         reason = f"the kernel takes images in {_PIXELS}"
-    return reason
+    return reason or (_differentiated(images) if rest else None)
 
 
 def _unsupported_by_triton(images: Any, *rest: Any) -> str | None:
@@ -49,7 +49,13 @@ def _unsupported_by_triton(images: Any, *rest: Any) -> str | None:
     reason = unsupported_device(first)
     if reason is None and rest and first.shape[0] > _MOST_CHANNELS:
         reason = f"the kernel takes images of up to {_MOST_CHANNELS} channels"
-    return reason
+    return reason or (_differentiated(images) if rest else None)
+
+
+def _differentiated(images: Sequence[Tensor]) -> str | None:
+    if torch.is_grad_enabled() and any(image.requires_grad for image in images):
+        return "an image requires grad, and the kernel has no gradient"
+    return None
 
 
 def _classify(
@@ -77,7 +83,7 @@ OPERATOR = Operator(
 
 
 def normalize_and_pad(
-    images: Sequence[Tensor],
+    images: Iterable[Tensor],
     mean: Sequence[float] | float | None = None,
     std: Sequence[float] | float | None = None,
     rescale_factor: float | None = None,
@@ -104,7 +110,8 @@ def normalize_and_pad(
         ValueError: A shape, device or length does not fit, a size is too small, or a factor is 0.
         RuntimeError: `backend` was named and cannot run.
     """
-    if len(images) == 0:
+    images = list(images)
+    if not images:
         raise ValueError("images: expected at least one image, got none")
     first = images[0]
     tallest = widest = 0

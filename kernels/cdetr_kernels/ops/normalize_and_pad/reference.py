@@ -45,13 +45,13 @@ def normalize_and_pad(
         of_channel = torch.tensor([shift, divisor], dtype=torch.float32, device="cpu")
         of_channel = of_channel.to(device, non_blocking=True)  # the host does not wait for a GPU
         subtracted, divided = of_channel[:, :, None, None]
-    for image, image_values, image_mask in zip(images, values, mask, strict=True):
+    for i, image in enumerate(images):
         h, w = image.shape[1:]
-        inside = image_values[:, :h, :w]
+        inside = values[i, :, :h, :w]
         inside.copy_(image)
         if shift is None:
             inside.mul_(factor)
         else:
             inside.sub_(subtracted).div_(divided)
-        image_mask[:h, :w] = 1
+        mask[i, :h, :w] = 1
     return values, mask
