@@ -51,6 +51,7 @@ def pages() -> dict[str, dict[str, str]]:
             "runtimes of a padded batch": _with_note("cpu_runtimes_480x640_b4_padded", _runtimes),
             "stages": _with_note("cpu_stages_800x1066", _stages),
             "precision": _with_note("cpu_precision_demo", _precision),
+            "precision of blood cells": _with_note("cpu_precision_bccd", _precision),
             "serve": _served("cpu_serve_demo"),
             "training in bf16": _with_note("cpu_training_bf16", _training_steps),
             **{f"growth: {axis}": _grown(f"cpu_growth_{axis}") for axis in growth.UNITS},
