@@ -79,7 +79,7 @@ def sine_query(
     Raises:
         ValueError: The last size of `reference_points` is not 2 or 4, or `channels` does not divide
             into interleaved pairs for each coordinate.
-        TypeError: The dtype of the result is not of floating point.
+        TypeError: No `dtype` is given, and that of the inputs is not of floating point.
 
     Source: Meng et al., equations 1 and 4; the authors' gen_sineembed_for_position.
     """
@@ -106,8 +106,8 @@ def sine_query(
         )
     if dtype is None:
         dtype = (reference_points if query_scale is None else query_scale).dtype
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype: expected one of floating point for the result, got {dtype}")
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected one of floating point for the result, got {dtype}")
     return OPERATOR(backend, reference_points, channels, query_scale, temperature, scale, dtype)
 
 
