@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -56,6 +57,9 @@ def end_process_group() -> None:
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        # torch's caches of sharded parameters keep the group's threads. In torch 2.11 they need
+        # the interpreter's lock to drop the last collective, and get it while this one sleeps.
+        time.sleep(0.1)
 
 
 def all_gather_object(accelerator: Accelerator | None, value: T) -> list[T]:
